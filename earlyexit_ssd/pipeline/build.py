@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from torchvision.models._api import WeightsEnum
 
 from earlyexit_ssd.calibration.certificate import load_certificate, parse_certificate
+from earlyexit_ssd.config import CLOSED
 from earlyexit_ssd.config.check import num_exits
 from earlyexit_ssd.data.dataset import DetectionDataset, build_loader, class_names, load_dataset
 from earlyexit_ssd.data.records import limit_photos
@@ -272,6 +273,11 @@ def build_router(cfg: CfgNode, stored: Mapping[str, Any] | None = None, learn: b
         temperature_bounds=routing.TEMPERATURE_BOUNDS,
         learn_temperatures=learn,
     )
+
+
+def open_thresholds(opened: Sequence[bool]) -> list[float]:
+    """Return thresholds at which exactly the exits in ``opened`` are open."""
+    return [0.0 if is_open else CLOSED for is_open in opened]
 
 
 def require_policy(cfg: CfgNode) -> None:

@@ -43,8 +43,8 @@ from earlyexit_ssd.evaluation.matches import Detections, ap_of_choice, bootstrap
 from earlyexit_ssd.evaluation.outputs import exit_share
 from earlyexit_ssd.evaluation.verdict import DETECTS_AP50
 from earlyexit_ssd.modeling.checkpoint import save_model, weights_hash
-from earlyexit_ssd.pipeline.build import require_policy, shares_processes, trained_temperatures
-from earlyexit_ssd.pipeline.evaluate import PAGE, attention_of, calibrate_command, open_thresholds
+from earlyexit_ssd.pipeline.build import open_thresholds, require_policy, shares_processes, trained_temperatures
+from earlyexit_ssd.pipeline.evaluate import PAGE, attention_of, calibrate_command
 from earlyexit_ssd.pipeline.replay import (
     CostModel,
     Recorded,
@@ -156,7 +156,6 @@ class Search:
 
     @property
     def draws_name(self) -> str:
-        """The draws in words, for messages."""
         block = self.target.block
         return "calibration photos" if block is None else f"blocks of {block} calibration photos"
 
@@ -271,11 +270,8 @@ def _curve(
 
 
 def draws_needed(target: Target) -> int:
-    """Return the smallest sufficient number of draws for an ap_drop.
-
-    If a share ``target.value`` of all photos is of a rare kind, so many draws contain one of them with probability
-    1 - delta.
-    """
+    """Return the number of draws that contain a photo of a rare kind, which is a share ``target.value`` of all photos,
+    with probability 1 - delta."""
     return math.ceil(math.log(target.delta) / math.log1p(-min(max(target.value, SMALLEST_DROP), 0.99)))
 
 
@@ -394,7 +390,6 @@ def certificate_of(recorded: Recorded, search: Search, chosen: Chosen) -> Certif
 
 
 def _page_photos(recorded: Recorded, search: Search, chosen: Chosen) -> PagePhotos:
-    """Return the calibration photos for the report page."""
     model, calib, costs = recorded.model, search.calib, search.costs
     return PagePhotos(
         ground_truth=calib.ground_truth,

@@ -56,6 +56,7 @@ from earlyexit_ssd.pipeline.build import (
     file_of,
     open_model,
     open_router,
+    open_thresholds,
     shares_processes,
     takes_over,
     with_classes,
@@ -254,7 +255,7 @@ def evaluate_model(
         pictures["detections"] = _detection_picture(cfg, model, dataset, collected, chosen)
     write_results(Path(out_dir), results, pictures, photos)
     with never_failing(Path(out_dir) / PAGE):
-        parts = page_photos(model, router, dataset, collected, replace(evaluation, results=results))
+        parts = _page_photos(model, router, dataset, collected, replace(evaluation, results=results))
         training, _ = read_training(Path(out_dir), cfg.ROUTING.TEMPERATURE_BOUNDS)
         calibration = f"calibration/{PAGE}"
         page = evaluation_page(
@@ -299,14 +300,9 @@ ATTENTION_PHOTOS = 6  # number of photos with attention maps, the first of the g
 MAX_OPEN_SETS = 8  # if there are more sets of open exits, operations are counted for the evaluated set only
 
 
-def page_photos(
-    model: EarlyExitSSDLite,
-    router: ExitRouter,
-    dataset: DetectionDataset,
-    collected: Collected,
-    evaluation: Evaluation,
+def _page_photos(
+    model: EarlyExitSSDLite, router: ExitRouter, dataset: DetectionDataset, collected: Collected, evaluation: Evaluation
 ) -> PagePhotos:
-    """Return the photos of an evaluation for its report page."""
     results, order = evaluation.results, np.argsort(collected.image_ids, kind="stable")
     return PagePhotos(
         ground_truth=evaluation.ground_truth,
@@ -350,11 +346,6 @@ def _open_costs(model: EarlyExitSSDLite, router: ExitRouter, results: Results) -
                 mmacs[path] = mmacs_of_path(model, index, other_router)
         costs.append(OpenCosts(opened, [mmacs[path] for path in paths]))
     return costs
-
-
-def open_thresholds(opened: Sequence[bool]) -> list[float]:
-    """Return thresholds at which exactly the exits in ``opened`` are open."""
-    return [0.0 if is_open else CLOSED for is_open in opened]
 
 
 def attention_of(

@@ -87,10 +87,7 @@ Net = tuple[Architecture, dict[str, torch.Tensor]]  # architecture and state dic
 
 @dataclass(frozen=True)
 class Outcome(Record):
-    """Result of `optimize`, the content of optimize.json.
-
-    The figures of the candidates are on the calib split.
-    """
+    """Result of `optimize`, the content of optimize.json. Figures of candidates are on the calib split."""
 
     base: Candidate
     chosen: Candidate | None  # see `choose_candidate`
@@ -217,7 +214,7 @@ class Optimizer:
         self.cfg = cfg = with_classes(cfg, self.architecture.classes)
         self.model = self.model.to(self.device).eval()
         self.plan = Plan(cfg, goal, self.architecture)
-        self.sets, self.repeats = disjoint_sets(cfg, ("CALIB",))
+        self.sets, self.repeats = disjoint_sets(cfg)
         self._replays: dict[tuple[Candidate, str], Replay] = {}
         self.base = self._replay(Candidate("", self.architecture.image_size, OWN_HEAD), "CALIB")
         self.reference = self.base.recording.detections[-1]

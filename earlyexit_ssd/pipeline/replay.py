@@ -63,9 +63,10 @@ from earlyexit_ssd.pipeline.build import (
     evaluation_device,
     evaluation_loader,
     open_model,
+    open_thresholds,
     with_classes,
 )
-from earlyexit_ssd.pipeline.evaluate import check_rivals, open_thresholds
+from earlyexit_ssd.pipeline.evaluate import check_rivals
 from earlyexit_ssd.progress import progress
 from earlyexit_ssd.routing import ExitRouter
 from earlyexit_ssd.routing.policies import FITTED_POLICIES, at_likeliest_boxes, cross_fits, reads_taps

@@ -171,9 +171,6 @@ class RunFolder:
                 changed[phase] = key
         return changed
 
-    def write_gate(self, gate: Gate) -> None:
-        write_json(self.phase(gate.phase) / "gate.json", gate.to_dict())
-
     def finished(self, phase: str) -> bool:
         """Return whether the phase is trained and its gate is passed or forced."""
         gate = self._read_gate(phase)

@@ -16,7 +16,7 @@ from earlyexit_ssd.engine import read_log
 from earlyexit_ssd.engine.processes import barrier, failing_together, is_main, process_group, world_size
 from earlyexit_ssd.errors import ConfigError
 from earlyexit_ssd.evaluation.results import Results
-from earlyexit_ssd.files import locked_folder, write_bytes, write_image
+from earlyexit_ssd.files import locked_folder, write_bytes, write_image, write_json
 from earlyexit_ssd.modeling import load_model, save_model
 from earlyexit_ssd.modeling.detector import detector_class
 from earlyexit_ssd.modeling.retrofit import load_every_key, require_weights
@@ -170,7 +170,7 @@ def _run_phase(run: Run, name: str, force: bool) -> None:
         forced = gate.forced or folder.forced()
         info = {"phase": name, "forced": forced, "router": router, "taken_over": takes_over(run.cfg)}
         save_model(path, run.model, run.architecture, info)
-        folder.write_gate(gate)
+        write_json(folder.phase(name) / "gate.json", gate.to_dict())
         folder.remove_taps()
         write_training_page(folder.root, run.cfg)
     barrier()
