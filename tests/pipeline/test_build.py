@@ -29,13 +29,10 @@ def test_thresholds_must_fit_the_number_of_exits():
 
 
 def test_auto_is_the_cpu_unless_the_runtime_is_eager(monkeypatch):
-    names = []
-    monkeypatch.setattr(build, "_device", lambda cfg, name: names.append(name))
-    for keys in ([], ["EVAL.RUNTIME", "onnxruntime"], ["EVAL.RUNTIME", "onnxruntime", "DEVICE", "cuda"]):
-        cfg = load_config(None, keys)
-        evaluation_device(cfg)
-        assert cfg.DEVICE in ("auto", "cuda")  # it is not changed
-    assert names == ["auto", "cpu", "cuda"]
+    monkeypatch.setattr(build, "_device", lambda cfg, name: name)
+    onnx = ["EVAL.RUNTIME", "onnxruntime"]
+    for keys, device in (([], "auto"), (onnx, "cpu"), ([*onnx, "DEVICE", "cuda"], "cuda")):
+        assert evaluation_device(load_config(None, keys)) == device
 
 
 def test_mixed_precision_is_checked_for_training_only():
@@ -91,12 +88,12 @@ def test_a_compact_head_needs_no_boxes(tmp_path, monkeypatch):
     keys += ["DATA.WORKERS", "0", "MODEL.WEIGHTS", str(tmp_path / "model.pth"), "MODEL.IMAGE_SIZE", "96"]
     keys += ["MODEL.WIDTH", "0.25", "MODEL.FOLD", "compact", "MODEL.COMPACT_TOLERANCE", "0.05"]
     monkeypatch.setattr(build, "COMPARED_PHOTOS", 3)
-    seen = []
-    monkeypatch.setattr(build, "progress", lambda loader, _: seen.extend(loader) or seen)
-    found, architecture = build_model(load_config(None, keys), ("chair",))
-    assert [list(images[0].shape) for images, _ in seen] == [[3, 40, 60]] * 3
-    assert architecture.competing == ("couch", "bench") and found.classes == ("chair",)
-    assert [branch.head.classification_head.num_columns for branch in found.branches.values()] == [4, 4]
+    batches = []
+    monkeypatch.setattr(build, "progress", lambda loader, _: batches.extend(loader) or batches)
+    compact, architecture = build_model(load_config(None, keys), ("chair",))
+    assert [list(images[0].shape) for images, _ in batches] == [[3, 40, 60]] * 3
+    assert architecture.competing == ("couch", "bench") and compact.classes == ("chair",)
+    assert [branch.head.classification_head.num_columns for branch in compact.branches.values()] == [4, 4]
     monkeypatch.setattr(build, "load_dataset", lambda *_, **__: pytest.fail("no photo is needed"))
     _, architecture = build_model(load_config(None, keys), source.classes)
     assert architecture.head_outputs == 0

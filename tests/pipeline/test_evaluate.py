@@ -95,7 +95,7 @@ def rivals(*overrides: str, **changes):
 
 @pytest.fixture
 def file(tmp_path):
-    """Function that writes a model file into the folder of a run and returns its path."""
+    """A function that writes a model file into the folder of a run and returns its path."""
 
     def write(folder: str = "run", **changes) -> str:
         described = architecture(**changes)
@@ -114,19 +114,17 @@ def test_smaller_sizes(size, sizes):
 
 def test_plain_detectors_of_the_configured_sizes():
     built = rivals("EVAL.RIVALS.SIZES", "[64, 96, 128, 64]")
-    assert [rival.name for rival in built] == ["plain 64", "plain 128"]  # 96 px is the detector without exits
-    assert [rival.example.shape[-1] for rival in built] == [64, 128]
+    # 96 px is the detector without exits
+    assert [(rival.name, rival.example.shape[-1]) for rival in built] == [("plain 64", 64), ("plain 128", 128)]
     assert built[0].mmacs < built[1].mmacs
-    photos = [torch.rand(3, 50, 70)]
     with torch.no_grad():
-        assert all(rival.detector(photos)[0]["boxes"].shape[1] == 4 for rival in built)
+        assert all(rival.detector([torch.rand(3, 50, 70)])[0]["boxes"].shape[1] == 4 for rival in built)
 
 
 def test_a_folded_head_is_also_cut():
     built = rivals("EVAL.RIVALS.SIZES", "[64]", head_outputs=9, folded_rows=(3, 5))
-    assert [rival.name for rival in built] == ["plain 64", "plain 96, cut head", "plain 64, cut head"]
-    assert [rival.kind for rival in built] == ["plain", "cut_head", "cut_head"]
-    assert built[2].mmacs < built[0].mmacs
+    names = [("plain 64", "plain"), ("plain 96, cut head", "cut_head"), ("plain 64, cut head", "cut_head")]
+    assert [(rival.name, rival.kind) for rival in built] == names and built[2].mmacs < built[0].mmacs
     with torch.no_grad():
         assert set(built[2].detector([torch.rand(3, 50, 70)])[0]["labels"].tolist()) <= {1, 2}
 
@@ -139,8 +137,7 @@ def test_the_full_path_of_another_run(file):
         ("plain 64, small_run", "plain", path),
     ]
     with torch.no_grad():
-        labels = built[1].detector([torch.rand(3, 64, 64)])[0]["labels"]
-    assert set(labels.tolist()) <= {1, 2}
+        assert set(built[1].detector([torch.rand(3, 64, 64)])[0]["labels"].tolist()) <= {1, 2}
 
 
 def test_every_photo_leaves_at_a_single_exit_before_later_layers(file, monkeypatch):

@@ -71,13 +71,13 @@ def test_sizes_take_turns_and_share_all_weights():
     architecture = Architecture(("chair",), image_size=96, width=0.35, exits=describe_exits((8,)))
     model = architecture.build().train()
     model.router = build_router(load_config(), {"num_exits": 1}, learn=True)
+    model.norm_frozen = True
     module = SeveralSizes(model, architecture, (96, 64))
     assert set(map(id, module.parameters())) == set(map(id, model.parameters()))
     images = [torch.rand(3, 80, 90)]
     targets = [{"boxes": torch.tensor([[10.0, 10, 60, 70]]), "labels": torch.tensor([1]), "image_id": 4}]
-    model.norm_frozen = True
-    own, smaller = model.train()(images, targets), SeveralSizes(model, architecture, (64, 96))(images, targets)
-    same = SeveralSizes(model, architecture, (96, 64))(images, targets)
+    own, same = model.train()(images, targets), module(images, targets)
+    smaller = module(images, [{**targets[0], "image_id": 5}])
     assert same.keys() == own.keys() and all(torch.equal(same[key], own[key]) for key in own)
     changed = {key for key in own if not torch.equal(smaller[key], own[key])}
     assert smaller.keys() == own.keys() and {"classification", "exit8_classification"} <= changed
@@ -148,8 +148,8 @@ def test_limits_are_met_or_exceeded():
 def test_deepest_exit_is_compared_with_the_full_path():
     gate = exits_gate(load_config(), {"exit8": 0.31, "exit12": 0.5, "full": 0.6}, 8)
     assert [(check.value, check.limit) for check in gate.checks] == [(0.31, 0.30), (0.5, 0.85 * 0.6)]
-    assert not gate.passed
-    assert str(gate).endswith("exit12 AP50 0.500 < 0.510 (85% of full's 0.600)")
+    assert not gate.passed and str(gate).endswith("exit12 AP50 0.500 < 0.510 (85% of full's 0.600)")
+    assert str(exits_gate(load_config(), {"full": None}, 16)) == "gate of phase exits passed: "  # without branches
 
 
 @pytest.mark.parametrize(
@@ -199,27 +199,13 @@ def test_exits_of_an_unchanged_checkpoint_are_compared_with_it(ap50, passed):
         assert "full AP50 0.200 >= 0.050, exit8 AP50 0.151 >= 0.150 (75% of full's 0.200)" in str(gate)
 
 
-def test_gate_without_branches_has_no_check():
-    assert str(exits_gate(load_config(), {"full": None}, 16)) == "gate of phase exits passed: "
-
-
-@pytest.mark.parametrize(
-    ("keys", "named", "unnamed"),
-    [
-        ([], ["more epochs than 24", "BASELINE.LR", "MODEL.WEIGHTS)", "MODEL.WEIGHTS_BACKBONE"], []),
-        (["MODEL.WEIGHTS_BACKBONE", "IMAGENET1K_V1"], ["MODEL.WEIGHTS)"], ["MODEL.WEIGHTS_BACKBONE"]),
-        (["MODEL.WEIGHTS", "COCO_V1"], ["BASELINE.EPOCHS"], ["MODEL.WEIGHTS"]),
-        (CHECKPOINT, ["train the full path: BASELINE.EPOCHS is 0"], ["MODEL.WEIGHTS", "more epochs"]),
-    ],
-)
-def test_advice_for_the_baseline_names_nothing_that_is_set(keys, named, unnamed):
-    advice = "\n".join(baseline_advice(load_config(None, keys)))
-    assert all(word in advice for word in named) and not any(word in advice for word in unnamed)
-
-
 @pytest.mark.parametrize(
     ("keys", "layer", "named", "unnamed"),
     [
+        ([], None, ["more epochs than 24", "BASELINE.LR", "MODEL.WEIGHTS)", "MODEL.WEIGHTS_BACKBONE"], []),
+        (["MODEL.WEIGHTS_BACKBONE", "IMAGENET1K_V1"], None, ["MODEL.WEIGHTS)"], ["MODEL.WEIGHTS_BACKBONE"]),
+        (["MODEL.WEIGHTS", "COCO_V1"], None, ["BASELINE.EPOCHS"], ["MODEL.WEIGHTS"]),
+        (CHECKPOINT, None, ["train the full path: BASELINE.EPOCHS is 0"], ["MODEL.WEIGHTS", "more epochs"]),
         ([], 8, ["EXITS.LAYERS", "more epochs than 8", "more views of a photo than 2"], []),
         ([], 8, ["than 0.5 (EXITS.COPY)", "SUPERVISION teacher"], []),
         (["EXITS.COPY", "[1.0]"], 8, ["EXITS.LAYERS"], ["EXITS.COPY"]),
@@ -230,8 +216,10 @@ def test_advice_for_the_baseline_names_nothing_that_is_set(keys, named, unnamed)
         (["EXITS.LAYERS", "[12]"], 12, ["more photos"], ["EXITS.LAYERS"]),
     ],
 )
-def test_advice_for_the_exits_names_nothing_that_is_set(keys, layer, named, unnamed):
-    advice = "\n".join(exits_advice(load_config(None, keys), "exit8", layer))
+def test_advice_names_no_setting_that_is_in_use(keys, layer, named, unnamed):
+    """``layer`` is that of the first exit; None: advice for the baseline."""
+    cfg = load_config(None, keys)
+    advice = "\n".join(baseline_advice(cfg) if layer is None else exits_advice(cfg, "exit8", layer))
     assert all(word in advice for word in named) and not any(word in advice for word in unnamed), advice
 
 
