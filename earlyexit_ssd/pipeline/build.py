@@ -6,20 +6,22 @@ import dataclasses
 import functools
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from fvcore.common.config import CfgNode
 from torch import Tensor
+from torch.utils.data import DataLoader
 from torchvision.models._api import WeightsEnum
 
 from earlyexit_ssd.calibration.certificate import load_certificate, parse_certificate
+from earlyexit_ssd.config import CLOSED
 from earlyexit_ssd.config.check import num_exits
-from earlyexit_ssd.data.dataset import build_loader, class_names, load_dataset
+from earlyexit_ssd.data.dataset import DetectionDataset, build_loader, class_names, load_dataset
 from earlyexit_ssd.data.records import limit_photos
-from earlyexit_ssd.engine.processes import failing_together, is_main, process_group
+from earlyexit_ssd.engine.processes import failing_together, is_main, process_group, rank, world_size
 from earlyexit_ssd.errors import ConfigError, EarlyExitError, nearest
 from earlyexit_ssd.evaluation.cost import EAGER
 from earlyexit_ssd.evaluation.metrics import EvaluationSettings
@@ -58,16 +60,13 @@ def takes_over(cfg: CfgNode) -> bool:
 
 def evaluation_device(cfg: CfgNode) -> torch.device:
     """Return the device for evaluations: DEVICE, or the CPU if DEVICE is ``auto`` and EVAL.RUNTIME is not ``eager``.
-    Set PyTorch's threads to THREADS. Raise ConfigError if the device is not available."""
+    See `build_device` for threads and errors."""
     return _device(cfg, "cpu" if cfg.DEVICE == "auto" and cfg.EVAL.RUNTIME != EAGER else cfg.DEVICE)
 
 
 def shares_processes(folder: str) -> Callable[[Job[P, R]], Job[P, R]]:
-    """Return a decorator for a job that all processes of torchrun run together.
-
-    Each process must call the job. The first process locks the folder in the job's parameter ``folder``. An error of
-    one process ends all processes.
-    """
+    """Return a decorator for a job that all processes of torchrun call together. The first process locks the folder in
+    the job's parameter ``folder``. An error of one process ends all processes."""
 
     def decorate(job: Job[P, R]) -> Job[P, R]:
         locking = locks_folder(folder)(job)
@@ -109,8 +108,7 @@ def _device(cfg: CfgNode, name: str) -> torch.device:
 
 
 def build_exits(cfg: CfgNode) -> tuple[Exit, ...]:
-    """Return the exits of the EXITS section, whose keys are the keywords of `describe_exits` in capitals. Raise
-    ConfigError for an invalid value, such as an unknown kind of branch."""
+    """Return the exits of the EXITS section. Raise ConfigError for an invalid value, such as an unknown branch."""
     section = {key.lower(): value for key, value in cfg.EXITS.items()}
     try:
         return describe_exits(section.pop("layers"), **section)
@@ -135,9 +133,8 @@ def build_architecture(cfg: CfgNode, classes: tuple[str, ...]) -> Architecture:
 
 
 def build_model(cfg: CfgNode, classes: tuple[str, ...]) -> tuple[EarlyExitSSDLite, Architecture]:
-    """Build a model and its architecture. The weights of the full path come from MODEL.WEIGHTS if it is set, otherwise
-    those of the trunk from MODEL.WEIGHTS_BACKBONE if it is set. All other weights, such as those of the branches, are
-    initialised by the model."""
+    """Build a model and its architecture. MODEL.WEIGHTS has the weights of the full path, MODEL.WEIGHTS_BACKBONE those
+    of the trunk; either may be empty. All other weights are initialised by the model."""
     architecture = build_architecture(cfg, classes)
     if cfg.MODEL.WEIGHTS:
         source = source_classes(cfg.MODEL.WEIGHTS, cfg.MODEL.WEIGHTS_CLASSES, cfg.MODEL.NAME)
@@ -154,8 +151,7 @@ def build_model(cfg: CfgNode, classes: tuple[str, ...]) -> tuple[EarlyExitSSDLit
 
 
 def photos_to_compare_on(cfg: CfgNode, classes: tuple[str, ...]) -> Iterator[Tensor]:
-    """Yield a seeded sample of the photos of DATA.TRAIN, [3, H, W] in [0, 1], not augmented. Files are read only when
-    the first photo is taken."""
+    """Yield a seeded sample of the photos of DATA.TRAIN, [3, H, W] in [0, 1], not augmented."""
     dataset = load_dataset(with_classes(cfg, classes), cfg.DATA.TRAIN, train=True, labels="optional")
     dataset = dataset.subset(limit_photos(dataset.records, COMPARED_PHOTOS, cfg.SEED))
     dataset.transforms = None
@@ -175,15 +171,14 @@ def open_model(
 ) -> tuple[EarlyExitSSDLite, Architecture, ModelInfo]:
     """Return a trained model in eval mode on the CPU, its architecture and its info.
 
-    Args:
-        weights: a model file of this project, the name of shipped weights, or a checkpoint of torchvision's reference
-            training with exits. A checkpoint must fit the configuration: MODEL, EXITS, and DATA.CLASSES in the order of
-            the labels. If its head has COCO's 91 outputs, classes that are not in DATA.CLASSES are folded into
-            background. Its trained temperatures are in ``info["router"]``.
-        need_exits: whether a checkpoint without exits is an error. Otherwise the model has the full path only.
+    ``weights`` is a model file of this project, the name of shipped weights, or a checkpoint of torchvision's reference
+    training. A checkpoint must fit the configuration: MODEL, EXITS, and DATA.CLASSES in the order of the labels. If its
+    head has COCO's 91 outputs, classes that are not in DATA.CLASSES are folded into background. Its trained
+    temperatures are in ``info["router"]``.
 
     Raises:
-        EarlyExitError: unusable weights, or weights that do not fit the configuration.
+        EarlyExitError: unusable weights, weights that do not fit the configuration, or a checkpoint without exits if
+            ``need_exits`` is set.
     """
 
     def describe(outputs: int, exits: tuple[str, ...]) -> Architecture:
@@ -215,20 +210,19 @@ def open_model(
 
 
 def source_classes(weights: str, classes: str, detector: str) -> tuple[str, ...] | None:
-    """Return the class names of a checkpoint: COCO's if ``weights`` are torchvision's weights of ``detector``
-    (MODEL.NAME) or ``classes`` is "coco", otherwise None."""
+    """Return COCO's class names if ``weights`` are torchvision's of ``detector`` or ``classes`` is "coco", otherwise
+    None."""
     from_torchvision = torchvision_name(weights, detector_class(detector).plain_weights)
     return COCO_CLASSES if classes == "coco" or from_torchvision else None
 
 
 def backbone_weights(cfg: CfgNode) -> WeightsEnum:
-    """Return the ImageNet weights of torchvision that MODEL.WEIGHTS_BACKBONE names. Raise ConfigError for another
-    name."""
-    names, name = detector_class(cfg.MODEL.NAME).backbone_weights.__members__, cfg.MODEL.WEIGHTS_BACKBONE
-    if name not in names:
-        expected = f"expected one of {', '.join(names)}{nearest(name, names)}"
+    """Return the ImageNet weights that MODEL.WEIGHTS_BACKBONE names. Raise ConfigError for an unknown name."""
+    members, name = detector_class(cfg.MODEL.NAME).backbone_weights.__members__, cfg.MODEL.WEIGHTS_BACKBONE
+    if name not in members:
+        expected = f"expected one of {', '.join(members)}{nearest(name, members)}"
         raise ConfigError(f"MODEL.WEIGHTS_BACKBONE is {name!r}, {expected}")
-    return names[name]
+    return members[name]
 
 
 def _imagenet_detector(cfg: CfgNode, architecture: Architecture):
@@ -255,14 +249,10 @@ def build_losses(cfg: CfgNode) -> LossSettings:
 
 
 def build_router(cfg: CfgNode, stored: Mapping[str, Any] | None = None, learn: bool = False) -> ExitRouter:
-    """Return the router of the ROUTING section.
+    """Return the router of the ROUTING section, with trainable temperatures if ``learn`` is set.
 
-    Args:
-        stored: router in a model's info. Its number of exits and its temperatures have priority.
-        learn: whether the temperatures are trainable.
-
-    Raises:
-        ConfigError: the policy is unknown, or the number of thresholds does not fit the number of exits.
+    The number of exits and the temperatures of ``stored``, the router in a model's info, have priority. Raise
+    ConfigError if the policy is unknown, or if the number of thresholds does not fit the number of exits.
     """
     routing, stored = cfg.ROUTING, stored or {}
     exits, thresholds = stored.get("num_exits", num_exits(cfg)), len(routing.THRESHOLDS)
@@ -285,6 +275,11 @@ def build_router(cfg: CfgNode, stored: Mapping[str, Any] | None = None, learn: b
     )
 
 
+def open_thresholds(opened: Sequence[bool]) -> list[float]:
+    """Return thresholds at which exactly the exits in ``opened`` are open."""
+    return [0.0 if is_open else CLOSED for is_open in opened]
+
+
 def require_policy(cfg: CfgNode) -> None:
     """Raise a ConfigError with the nearest name if ROUTING.POLICY is not the name of a policy."""
     try:
@@ -294,8 +289,8 @@ def require_policy(cfg: CfgNode) -> None:
 
 
 def open_router(cfg: CfgNode, model: EarlyExitSSDLite, info: ModelInfo, weights: str | os.PathLike[str]) -> ExitRouter:
-    """Return the router of the first of these: ROUTING.CERTIFICATE, the certificate in the model's file, the ROUTING
-    section. ``model`` and ``info`` are from the file ``weights``. Raise the errors of `Certificate.router_for` and
+    """Return the router of the first of these: ROUTING.CERTIFICATE, the certificate in ``info``, the ROUTING section.
+    ``model`` and ``info`` are from the file ``weights``. Raise the errors of `Certificate.router_for` and
     `build_router`."""
     if cfg.ROUTING.CERTIFICATE:
         return load_certificate(cfg.ROUTING.CERTIFICATE).router_for(model)
@@ -307,14 +302,16 @@ def open_router(cfg: CfgNode, model: EarlyExitSSDLite, info: ModelInfo, weights:
 
 def trained_temperatures(cfg: CfgNode, info: dict, exits: int) -> list[float]:
     """Return the temperatures that were fitted in training, from the ``info`` of a model's file, or those of ROUTING.
-
-    The router of a calibrated model may have temperatures that were fitted on calibration photos. Its info then has
-    both.
-    """
+    The router of a calibrated model may have others, fitted on calibration photos; its info then has both."""
     temperatures = (info.get("router") or {}).get("temperatures", cfg.ROUTING.TEMPERATURES)
     temperatures = info.get("trained_temperatures", temperatures)
     bounds = cfg.ROUTING.TEMPERATURE_BOUNDS
     return ExitRouter(exits, temperatures=temperatures, temperature_bounds=bounds).temperatures.tolist()
+
+
+def evaluation_loader(cfg: CfgNode, dataset: DetectionDataset) -> DataLoader:
+    """Return a loader of the photos in their order, not augmented. Under torchrun a process gets its share."""
+    return build_loader(dataset, cfg.EVAL.BATCH_SIZE, cfg.DATA.WORKERS, False, cfg.SEED, rank(), world_size())
 
 
 def build_evaluation(cfg: CfgNode) -> EvaluationSettings:
@@ -330,7 +327,7 @@ def build_evaluation(cfg: CfgNode) -> EvaluationSettings:
 
 
 def with_values(cfg: CfgNode, values: Mapping[str, Any]) -> CfgNode:
-    """Return a copy of the configuration with other ``values``, a dict of dotted keys. They are not checked."""
+    """Return a copy of the configuration with other ``values`` by dotted key. They are not checked."""
     cfg = cfg.clone()
     cfg.defrost()
     for key, value in values.items():
@@ -341,5 +338,4 @@ def with_values(cfg: CfgNode, values: Mapping[str, Any]) -> CfgNode:
 
 
 def with_classes(cfg: CfgNode, classes: tuple[str, ...]) -> CfgNode:
-    """Return a copy of the configuration with ``classes`` as DATA.CLASSES."""
     return with_values(cfg, {"DATA.CLASSES": tuple(classes)})

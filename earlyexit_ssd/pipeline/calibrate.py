@@ -9,9 +9,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import itertools
 import logging
 import math
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -41,7 +43,8 @@ from earlyexit_ssd.evaluation.matches import Detections, ap_of_choice, bootstrap
 from earlyexit_ssd.evaluation.outputs import exit_share
 from earlyexit_ssd.evaluation.verdict import DETECTS_AP50
 from earlyexit_ssd.modeling.checkpoint import save_model, weights_hash
-from earlyexit_ssd.pipeline.build import require_policy, shares_processes, trained_temperatures
+from earlyexit_ssd.pipeline.build import open_thresholds, require_policy, shares_processes, trained_temperatures
+from earlyexit_ssd.pipeline.evaluate import PAGE, attention_of, calibrate_command
 from earlyexit_ssd.pipeline.replay import (
     CostModel,
     Recorded,
@@ -53,8 +56,9 @@ from earlyexit_ssd.pipeline.replay import (
     require_deciding,
     temperatures_of,
 )
-from earlyexit_ssd.pipeline.reports import write_calibration_page
 from earlyexit_ssd.progress import progress
+from earlyexit_ssd.report.page import calibration_page, never_failing, write_page
+from earlyexit_ssd.report.page_photos import OpenCosts, PagePhotos
 from earlyexit_ssd.report.tables import write_calibration
 from earlyexit_ssd.routing import ExitRouter
 from earlyexit_ssd.routing.policies import needs_training_photos
@@ -69,13 +73,12 @@ class Target:
     """The target of a calibration.
 
     Attributes:
-        kind: ``speedup``: the mean cost of the detector without exits / the routed mean cost is at least ``value``.
+        kind: ``speedup``: mean cost of the detector without exits / routed mean cost is at least ``value``.
             ``ap_drop``: the full path's AP50 - the routed AP50 is at most ``value`` in 1 - delta of the bootstrap draws
             of the calibration photos. ``risk``: the expected loss of a photo is at most ``value`` with probability
             1 - delta.
         value: above 0 for a speedup, in [0, 1] for an ap_drop, in (0, 1) for a risk.
-        delta: probability that the guarantee of a risk fails, or share of the bootstrap draws that may exceed an
-            ap_drop; in (0, 1).
+        delta: in (0, 1).
         block: number of consecutive photos of a folder, such as frames of a video, that count as one draw; None: 1.
         learned: whether thresholds are learned by gradient descent instead of chosen from a grid.
     """
@@ -124,11 +127,9 @@ class Search:
     """The search for thresholds that meet the target.
 
     Attributes:
-        router: router with the fitted policy.
-        confidences: confidences of the n calibration photos, [n] per early exit, see `fit_router`.
-        calib: recorded outputs of the calibration photos.
+        router, confidences: the results of `fit_router`.
+        calib: recorded outputs of the n calibration photos.
         train: recorded outputs of the training photos. Only a risk needs them, to order the thresholds that it tests.
-        costs: costs of the exits.
         blocks: number (from 0) of the block of each calibration photo, [n]; None: every photo is a block.
         baseline: detections on the calibration photos whose AP50 an ap_drop is compared with; None: the full path's.
     """
@@ -150,12 +151,11 @@ class Search:
 
     @property
     def draws(self) -> int:
-        """Number of blocks of calibration photos; a block is one independent draw."""
+        """Number of blocks of calibration photos."""
         return len(self.calib.recording) if self.blocks is None else int(self.blocks.max()) + 1
 
     @property
     def draws_name(self) -> str:
-        """The draws in words, for messages."""
         block = self.target.block
         return "calibration photos" if block is None else f"blocks of {block} calibration photos"
 
@@ -214,9 +214,8 @@ class Search:
     def _for_ap_drop(self) -> Chosen:
         """Find the cheapest combination that loses at most the target in 1 - delta of the bootstrap draws.
 
-        The chosen combination loses more on other photos than on the photos that it was chosen on. The quantile of the
-        draws is a margin for this, not a guarantee. A combination is tested if it is Pareto-optimal in cost and AP50,
-        or in cost and mean loss of a photo.
+        The chosen combination loses more on other photos. The quantile of the draws is a margin for this, not a
+        guarantee. Combinations are tested if they are Pareto-optimal in cost and AP50, or in cost and mean loss.
         """
         target, count = self.target, len(self.calib.recording)
         matches, baseline_exit = self.calib.matches_beside(self.baseline)
@@ -271,11 +270,8 @@ def _curve(
 
 
 def draws_needed(target: Target) -> int:
-    """Return the smallest sufficient number of draws for an ap_drop.
-
-    If a share ``target.value`` of all photos is of a rare kind, so many draws contain one of them with probability
-    1 - delta.
-    """
+    """Return the number of draws that contain a photo of a rare kind, which is a share ``target.value`` of all photos,
+    with probability 1 - delta."""
     return math.ceil(math.log(target.delta) / math.log1p(-min(max(target.value, SMALLEST_DROP), 0.99)))
 
 
@@ -283,18 +279,11 @@ def draws_needed(target: Target) -> int:
 def calibrate(
     cfg: CfgNode, weights: str | os.PathLike[str], target: Target, out_dir: str | os.PathLike[str]
 ) -> Certificate | None:
-    """Fit temperatures and policy, search thresholds, and write the results to ``out_dir``.
-
-    These are certificate.json, calibration.txt, reliability.png, report.html and model.pth with this routing.
+    """Fit temperatures and policy, search thresholds, and write certificate.json, calibration.txt, reliability.png,
+    report.html and model.pth with this routing to ``out_dir``.
 
     If the calibration photos have no labels, the detections of the full path replace them. The report then has the
-    agreement with the full path instead of AP.
-
-    Args:
-        cfg: configuration; its DATA.CLASSES are replaced by the classes of the weights.
-        weights: model file of this project.
-        target: target of the calibration.
-        out_dir: folder of the results and the recorded outputs.
+    agreement with the full path instead of AP. The classes are those of the weights, not DATA.CLASSES.
 
     Returns:
         The certificate; None on processes other than the first, which only record their share of the photos.
@@ -331,7 +320,9 @@ def calibrate(
     write_calibration(out, certificate, fitted)
     routing = {"router": certificate.router, "certificate": certificate.to_dict(), "trained_temperatures": trained}
     save_model(out / "model.pth", model, recorded.architecture, {**recorded.info, **routing})
-    write_calibration_page(out, weights, recorded, search, chosen.curve, certificate, fitted)
+    with never_failing(out / PAGE):
+        photos, command = _page_photos(recorded, search, chosen), calibrate_command(sys.argv, weights)
+        write_page(out / PAGE, calibration_page(certificate, fitted, chosen.curve, photos, command))
     return certificate
 
 
@@ -395,4 +386,25 @@ def certificate_of(recorded: Recorded, search: Search, chosen: Chosen) -> Certif
         photo_list_sha256=hashlib.sha256("".join(photos).encode()).hexdigest(),
         drift=Reference.from_decisions(names, exits, search.confidences),
         versions={"torch": torch.__version__, "torchvision": torchvision.__version__},
+    )
+
+
+def _page_photos(recorded: Recorded, search: Search, chosen: Chosen) -> PagePhotos:
+    model, calib, costs = recorded.model, search.calib, search.costs
+    return PagePhotos(
+        ground_truth=calib.ground_truth,
+        detections=calib.recording.detections,
+        matches=calib.matches,
+        exit_names=model.exit_names,
+        confidences=np.array(search.confidences),
+        thresholds=list(chosen.thresholds),
+        costs=[
+            OpenCosts(opened, **{costs.unit: costs.per_exit(open_thresholds(opened)).tolist()})
+            for opened in itertools.product((True, False), repeat=model.num_early_exits)
+        ],
+        **{f"plain_{unit}": costs.plain if unit == costs.unit else None for unit in ("mmacs", "ms")},
+        score=calib.score,
+        labelled=calib.labelled,
+        chosen_here=True,
+        attention=attention_of(model, recorded.sets["CALIB"], calib.matches, calib.score),
     )

@@ -41,24 +41,15 @@ reduce the loss."""
 
 @dataclass(frozen=True)
 class Goal:
-    """The goal of a search: an accuracy budget, and the wanted speed.
+    """The goal of a search: an accuracy budget, and the wanted speed; as fast as possible if no speed is given."""
 
-    Attributes:
-        ap_drop, delta: accuracy budget: largest AP50 lost against the base detector, in a share 1 - ``delta`` of the
-            bootstrap draws of the calib photos.
-        coco_ap_drop: as ``ap_drop``, for COCO's AP (the mean over IoU 0.5 to 0.95); None: not limited.
-        speedup, ms: wanted speed relative to the base detector, or milliseconds per photo; None: as fast as possible.
-        minutes: time after which no further candidate is started; None: no limit.
-        train: also try trained nets: fine-tuned nets, and nets of the joint phase if it is configured.
-    """
-
-    ap_drop: float = 0.01
+    ap_drop: float = 0.01  # largest AP50 lost against the base detector, in 1 - ``delta`` of the bootstrap draws
     delta: float = 0.05
-    speedup: float | None = None
-    ms: float | None = None
-    minutes: float | None = None
-    train: bool = False
-    coco_ap_drop: float | None = None
+    speedup: float | None = None  # wanted speed relative to the base detector
+    ms: float | None = None  # wanted milliseconds per photo
+    minutes: float | None = None  # time after which no further candidate is started; None: no limit
+    train: bool = False  # also try trained nets: fine-tuned nets, and nets of the joint phase if it is configured
+    coco_ap_drop: float | None = None  # as ``ap_drop``, for COCO's AP (IoU 0.5 to 0.95); None: not limited
 
     def __post_init__(self) -> None:
         _ = self.budget  # raises if ap_drop or delta is out of range
@@ -117,12 +108,8 @@ class Candidate(Record):
         return " ".join([f"{self.image_size} {self.fold}{training}", *self.exits])
 
     def describe(self, opened: Sequence[str], own_size: int) -> str:
-        """Return the name for the report.
-
-        Args:
-            opened: names of the open exits.
-            own_size: side of the base detector's input in pixels, which the name leaves out.
-        """
+        """Return the name for the report. ``opened`` are the names of the open exits. The base detector's input side
+        ``own_size``, in pixels, is left out."""
         words = [f"{self.image_size} px"] if self.image_size != own_size else []
         words += [f"{self.fold} head"] if self.fold != OWN_HEAD else []
         words += ["fine-tuned"] if self.fine_tuned else []
@@ -156,20 +143,14 @@ class Plan:
         3. Nets with the detector's own head and exits: at all sizes if it has branches, otherwise at its own size.
         4. With ``goal.train`` the fine-tuned nets: without exits at many sizes, then with exits.
         5. If the joint phase is tried, its nets: without exits, then with exits.
-
-        Args:
-            with_empty_exits: whether glances and other empty exits are tried.
         """
 
         def nets(sizes: Iterable[int], fold: str, **training: bool) -> list[Candidate]:
             return [Candidate("", size, fold, **training) for size in sorted(set(sizes), reverse=True)]
 
         def with_exits(nets: Sequence[Candidate]) -> list[Candidate]:
-            return [
-                dataclasses.replace(net, exits=exits)
-                for net in nets
-                for exits in self._exit_sets(net, with_empty_exits)
-            ]
+            pairs = ((net, exits) for net in nets for exits in self._exit_sets(net, with_empty_exits))
+            return [dataclasses.replace(net, exits=exits) for net, exits in pairs]
 
         base = nets([self.architecture.image_size], OWN_HEAD)
         best = nets(self.sizes(), self.best_head)
@@ -273,16 +254,16 @@ def choose_candidate(candidates: Sequence[Candidate], goal: Goal) -> Candidate |
     2. Otherwise the candidate that loses least AP50, of those that reach the wanted speed.
     3. None if neither exists.
     """
-    faster = [one for one in candidates[1:] if one.ms is not None and one.lost is not None and one.speedup > 1]
+    faster = [each for each in candidates[1:] if each.ms is not None and each.lost is not None and each.speedup > 1]
     # with all exits closed a candidate equals its net without exits
-    faster = [one for one in faster if not one.exits or min(one.thresholds) < CLOSED]
-    fastest = max((one for one in faster if one.holds), key=lambda one: one.speedup, default=None)
+    faster = [each for each in faster if not each.exits or min(each.thresholds) < CLOSED]
+    fastest = max((each for each in faster if each.holds), key=lambda each: each.speedup, default=None)
     if goal.speedup is None and goal.ms is None:
         return fastest
-    reaching = [one for one in faster if one.speedup >= (goal.speedup or 0) and one.ms <= (goal.ms or np.inf)]
+    reaching = [each for each in faster if each.speedup >= (goal.speedup or 0) and each.ms <= (goal.ms or np.inf)]
     if fastest in reaching or not reaching:
         return fastest
-    return min(reaching, key=lambda one: one.lost)
+    return min(reaching, key=lambda each: each.lost)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import torch
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
-from earlyexit_ssd.data import DetectionDataset, build_loader, class_names, load_dataset, to_coco
+from earlyexit_ssd.data import DetectionDataset, class_names, load_dataset, to_coco
 from earlyexit_ssd.data.checks import check_photos
 from earlyexit_ssd.data.dataset import read_dataset
 from earlyexit_ssd.data.problems import Problems
@@ -42,6 +42,7 @@ from earlyexit_ssd.modeling.trunk import evaluating
 from earlyexit_ssd.pipeline.build import (
     build_architecture,
     evaluation_device,
+    evaluation_loader,
     open_model,
     open_router,
     takes_over,
@@ -70,13 +71,8 @@ class Report(Record):
 
 
 def doctor_data(cfg: CfgNode) -> Report:
-    """Check the photos and boxes of DATA.TRAIN, CALIB and TEST.
-
-    For a split that cannot be read, the report has the bad finding ``unreadable``.
-
-    Raises:
-        EarlyExitError: unusable settings, or no split can be read.
-    """
+    """Check the photos and boxes of DATA.TRAIN, CALIB and TEST. A split that cannot be read is the bad finding
+    ``unreadable``. Raise EarlyExitError if the settings are unusable or no split can be read."""
     splits, unreadable = [], []
     for name in ("TRAIN", "CALIB", "TEST"):
         try:
@@ -108,12 +104,11 @@ def _split(cfg: CfgNode, name: str) -> Split:
 
 
 def doctor_model(cfg: CfgNode, weights: str | os.PathLike[str], photos: int = 200) -> Report:
-    """Check a model on photos of DATA.CALIB, chosen with SEED. Half of them have objects if there are enough.
+    """Check a model on ``photos`` of DATA.CALIB, chosen with SEED. Half of them have objects if there are enough.
 
     Args:
         weights: a model of this project, or a checkpoint with or without exits that ``cfg`` describes. If it is in the
             folder of a run, logs and figures of the run are checked too.
-        photos: number of photos.
 
     Raises:
         EarlyExitError: unusable weights, data or settings.
@@ -156,8 +151,7 @@ def collect_evidence(
             values.append(router.confidence(outputs.signals(index), index).cpu())
         return evidence
 
-    loader = build_loader(dataset, cfg.EVAL.BATCH_SIZE, cfg.DATA.WORKERS, False, cfg.SEED)
-    batches = over_batches(model, loader, of_batch, "check photos")
+    batches = over_batches(model, evaluation_loader(cfg, dataset), of_batch, "check photos")
     shares = {}
     if not router.closed:
         values = [*map(torch.cat, confidences), torch.ones(len(dataset))]
@@ -166,13 +160,12 @@ def collect_evidence(
     choices = [np.full(matches.photos, index) for index in range(len(detections))]
     *early, full = bootstrap_choices(matches, choices, seed=cfg.SEED)
     ap50, above_full = {}, {}
-    for name, empty, choice, draws in zip(
-        model.exit_names, (*model.empty, False), choices, (*early, full), strict=True
-    ):
-        if not empty:
-            ap50[name] = ap_of_choice(matches, choice, ap50_only=True).AP50
-            difference = None if draws is full else interval(draws.AP50 - full.AP50)
-            above_full |= {name: difference[0]} if difference else {}
+    for index, name in enumerate(model.exit_names):
+        if index < len(early) and model.empty[index]:
+            continue
+        ap50[name] = ap_of_choice(matches, choices[index], ap50_only=True).AP50
+        difference = interval(early[index].AP50 - full.AP50) if index < len(early) else None
+        above_full |= {name: difference[0]} if difference else {}
     temperatures = zip(model.exit_names, router.temperatures.tolist(), strict=False)
     return ModelEvidence(
         exits=[ExitOutput.joined(parts) for parts in zip(*(batch.exits for batch in batches), strict=True)],
@@ -234,19 +227,19 @@ def run_evidence(weights: Path, evidence: ModelEvidence, router: ExitRouter) -> 
 
 WATCHED_PHOTOS = 12  # number of photos that are checked, always the same
 MIN_PROGRESS = 0.1  # share of the distance to a threshold that a sound training gains in two checks at least
-MAX_SHARE_OF_TIME = 0.01  # largest share of the training's time for all checks but the first
+MAX_SHARE_OF_TIME = 0.01  # largest share of the training's time so far for all checks but the first
 
 
 class Watch(Hook):
     """At the end of epochs, check the outputs on a few CALIB photos with objects.
 
-    A detector also has bad figures early in a training, but they improve. In the first two thirds of the training a bad
-    figure is reported only if its distance to the threshold has not shrunk by `MIN_PROGRESS` in two checks. An epoch is
-    skipped if all checks together would take more than 1 % of the training's time so far.
+    Figures of a detector are bad early in a training, but they improve. In the first two thirds a bad figure is
+    reported only if its distance to the threshold has not shrunk by `MIN_PROGRESS` in two checks. An epoch is skipped
+    if all checks together would take more than `MAX_SHARE_OF_TIME`.
 
     Args:
         photos: the CALIB split. Its first photos with objects are read once.
-        model: the trained model or its average. If it has no router (before the exits phase), only its full path is
+        model: the trained model or its average. Without a router, as before the exits phase, only its full path is
             checked.
     """
 

@@ -1,38 +1,46 @@
-"""Evaluate a trained model on the TEST split, and compare it with rivals."""
+"""Evaluate a trained model on the TEST split, compare it with rivals, and write the report page."""
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
+import re
+import shlex
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from fvcore.common.config import CfgNode
 from PIL import Image
-from torch import nn
 from torchvision.models.detection.ssd import SSD
 
 from earlyexit_ssd.calibration import DriftMonitor
 from earlyexit_ssd.calibration.certificate import Certificate
-from earlyexit_ssd.data import DetectionDataset, build_loader, load_dataset, to_coco
+from earlyexit_ssd.config import CLOSED, PHASE_SECTIONS
+from earlyexit_ssd.data import DetectionDataset, load_dataset, to_coco
 from earlyexit_ssd.data.dataset import photo_hashes
 from earlyexit_ssd.drift import WINDOW
-from earlyexit_ssd.engine.processes import is_main, rank, world_size
+from earlyexit_ssd.engine import read_log
+from earlyexit_ssd.engine.processes import is_main
 from earlyexit_ssd.errors import ConfigError, EarlyExitError, import_package
-from earlyexit_ssd.evaluation.cost import EAGER, PlainPath, count_mmacs, example_input
+from earlyexit_ssd.evaluation.cost import EAGER, PlainPath, count_mmacs, example_input, mmacs_of_path
 from earlyexit_ssd.evaluation.evaluate import (
     CUT_HEAD,
     ONNX,
     PLAIN,
     SINGLE_EXIT,
+    Evaluation,
     Rival,
     WantedClasses,
     evaluate_exits,
     exits_alone,
 )
-from earlyexit_ssd.evaluation.matches import photo_list
+from earlyexit_ssd.evaluation.matches import ExitMatches, photo_list
 from earlyexit_ssd.evaluation.onnx import OnnxDetector, count_onnx_mmacs
 from earlyexit_ssd.evaluation.outputs import Collected, collect
 from earlyexit_ssd.evaluation.results import Context, DriftResult, Results
@@ -44,14 +52,18 @@ from earlyexit_ssd.pipeline.build import (
     build_architecture,
     build_evaluation,
     evaluation_device,
+    evaluation_loader,
     file_of,
     open_model,
     open_router,
+    open_thresholds,
     shares_processes,
     takes_over,
     with_classes,
 )
-from earlyexit_ssd.pipeline.reports import write_evaluation_page
+from earlyexit_ssd.plain import read_json
+from earlyexit_ssd.report.page import Section, evaluation_page, never_failing, training_section, write_page
+from earlyexit_ssd.report.page_photos import Attention, OpenCosts, PagePhotos, attention_pictures, by_gain
 from earlyexit_ssd.report.pictures import Example, choose_examples, detection_grid
 from earlyexit_ssd.report.tables import write_results
 from earlyexit_ssd.routing import ExitRouter
@@ -64,10 +76,8 @@ def check_certificate(
 ) -> None:
     """Check that a certificate from the file ``source`` fits the photos and settings of an evaluation.
 
-    An EVAL.SCORE or EVAL.IOU other than the certificate's is a warning, or an error if the certificate bounds a risk.
-
-    Raises:
-        EarlyExitError: the risk does not hold at these settings, or the model was calibrated on one of the photos.
+    Raise EarlyExitError if the model was calibrated on one of the photos. An EVAL.SCORE or EVAL.IOU other than the
+    certificate's is a warning, or a ConfigError if the certificate bounds a risk.
     """
     certificate.require_unseen(photo_hashes(dataset))
     target = certificate.target
@@ -116,25 +126,15 @@ def check_rivals(cfg: CfgNode, device: torch.device) -> None:
 
 
 def build_rivals(cfg: CfgNode, model: EarlyExitSSDLite, architecture: Architecture) -> list[Rival]:
-    """Return the rivals of EVAL.RIVALS, which detect the model's classes. They are on the model's device, and exported
-    detectors on the CPU.
-
-    Raises:
-        EarlyExitError: a file does not hold a detector of its kind, or its detector has none of the classes.
-    """
+    """Return the rivals of EVAL.RIVALS, which detect the model's classes. They are on the model's device, exported
+    detectors on the CPU. Raise EarlyExitError if a file does not hold a detector of its kind and of these classes."""
     rivals, wanted, own_size = cfg.EVAL.RIVALS, architecture.classes, architecture.image_size
     built: list[Rival] = []
     if not rivals.ENABLED:
         return built
 
-    def add(
-        name: str,
-        kind: str,
-        detector: SSD,
-        network: nn.Module,
-        classes: Sequence[str] = wanted,
-        source: str | None = None,
-    ) -> None:
+    def add(name: str, kind: str, detector: SSD, classes: Sequence[str] = wanted, source: str | None = None) -> None:
+        network = PathToExit(detector, 0) if kind == SINGLE_EXIT else PlainPath(detector)
         example = example_input(detector)
         filtered = WantedClasses(detector, classes, wanted, source or name).to(example.device)
         built.append(Rival(name, kind, network, example, count_mmacs(network, example), filtered, source))
@@ -143,20 +143,17 @@ def build_rivals(cfg: CfgNode, model: EarlyExitSSDLite, architecture: Architectu
     sizes = rivals.SIZES or (smaller_sizes(own_size) if model.any_size else ())
     sizes = [size for size in dict.fromkeys(sizes) if size != own_size]
     for size in sizes:
-        detector = resize_detector(model, architecture, size)
-        add(f"plain {size}", PLAIN, detector, PlainPath(detector))
+        add(f"plain {size}", PLAIN, resize_detector(model, architecture, size))
     for size in (own_size, *sizes) if is_folded(model.head.classification_head) else ():
-        detector = resize_detector(model, architecture, size, cut=True)
-        add(f"plain {size}, cut head", CUT_HEAD, detector, PlainPath(detector))
+        add(f"plain {size}, cut head", CUT_HEAD, resize_detector(model, architecture, size, cut=True))
     for path in rivals.FULL_PATHS:
         other, other_architecture, _ = load_model(path)
         size = other_architecture.image_size
         detector = resize_detector(other.to(device), other_architecture, size)  # the same size, without branches
-        add(f"plain {size}, {_short(path)}", PLAIN, detector, PlainPath(detector), other.classes, path)
+        add(f"plain {size}, {_short(path)}", PLAIN, detector, other.classes, path)
     for path in rivals.SINGLE_EXITS:
         other = _single_exit(path).to(device)
-        name = f"{other.exit_names[0]} alone, {_short(path)}"
-        add(name, SINGLE_EXIT, other, PathToExit(other, 0), other.classes, path)
+        add(f"{other.exit_names[0]} alone, {_short(path)}", SINGLE_EXIT, other, other.classes, path)
     return built + onnx_rivals(cfg, wanted)
 
 
@@ -209,7 +206,6 @@ def evaluate_model(
     Args:
         cfg: configuration; its DATA.CLASSES are replaced by the classes of the weights.
         weights: a model of this project, or a checkpoint that ``cfg`` describes, see `open_model`.
-        out_dir: folder of the results.
         compare: whether to warn if ``cfg`` describes another model than ``weights``.
 
     Returns:
@@ -227,7 +223,7 @@ def evaluate_model(
         _warn_of_differences(cfg, architecture)
     cfg = with_classes(cfg, architecture.classes)
     dataset = load_dataset(cfg, cfg.DATA.TEST, labels="optional")
-    loader = build_loader(dataset, cfg.EVAL.BATCH_SIZE, cfg.DATA.WORKERS, False, cfg.SEED, rank(), world_size())
+    loader = evaluation_loader(cfg, dataset)
     router = open_router(cfg, model, info, weights).to(device)
     model = model.to(device)
     if certificate := router.certificate:
@@ -241,30 +237,35 @@ def evaluate_model(
     rivals = [replace(rival, detector=rival.detections(loader)) for rival in rivals]
     if not is_main():  # the decorator makes it wait, so that the first process measures times undisturbed
         return None
-    evaluation = evaluate_exits(
-        model,
-        collected,
-        to_coco(dataset),
-        router,
-        build_evaluation(cfg),
-        Context(
-            splits=list(cfg.DATA.TEST),
-            forced=info.get("forced", False),
-            taken_over=info.get("taken_over", takes_over(cfg)),
-            labelled=dataset.labelled,
-            weights_sha256=sha256(weights),
-        ),
-        rivals,
-        certificate,
+    context = Context(
+        splits=list(cfg.DATA.TEST),
+        forced=info.get("forced", False),
+        taken_over=info.get("taken_over", takes_over(cfg)),
+        labelled=dataset.labelled,
+        weights_sha256=sha256(weights),
     )
+    settings, ground_truth = build_evaluation(cfg), to_coco(dataset)
+    evaluation = evaluate_exits(model, collected, ground_truth, router, settings, context, rivals, certificate)
     results, chosen = evaluation.results, evaluation.chosen.tolist()
     if certificate is not None:
         results = replace(results, drift=drift_of(certificate, collected, chosen))
     photos = photo_list(evaluation.counts, collected, evaluation.chosen, model.exit_names, dataset.path_of)
-    picture = _detection_picture(cfg, model, dataset, collected, chosen) if cfg.EVAL.PICTURES else None
-    pictures = {"detections": picture} if picture else {}
+    pictures = {}
+    if cfg.EVAL.PICTURES:
+        pictures["detections"] = _detection_picture(cfg, model, dataset, collected, chosen)
     write_results(Path(out_dir), results, pictures, photos)
-    write_evaluation_page(Path(out_dir), cfg, weights, model, router, dataset, collected, evaluation, results)
+    with never_failing(Path(out_dir) / PAGE):
+        parts = _page_photos(model, router, dataset, collected, replace(evaluation, results=results))
+        training, _ = read_training(Path(out_dir), cfg.ROUTING.TEMPERATURE_BOUNDS)
+        calibration = f"calibration/{PAGE}"
+        page = evaluation_page(
+            results,
+            photos=parts,
+            sections=(training,) if training else (),
+            command=calibrate_command(sys.argv, weights),
+            links={"the calibration": calibration} if (Path(out_dir) / calibration).is_file() else {},
+        )
+        write_page(Path(out_dir) / PAGE, page)
     return results
 
 
@@ -290,3 +291,79 @@ def _detection_picture(
         detections = [of_exit[target["image_id"]] for of_exit in collected.detections]
         examples.append(Example(image, target, detections, chosen[index]))
     return detection_grid(examples, model.exit_names, model.classes, cfg.EVAL.PICTURE_SCORE)
+
+
+# The report page. The results are on disk already, so an error in it must not end the job (`never_failing`).
+
+PAGE = "report.html"
+ATTENTION_PHOTOS = 6  # number of photos with attention maps, the first of the gallery
+MAX_OPEN_SETS = 8  # if there are more sets of open exits, operations are counted for the evaluated set only
+
+
+def _page_photos(
+    model: EarlyExitSSDLite, router: ExitRouter, dataset: DetectionDataset, collected: Collected, evaluation: Evaluation
+) -> PagePhotos:
+    results, order = evaluation.results, np.argsort(collected.image_ids, kind="stable")
+    return PagePhotos(
+        ground_truth=evaluation.ground_truth,
+        detections=collected.detections,
+        matches=evaluation.matches,
+        exit_names=model.exit_names,
+        confidences=np.array([values.numpy()[order] for values in collected.confidences[:-1]]),
+        thresholds=router.thresholds.tolist(),
+        costs=_open_costs(model, router, results),
+        plain_mmacs=results.without_exits.mmacs,
+        plain_ms=results.without_exits.ms,
+        score=results.context.score,
+        labelled=results.context.labelled,
+        attention=attention_of(model, dataset, evaluation.matches, results.context.score),
+    )
+
+
+def read_training(folder: Path, bounds: Sequence[float]) -> tuple[Section | None, list[dict[str, Any]]]:
+    """Return the page section of a training's logs and gates, and the gates; None and [] if ``folder`` has neither.
+    ``bounds`` are the bounds of a temperature."""
+    files = [path for name in PHASE_SECTIONS if (path := folder / name / "gate.json").is_file()]
+    gates = [read_json(path, "gate of a phase", "delete it") for path in files]
+    logs = {name: read_log(folder / name) for name in PHASE_SECTIONS}
+    return (training_section(logs, gates, bounds) if gates or any(logs.values()) else None), gates
+
+
+def _open_costs(model: EarlyExitSSDLite, router: ExitRouter, results: Results) -> list[OpenCosts]:
+    """Return the costs of the exits for the evaluated set of open exits, and the MMACs for all other sets. Only the
+    evaluated set was timed."""
+    evaluated = tuple(threshold < CLOSED for threshold in router.thresholds.tolist())
+    # key: which of the earlier exits are open; value: MMACs up to the exit after them
+    mmacs = {evaluated[:index]: row.mmacs for index, row in enumerate(results.exits)}
+    costs = [OpenCosts(evaluated, [row.mmacs for row in results.exits], [row.ms for row in results.exits])]
+    others = [opened for opened in itertools.product((True, False), repeat=len(evaluated)) if opened != evaluated]
+    for opened in others if len(others) < MAX_OPEN_SETS else ():
+        values = {**router.to_dict(), "thresholds": open_thresholds(opened)}
+        other_router = ExitRouter(**values).to(router.thresholds.device)
+        paths = [opened[:index] for index in range(len(evaluated) + 1)]
+        for index, path in enumerate(paths):
+            if path not in mmacs:
+                mmacs[path] = mmacs_of_path(model, index, other_router)
+        costs.append(OpenCosts(opened, [mmacs[path] for path in paths]))
+    return costs
+
+
+def attention_of(
+    model: EarlyExitSSDLite, dataset: DetectionDataset, matches: ExitMatches, score: float
+) -> tuple[Attention, ...]:
+    """Return the attention maps of the first photos of the gallery."""
+    rows = {record.image_id: row for row, record in enumerate(dataset.records)}
+    photos = by_gain(matches, score)[:ATTENTION_PHOTOS].tolist()
+    return attention_pictures(model, [(photo, dataset[rows[matches.image_ids[photo]]][0]) for photo in photos])
+
+
+def calibrate_command(arguments: Sequence[str], weights: Any) -> str:
+    """Return a command that calibrates ``weights``, with ``{target}`` in place of the target. Configuration file and
+    keys are from ``arguments``, a command line. Without ``--config``, as in a notebook, the result is empty."""
+    if "--config" not in arguments[:-1]:
+        return ""
+    config = arguments[list(arguments).index("--config") + 1]
+    pairs = [pair for pair in itertools.pairwise(arguments) if re.fullmatch(r"[A-Z][A-Z0-9_]*(\.[A-Z0-9_]+)*", pair[0])]
+    keys = [text for pair in pairs if pair[0] != "ROUTING.CERTIFICATE" for text in pair]
+    words = ["earlyexit", "calibrate", "--config", config, "--weights", str(weights), "--out", "calibrated"]
+    return f"{shlex.join(words)} {{target}} {shlex.join(keys)}".strip()

@@ -50,42 +50,33 @@ MAX_HEAD_DIFFERENCE = 1e-4
 """Largest difference between a head's output and the model's; multiplied by the largest output if that is above 1."""
 MAX_BOX_DIFFERENCE_PX = 0.1
 MAX_SCORE_DIFFERENCE = 1e-3
-NEAR_THRESHOLD = 1e-5  # a confidence this close to its threshold may fall on the other side
-NEAR_LIMIT = 1e-4  # a score or an IoU of two boxes this close to its limit may fall on the other side
+NEAR_THRESHOLD = 1e-5  # rounding may move a confidence this close to its threshold to the other side
+NEAR_LIMIT = 1e-4  # rounding may move a score or an IoU this close to its limit to the other side
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written, and the result of the comparison with the model.
+    """What was written, and the result of the comparison with the model."""
 
-    Attributes:
-        path: path of the file, or of the folder of staged files.
-        size: bytes of all files.
-        photos: number of photos on which file and model were compared.
-        detections: number of the model's detections in these photos.
-        borderline: number of photos in which rounding changed a decision: the photo left at another exit
-            (`NEAR_THRESHOLD`), or has other detections (`NEAR_LIMIT`).
-    """
-
-    path: Path
-    size: int
-    photos: int
-    detections: int
-    borderline: int
+    path: Path  # the file, or the folder of staged files
+    size: int  # bytes of all files
+    photos: int  # number of photos on which file and model were compared
+    detections: int  # number of the model's detections in these photos
+    borderline: int  # number of photos with another exit or other detections because of rounding
 
     def __str__(self) -> str:
-        said = f"exits and {self.detections} detections in {self.photos} photos are the model's"
+        same = f"exits and {self.detections} detections in {self.photos} photos are the model's"
         rounding = f"; in {self.borderline} photos rounding changed a decision" if self.borderline else ""
-        return f"{self.path}: {self.size / 1e6:.1f} MB; {said}{rounding}"
+        return f"{self.path}: {self.size / 1e6:.1f} MB; {same}{rounding}"
 
 
 def open_any(name_or_path: str | os.PathLike[str], router: bool = True) -> EarlyExitDetector:
-    """A model of any registered detector, from shipped weights or a model file; ``router=False`` leaves the routing
-    out. Raises the errors of :meth:`EarlyExitSSDLite.from_pretrained`."""
-    described = read_weights(weights_path(name_or_path)).get("architecture")
-    name = described.get("detector") if isinstance(described, dict) else None
-    kind = DETECTORS.get(name, EarlyExitSSDLite) if isinstance(name, str) else EarlyExitSSDLite
-    return kind.from_pretrained(name_or_path, router=router)
+    """Open shipped weights or a model file of any registered detector. Without ``router`` the model has no routing.
+    Raise the errors of :meth:`EarlyExitSSDLite.from_pretrained`."""
+    architecture = read_weights(weights_path(name_or_path)).get("architecture")
+    name = architecture.get("detector") if isinstance(architecture, dict) else None
+    detector = DETECTORS.get(name, EarlyExitSSDLite) if isinstance(name, str) else EarlyExitSSDLite
+    return detector.from_pretrained(name_or_path, router=router)
 
 
 def export_detector(
@@ -94,18 +85,17 @@ def export_detector(
     file_format: Format = "onnx",
     photos: Sequence[str | os.PathLike[str]] = (),
 ) -> Exported:
-    """Write a detector that runs without PyTorch, with the routing of ``model.router``; `Predictor` runs the file.
+    """Write a detector that runs without PyTorch, with the routing of ``model.router``. `Predictor` runs the file.
 
-    Exits that the router has closed are left out. Without a router the file is the full path and names no other exit.
-    Before the file is put in place, it is run on photos. If its exits, detections or heads differ from the model's by
-    more than rounding, nothing is written.
+    Closed exits are left out. Without a router the file has the full path only. Before the file is put in place, it is
+    run on photos. If its exits, detections or heads differ from the model's by more than rounding, nothing is written.
 
     Args:
-        model: it is not changed.
+        model: the detector, which is not changed.
         path: path of the file, ending in .onnx or .xml (OpenVINO, with the weights in a .bin file beside it), or a
             folder for staged files.
         file_format: ``onnx``, ``staged`` (a file for each segment) or ``openvino``.
-        photos: paths of photos to compare on; by default `RENDERED_PHOTOS` are rendered.
+        photos: paths of photos to compare on; empty: `RENDERED_PHOTOS` are rendered.
 
     Raises:
         EarlyExitError: a hybrid router, a path that does not fit the format, an unreadable photo, or a result of the
@@ -113,28 +103,30 @@ def export_detector(
     """
     path = exportable_path(path, file_format)
     model = exportable(model)
-    with evaluating(model), replacing(path) as made:
+    with evaluating(model), replacing(path) as new_path:
         segments, compared = build_segments(model), list(_photos(photos))
         _compare_heads(model, segments, compared[:HEAD_PHOTOS])
-        WRITERS[file_format](model, segments, made)
-        detections, borderline = _compare(model, Predictor(made, runtime_of(file_format)), compared)
+        write_segments(model, segments, new_path, file_format)
+        detections, borderline = _compare(model, Predictor(new_path, runtime_of(file_format)), compared)
     return Exported(path, size_of(path), len(compared), detections, borderline)
 
 
 def exportable_path(path: str | os.PathLike[str], file_format: Format) -> Path:
-    """The path, if a file or folder of this format can be written there; otherwise an EarlyExitError."""
+    """Return the path. Raise EarlyExitError if no file or folder of this format can be written there."""
     path = Path(path)
     if file_format not in SUFFIXES:
         raise EarlyExitError(f"format {file_format!r:.60}: expected one of {', '.join(SUFFIXES)}")
     if path.suffix != SUFFIXES[file_format] and file_format != "staged":
         raise EarlyExitError(f"{path}: a file of format {file_format} ends in {SUFFIXES[file_format]}; rename it")
     if path.exists() and path.is_dir() != (file_format == "staged"):
-        raise EarlyExitError(f"{path}: there is {'a folder' if path.is_dir() else 'a file'} of that name; name another")
+        present = "a folder" if path.is_dir() else "a file"
+        raise EarlyExitError(f"{path}: there is {present} of that name; choose another name")
     return path
 
 
 def exportable(model: EarlyExitDetector) -> EarlyExitDetector:
-    """A copy of the model on the CPU, without exits if it has no router; an EarlyExitError for a hybrid router."""
+    """Return a copy of the model on the CPU, without exits if it has no router. Raise EarlyExitError for a hybrid
+    router."""
     if getattr(model.router, "hybrid", False):
         raise EarlyExitError(
             "a hybrid router cannot be exported, since all its photos run the whole trunk; calibrate and export with "
@@ -149,12 +141,12 @@ def exportable(model: EarlyExitDetector) -> EarlyExitDetector:
 
 
 def runtime_of(file_format: Format) -> str:
-    """The runtime that runs files of a format."""
+    """Return the runtime for files of a format."""
     return "openvino" if file_format == "openvino" else "onnxruntime"
 
 
 def size_of(path: Path) -> int:
-    """Bytes of an exported file, with its weights, or of a folder of stages."""
+    """Return the bytes of an exported file with its weights, or of a folder of staged files."""
     files = [*path.iterdir()] if path.is_dir() else [path, *_weights_beside(path)]
     return sum(file.stat().st_size for file in files)
 
@@ -165,19 +157,19 @@ def _weights_beside(path: Path) -> list[Path]:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Context manager with a temporary path to write to. At the end, what was written there replaces the file or folder
-    at ``path``. A folder is replaced only if it is empty or holds an earlier export."""
+    """Yield a temporary path. At the end, the file or folder written there replaces ``path``. A folder is replaced only
+    if it is empty or holds an earlier export."""
     make_folder(path.parent)
     with tempfile.TemporaryDirectory(prefix=f".{path.name[:40]}.", dir=path.parent) as temporary, writing(path):
-        made = Path(temporary) / path.name
-        yield made
-        if made.is_dir() and path.exists():
+        new_path = Path(temporary) / path.name
+        yield new_path
+        if new_path.is_dir() and path.exists():
             if any(path.iterdir()) and not (path / MANIFEST).is_file():
-                raise EarlyExitError(f"{path}: holds other files; name a new folder for the staged ones")
-            os.replace(path, made.parent / "before")
+                raise EarlyExitError(f"{path}: holds other files; choose a new folder for the staged files")
+            os.replace(path, new_path.parent / "before")
         for weights in _weights_beside(path):
-            os.replace(made.with_suffix(".bin"), weights)
-        os.replace(made, path)
+            os.replace(new_path.with_suffix(".bin"), weights)
+        os.replace(new_path, path)
 
 
 # The parts of a file: segments by PyTorch's exporter, settings of pre- and post-processing, and metadata.
@@ -188,11 +180,10 @@ class SegmentNetwork(nn.Module):
 
     Args:
         model: the detector with its router.
-        before, index: indices of the exits; closed exits between them are skipped.
-        inputs: names of the input tensors, of those in `graph.STATE`.
+        inputs: names of the input tensors, from `graph.STATE`.
         head: whether the outputs of the exit's head are outputs of the segment.
-        onward: whether a later early exit follows. Its branch may read the context (see modeling/detector.py), so the
-            context is then an output of the segment.
+        onward: whether an early exit follows. Its branch may read the context (see modeling/detector.py), so the
+            context is then an output.
     """
 
     def __init__(
@@ -204,54 +195,52 @@ class SegmentNetwork(nn.Module):
         self.eval()  # the exporter sets the model's train or eval mode to that of this module
 
     def run(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """From the tensors of `graph.STATE` at the exit before to those at this exit, the outputs of its head and its
-        confidence [N]."""
+        """Return the tensors of `graph.STATE` at this exit, the outputs of its head and its confidence [N]. ``state``
+        has the tensors at the exit before."""
         model = self.model
         first = 0 if self.before is None else self.before + 1
         exits = walk(model, state["x"], first=first, finest=state.get("finest"), context=state.get("context"))
         at = next(at for at in exits if at.index == self.index)
         head = at.head()
-        found: dict[str, Tensor | None] = {}
+        outputs: dict[str, Tensor | None] = {}
         if not at.full:
-            context = at.context if self.onward else None
-            found |= {"x": at.x, "finest": at.finest, "context": context}
+            outputs |= {"x": at.x, "finest": at.finest, "context": at.context if self.onward else None}
         if self.head:
-            found |= head
+            outputs |= head
         if model.router is not None:
-            found[graph.CONFIDENCE] = model.router.confidence(at.signals(head), at.index)
-        return {name: value for name, value in found.items() if value is not None}
+            outputs[graph.CONFIDENCE] = model.router.confidence(at.signals(head), at.index)
+        return {name: value for name, value in outputs.items() if value is not None}
 
     def forward(self, *state: Tensor) -> tuple[Tensor, ...]:
-        """`run` with a sequence of tensors, for the exporter."""
+        """Run with a sequence of tensors, for the exporter."""
         return tuple(self.run(dict(zip(self.inputs, state, strict=True))).values())
 
 
 def build_segments(model: EarlyExitDetector) -> list[graph.Segment]:
-    """A segment for each open exit, and one for the full path, of a model that `exportable` has returned; call it in
-    eval mode without gradients."""
+    """Return a segment for each open exit and one for the full path. ``model`` is a result of `exportable`, in eval
+    mode and without gradients."""
     full = model.num_early_exits
     stops = [*(index for index in range(full) if model.router is not None and model.router.needs(index)), full]
     state = {"x": torch.zeros(1, 3, *model.transform.fixed_size[::-1])}
     segments, head_needed = [], False
     for before, index in zip([None, *stops], stops, strict=False):
-        empty = index < full and model.empty[index]
+        name, empty = model.exit_names[index], index < full and model.empty[index]
         head_needed |= not empty  # also at an empty exit behind a branch: both sides of an If need the same outputs
         onward = any(index < later < full for later in stops)
         network = SegmentNetwork(model, before, index, tuple(state), head_needed, onward)
-        found = network.run(state)
-        exported = _to_onnx(network, state, outputs=list(found), name=model.exit_names[index])
-        segments.append(graph.Segment(index, model.exit_names[index], empty, exported, full=index == full))
-        state = {name: found[name] for name in graph.STATE if name in found}
+        outputs = network.run(state)
+        exported = _to_onnx(network, state, list(outputs), name)
+        segments.append(graph.Segment(index, name, empty, exported, full=index == full))
+        state = {name: outputs[name] for name in graph.STATE if name in outputs}
     return segments
 
 
 def _to_onnx(network: nn.Module, inputs: dict[str, Tensor], outputs: list[str], name: str) -> onnx.ModelProto:
-    """The network's graph by PyTorch's exporter on TorchScript, for inputs of these shapes; an EarlyExitError with the
-    ``name`` of the exit if it cannot trace the network."""
+    """Export a network with PyTorch's exporter on TorchScript. ``name`` is the exit's name for errors."""
     content = io.BytesIO()
-    names = {"input_names": [f"{one}_in" for one in inputs], "output_names": outputs, "opset_version": graph.OPSET}
+    names = {"input_names": [f"{key}_in" for key in inputs], "output_names": outputs, "opset_version": graph.OPSET}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the tracer: about fixed shapes, and about its own deprecation
+        warnings.simplefilter("ignore")  # the tracer warns of fixed shapes, and of its own deprecation
         try:
             torch.onnx.export(network, tuple(inputs.values()), content, **names, dynamo=False)
         except Exception as error:
@@ -262,7 +251,7 @@ def _to_onnx(network: nn.Module, inputs: dict[str, Tensor], outputs: list[str], 
 
 
 def next_inputs(outputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The inputs of the next segment, from a segment's outputs."""
+    """Return the inputs of the next segment from a segment's outputs."""
     return {f"{name}_in": outputs[name] for name in graph.STATE if name in outputs}
 
 
@@ -284,12 +273,13 @@ def _contract(model: EarlyExitDetector) -> graph.Contract:
 
 
 def _least_scores(model: EarlyExitDetector) -> list[float]:
-    given = model.score_thresh
-    return [given.get(name, LEAST_SCORE) if isinstance(given, Mapping) else given for name in model.classes]
+    """Return the score threshold of each class."""
+    limit = model.score_thresh
+    return [limit.get(name, LEAST_SCORE) if isinstance(limit, Mapping) else limit for name in model.classes]
 
 
 def _metadata(model: EarlyExitDetector, contract: graph.Contract) -> dict[str, str]:
-    """Metadata that a `Predictor` reads: key -> text, in JSON except the value of ``format``."""
+    """Return the metadata that a `Predictor` reads: key -> text, in JSON except the value of ``format``."""
     names = ("earlyexit_ssd", "torch", "torchvision", "onnx", "onnxruntime")
     certificate = current_certificate(model.router)
     values = {
@@ -307,43 +297,39 @@ def _metadata(model: EarlyExitDetector, contract: graph.Contract) -> dict[str, s
     return {"format": FORMAT, **{key: json.dumps(value) for key, value in values.items()}}
 
 
-def _write_onnx(model: EarlyExitDetector, segments: Sequence[graph.Segment], path: Path) -> None:
+def write_segments(
+    model: EarlyExitDetector, segments: Sequence[graph.Segment], path: Path, file_format: Format
+) -> None:
+    """Write the segments of ``model`` to a new file, or to a new folder for the format ``staged``."""
     contract = _contract(model)
-    path.write_bytes(graph.build_graph(segments, contract, _metadata(model, contract)).SerializeToString())
-
-
-def _write_staged(model: EarlyExitDetector, segments: Sequence[graph.Segment], folder: Path) -> None:
-    folder.mkdir()
-    contract, rows = _contract(model), []
-    for place, segment in enumerate(segments):
-        name = f"{place}_{segment.name}.onnx"
-        staged = graph.first_stage(segment, contract) if place == 0 else segment.model
-        (folder / name).write_bytes(staged.SerializeToString())
-        rows.append({"file": name, "exit_index": segment.index, "empty": segment.empty})
-    (folder / "detections.onnx").write_bytes(graph.last_stage(contract).SerializeToString())
-    manifest = {"metadata": _metadata(model, contract), "segments": rows, "detections": "detections.onnx"}
-    write_json(folder / MANIFEST, manifest)
-
-
-def _write_openvino(model: EarlyExitDetector, segments: Sequence[graph.Segment], path: Path) -> None:
-    openvino, contract = import_package("openvino"), dataclasses.replace(_contract(model), openvino=True)
-    segments = [dataclasses.replace(one, model=gather_instead_of_resize(one.model)) for one in segments]
-    whole = graph.build_graph(segments, contract, _metadata(model, contract))
-    try:
-        converted = openvino.Core().read_model(whole.SerializeToString())
-        openvino.save_model(converted, path, compress_to_fp16=False)
-    except Exception as error:
-        raise EarlyExitError(f"OpenVINO cannot convert the detector ({one_line(str(error))[:200]})") from None
-
-
-WRITERS = {"onnx": _write_onnx, "staged": _write_staged, "openvino": _write_openvino}
+    metadata = _metadata(model, contract)
+    if file_format == "onnx":
+        path.write_bytes(graph.build_graph(segments, contract, metadata).SerializeToString())
+    elif file_format == "staged":
+        path.mkdir()
+        stages = {f"{place}_{segment.name}.onnx": segment for place, segment in enumerate(segments)}
+        networks = [graph.first_stage(segments[0], contract), *(segment.model for segment in segments[1:])]
+        networks.append(graph.last_stage(contract))
+        for name, network in zip((*stages, "detections.onnx"), networks, strict=True):
+            (path / name).write_bytes(network.SerializeToString())
+        rows = [{"file": name, "exit_index": part.index, "empty": part.empty} for name, part in stages.items()]
+        write_json(path / MANIFEST, {"metadata": metadata, "segments": rows, "detections": "detections.onnx"})
+    else:
+        openvino = import_package("openvino")
+        segments = [dataclasses.replace(part, model=gather_instead_of_resize(part.model)) for part in segments]
+        network = graph.build_graph(segments, dataclasses.replace(contract, openvino=True), metadata)
+        try:
+            converted = openvino.Core().read_model(network.SerializeToString())
+            openvino.save_model(converted, path, compress_to_fp16=False)
+        except Exception as error:
+            raise EarlyExitError(f"OpenVINO cannot convert the detector ({one_line(str(error))[:200]})") from None
 
 
 # Comparison with the model.
 
 
 def _photos(paths: Sequence[str | os.PathLike[str]]) -> Iterator[tuple[str, np.ndarray]]:
-    """Name and pixels of the photos to compare on."""
+    """Yield name and pixels of the photos to compare on."""
     for path in paths:
         yield str(path), read_image(path)
     for seed in range(0 if paths else RENDERED_PHOTOS):
@@ -353,20 +339,19 @@ def _photos(paths: Sequence[str | os.PathLike[str]]) -> Iterator[tuple[str, np.n
 def _compare_heads(
     model: EarlyExitDetector, segments: Sequence[graph.Segment], photos: Sequence[tuple[str, np.ndarray]]
 ) -> None:
-    """Run the segments one after another, and compare their head outputs with the model's; an EarlyExitError if they
-    differ."""
+    """Run the segments one after another. Raise EarlyExitError if their head outputs differ from the model's."""
     runs = [(segment, OnnxRuntime(segment.model.SerializeToString(), segment.name)) for segment in segments]
     for name, photo in photos:
         heads = model.exit_outputs([as_tensor(photo)]).heads
-        found = {"x": model.transform([as_tensor(photo)])[0].tensors.numpy()}
+        outputs = {"x": model.transform([as_tensor(photo)])[0].tensors.numpy()}
         for segment, run in runs:
-            found = run(next_inputs(found))
-            for key in (key for key in graph.HEAD if key in found):
+            outputs = run(next_inputs(outputs))
+            for key in (key for key in graph.HEAD if key in outputs):
                 expected = heads[segment.index][key].numpy()
-                wrong = np.abs(found[key] - expected).max()
-                if not wrong <= MAX_HEAD_DIFFERENCE * max(1.0, np.abs(expected).max()):
+                difference = np.abs(outputs[key] - expected).max()
+                if not difference <= MAX_HEAD_DIFFERENCE * max(1.0, np.abs(expected).max()):
                     raise EarlyExitError(
-                        f"{name}: {key} of {segment.name} differ by {wrong:.2g} from the model's, expected "
+                        f"{name}: {key} of {segment.name} differ by {difference:.2g} from the model's, expected "
                         f"{MAX_HEAD_DIFFERENCE:g}; nothing was written"
                     )
 
@@ -374,7 +359,7 @@ def _compare_heads(
 def _compare(
     model: EarlyExitDetector, predictor: Predictor, photos: Sequence[tuple[str, np.ndarray]]
 ) -> tuple[int, int]:
-    """Compare the file with the model. Returns the numbers of the model's detections, and of photos that differ only by
+    """Compare the file with the model. Return the numbers of the model's detections, and of photos that differ only by
     rounding."""
     detections = borderline = 0
     for name, photo in progress(photos, desc="compare with the model"):
@@ -388,8 +373,8 @@ def _compare(
 
 
 def _is_same(model: EarlyExitDetector, photo: np.ndarray, expected: dict[str, Tensor], found: Detections) -> bool:
-    """Whether exit and detections are the model's; False if they differ and rounding explains the difference. Raises an
-    EarlyExitError for any other difference."""
+    """Return whether exit and detections of the file (``found``) are the model's (``expected``); False if they differ
+    and rounding explains the difference. Raise EarlyExitError for any other difference."""
     index = int(expected.get("exit_index", model.num_early_exits))
     if index != found.exit_index:
         first = min(index, found.exit_index)
@@ -401,77 +386,77 @@ def _is_same(model: EarlyExitDetector, photo: np.ndarray, expected: dict[str, Te
             f"the file leaves at {found.exit_name}, the model at {model.exit_names[index]} (confidence "
             f"{confidence:.6f} at {model.exit_names[first]}, threshold {threshold:.6f})"
         )
-    mine = [expected[key].numpy() for key in ("boxes", "labels", "scores")]
-    theirs = [found.boxes, found.labels, found.scores]
-    alone = _unpaired(mine, theirs)
-    if not len(alone[0]):
+    of_model = [expected[key].numpy() for key in ("boxes", "labels", "scores")]
+    of_file = [found.boxes, found.labels, found.scores]
+    unpaired = _unpaired(of_model, of_file)
+    if not len(unpaired[0]):
         return True
-    unexplained = np.flatnonzero(~_explained(model, photo, index, mine, theirs, alone))
+    unexplained = np.flatnonzero(~_explained(model, photo, index, of_model, of_file, unpaired))
     if not len(unexplained):
         return False
-    box, label, score = (values[unexplained[0]] for values in alone)
+    box, label, score = (values[unexplained[0]] for values in unpaired)
     raise EarlyExitError(
         f"{len(unexplained)} detections at {found.exit_name} are not the model's: {model.classes[label - 1]} "
         f"{score:.4f} at {[round(float(value), 1) for value in box]}"
     )
 
 
-Found = Sequence[np.ndarray]  # boxes [n, 4], labels [n] and scores [n]
+Arrays = Sequence[np.ndarray]  # boxes [n, 4], labels [n] and scores [n]
 
 
-def _unpaired(mine: Found, theirs: Found) -> Found:
-    """Detections of one side without an equal on the other side. Equal detections have the same label, and boxes and
-    scores within the limits above."""
-    boxes, labels, scores = (_differences(one, other) for one, other in zip(mine, theirs, strict=True))
+def _unpaired(first: Arrays, second: Arrays) -> Arrays:
+    """Return the detections of one side without an equal on the other side. Equal detections have the same label, and
+    boxes and scores within the limits above."""
+    boxes, labels, scores = map(_differences, first, second)
     equal = (boxes.max(-1) <= MAX_BOX_DIFFERENCE_PX) & (labels == 0) & (scores <= MAX_SCORE_DIFFERENCE)
     rows, columns = linear_sum_assignment(equal, maximize=True)
     rows, columns = rows[equal[rows, columns]], columns[equal[rows, columns]]
-    both = zip(mine, theirs, strict=True)
-    return [np.concatenate([np.delete(one, rows, 0), np.delete(other, columns, 0)]) for one, other in both]
+    both = zip(first, second, strict=True)
+    return [np.concatenate([np.delete(values, rows, 0), np.delete(others, columns, 0)]) for values, others in both]
 
 
-def _differences(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    return np.abs(one[:, None].astype(np.float64) - other[None].astype(np.float64))
+def _differences(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    return np.abs(first[:, None].astype(np.float64) - second[None].astype(np.float64))
 
 
 def _explained(
-    model: EarlyExitDetector, photo: np.ndarray, index: int, mine: Found, theirs: Found, alone: Found
+    model: EarlyExitDetector, photo: np.ndarray, index: int, of_model: Arrays, of_file: Arrays, unpaired: Arrays
 ) -> np.ndarray:
-    """Which of the n detections ``alone`` (on one side only) rounding explains, bool [n].
+    """Return which of the n ``unpaired`` detections rounding explains, bool [n].
 
     A detection is explained if the model has the same box before any box is dropped, and one of these holds: (1) The
     score is close to a limit: the score threshold, or the lowest score that is kept for the class or the photo. (2) An
     IoU is close to the limit of the NMS. (3) Two overlapping boxes have the same score. (4) The box overlaps an
     explained box.
     """
-    (boxes, labels, scores), limit = alone, model.nms_thresh
+    (boxes, labels, scores), limit = unpaired, model.nms_thresh
     all_boxes, all_scores = _boxes_before_nms(model, photo, index)
     same_score = np.abs(all_scores[:, labels - 1] - scores) <= MAX_SCORE_DIFFERENCE
-    known = ((_differences(all_boxes, boxes).max(-1) <= MAX_BOX_DIFFERENCE_PX) & same_score).any(0)
+    in_model = ((_differences(all_boxes, boxes).max(-1) <= MAX_BOX_DIFFERENCE_PX) & same_score).any(0)
     kept_of_class = np.sort(all_scores, axis=0)[-min(model.topk_candidates, len(all_scores))]
     explained = np.abs(scores - np.maximum(kept_of_class, _least_scores(model))[labels - 1]) <= NEAR_LIMIT
-    if len(mine[2]) == model.detections_per_img:
-        explained |= np.abs(scores - mine[2][-1]) <= NEAR_LIMIT
-    shown_boxes, shown_labels, _ = (np.concatenate(pair) for pair in zip(mine, theirs, strict=True))
-    near_nms = np.abs(_overlaps(boxes, shown_boxes) - limit) <= NEAR_LIMIT
-    explained |= (near_nms & (labels[:, None] == shown_labels)).any(1)
-    together = (_overlaps(boxes, boxes) > limit) & (labels[:, None] == labels)
-    np.fill_diagonal(together, False)
-    explained |= (together & (_differences(scores, scores) <= NEAR_LIMIT)).any(1)
+    if len(of_model[2]) == model.detections_per_img:
+        explained |= np.abs(scores - of_model[2][-1]) <= NEAR_LIMIT
+    kept_boxes, kept_labels, _ = map(np.concatenate, zip(of_model, of_file, strict=True))
+    near_nms = np.abs(_overlaps(boxes, kept_boxes) - limit) <= NEAR_LIMIT
+    explained |= (near_nms & (labels[:, None] == kept_labels)).any(1)
+    overlapping = (_overlaps(boxes, boxes) > limit) & (labels[:, None] == labels)
+    np.fill_diagonal(overlapping, False)
+    explained |= (overlapping & (_differences(scores, scores) <= NEAR_LIMIT)).any(1)
     for _ in labels:
-        explained |= (together & explained).any(1)
-    return explained & known
+        explained |= (overlapping & explained).any(1)
+    return explained & in_model
 
 
-def _overlaps(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    return box_iou(torch.from_numpy(one), torch.from_numpy(other)).numpy()
+def _overlaps(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    return box_iou(torch.from_numpy(first), torch.from_numpy(second)).numpy()
 
 
 def _boxes_before_nms(model: EarlyExitDetector, photo: np.ndarray, index: int) -> tuple[np.ndarray, np.ndarray]:
-    """Boxes [A, 4] in the photo's pixels and scores [A, K] of an exit, before any is dropped."""
+    """Return boxes [A, 4] in the photo's pixels and scores [A, K] of an exit, before any is dropped."""
     outputs = model.exit_outputs([as_tensor(photo)])
     head, size = outputs.heads[index], outputs.network_sizes[0]
     boxes = model.box_coder.decode_single(head["bbox_regression"][0], outputs.anchors[0])
-    found = {"boxes": clip_boxes_to_image(boxes, size)}
-    (found,) = model.transform.postprocess([found], [size], outputs.photo_sizes)
-    return found["boxes"].numpy(), head["cls_logits"][0].softmax(-1)[:, 1:].numpy()
+    detections = [{"boxes": clip_boxes_to_image(boxes, size)}]
+    (detections,) = model.transform.postprocess(detections, [size], outputs.photo_sizes)
+    return detections["boxes"].numpy(), head["cls_logits"][0].softmax(-1)[:, 1:].numpy()

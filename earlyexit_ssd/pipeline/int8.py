@@ -73,31 +73,21 @@ LADDER = (Kept(0, False), Kept(3, False), Kept(3, True), Kept(9, True))
 
 @dataclass(frozen=True)
 class Int8Figures:
-    """Figures of a file in 8 bits, compared with the same detector in 32 bits on the same photos.
-
-    Attributes:
-        labelled: whether AP is measured against labels. Otherwise the reference's detections with a score of at least
-            `SCORE` replace the labels.
-        AP, AP50: (reference, 8 bits); None without an object. The reference is the detector in 32 bits, or the argument
-            ``reference`` of `export_int8`.
-        lost_bound: largest AP50 lost against the reference, in a share 1 - ``delta`` of the bootstrap draws.
-        objects: number of the reference's detections with a score of at least `SCORE`.
-        objects_kept: number of these that the detector in 8 bits finds too.
-        speed: time of a photo in 32 bits / time in 8 bits, from photo to detections, one thread.
-    """
+    """Figures of a file in 8 bits and of the reference: the same detector in 32 bits, or the argument ``reference`` of
+    `export_int8`. Without labels, the reference's detections with a score of at least `SCORE` replace them."""
 
     path: Path
     size: int  # bytes
     kept: Kept
     photos: int
     labelled: bool
-    AP: tuple[float | None, float | None]
+    AP: tuple[float | None, float | None]  # (reference, 8 bits); None without an object
     AP50: tuple[float | None, float | None]
-    lost_bound: float
+    lost_bound: float  # largest AP50 lost in a share 1 - ``delta`` of the bootstrap draws
     delta: float
-    objects: int
-    objects_kept: int
-    speed: Ratio
+    objects: int  # number of the reference's detections with a score of at least `SCORE`
+    objects_kept: int  # number of these that the detector in 8 bits finds too
+    speed: Ratio  # time of a photo in 32 bits / time in 8 bits, from photo to detections, one thread
     runtime: str
 
     @property
@@ -169,7 +159,7 @@ def export_int8(
         for step, kept in enumerate(LADDER):
             quantised = _quantised(nncf, segments, inputs, kept)
             trial = new_path.with_name(f"trial{step}{new_path.suffix}")
-            export.WRITERS[file_format](model, quantised, trial)
+            export.write_segments(model, quantised, trial, file_format)
             thresholds = _thresholds(model, confidences, _confidences(trial, runtime, photos))
             predictors = Predictor(float_path, runtime), Predictor(trial, runtime, thresholds=thresholds)
             figures = _compare(*predictors, reference, dataset, kept, delta)
@@ -187,22 +177,16 @@ def export_int8(
         if thresholds:
             model.router.thresholds = [thresholds.get(name, CLOSED) for name in model.exit_names[:-1]]
             model.router.certificate = None
-        export.WRITERS[file_format](model, quantised, new_path)
+        export.write_segments(model, quantised, new_path, file_format)
     return dataclasses.replace(figures, path=path, size=export.size_of(path))
 
 
 def photos_to_quantise_on(
     folder: str | os.PathLike[str], annotations: str | os.PathLike[str] | None, classes: Sequence[str]
 ) -> DetectionDataset:
-    """Return a data set of the photos of a folder.
-
-    Args:
-        annotations: file of labels, in a format of DATA.DATASETS; None: no labels.
-        classes: the detector's classes; labels of other classes are left out.
-
-    Raises:
-        DataError: a file is unusable, or no label is of the detector's classes.
-    """
+    """Return a data set of the photos of a folder, with the labels of the detector's ``classes`` in the file
+    ``annotations`` (a format of DATA.DATASETS; None: no labels). Raise DataError if a file is unusable, or if no label
+    is of the detector's classes."""
     flags = ((folder, "--photos takes a folder"), (annotations, "--annotations takes a COCO JSON file"))
     for path, expected in flags:
         if path and not os.path.exists(path):
@@ -305,10 +289,7 @@ def _thresholds(
 
 def matching_threshold(threshold: float, before: np.ndarray, after: np.ndarray) -> float:
     """Return a threshold at which as many photos leave with the confidences ``after`` [n] as with ``before`` [n] at
-    ``threshold``.
-
-    If some photos leave and some do not, the result is halfway between two confidences.
-    """
+    ``threshold``. If some photos leave and some do not, it is halfway between two confidences."""
     leaving, ordered = int((before >= threshold).sum()), np.sort(after)[::-1]
     if not len(ordered):
         return threshold
@@ -354,10 +335,8 @@ def _compare(
 
 
 def speed_of(predictor: Predictor, against: Predictor, dataset: DetectionDataset) -> Ratio:
-    """Return the speed of ``predictor`` relative to ``against``.
-
-    They take turns on at most `RANGE_PHOTOS` photos. Each runs a photo once untimed, then timed, as in `time_modules`.
-    """
+    """Return the speed of ``predictor`` relative to ``against``. They take turns on at most `RANGE_PHOTOS` photos, each
+    photo once untimed, then timed, as in `time_modules`."""
     times = []
     for photo in map(read_image, _sample([record.path for record in dataset.records])):
         for each in (predictor, against):

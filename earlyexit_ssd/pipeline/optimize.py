@@ -20,16 +20,16 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from fvcore.common.config import CfgNode
-from torch.utils.data import DataLoader
 from torchvision.models.detection.ssd import SSD, SSDScoringHead
 
 from earlyexit_ssd.calibration.certificate import Measured
 from earlyexit_ssd.config import CLOSED
-from earlyexit_ssd.data import build_loader, class_names
+from earlyexit_ssd.data import class_names
 from earlyexit_ssd.data.dataset import fingerprint, to_coco
 from earlyexit_ssd.deploy import Predictor
 from earlyexit_ssd.errors import EarlyExitError
@@ -45,6 +45,7 @@ from earlyexit_ssd.modeling.retrofit import resize_detector
 from earlyexit_ssd.pipeline.build import (
     build_model,
     evaluation_device,
+    evaluation_loader,
     open_model,
     photos_to_compare_on,
     with_classes,
@@ -86,40 +87,29 @@ Net = tuple[Architecture, dict[str, torch.Tensor]]  # architecture and state dic
 
 @dataclass(frozen=True)
 class Outcome(Record):
-    """Result of `optimize`, the content of optimize.json.
-
-    Attributes:
-        base: the base detector.
-        chosen: see `choose_candidate`; its budget is compared with an upper bound of the loss on the calib split.
-        candidates: the base detector and all other candidates on the calib split, rivals included.
-        ship: see `TestFigures.worth_shipping`; the budget is compared with the loss measured on the test split, without
-            a bound.
-        summary: one paragraph of text.
-    """
+    """Result of `optimize`, the content of optimize.json. Figures of candidates are on the calib split."""
 
     base: Candidate
-    chosen: Candidate | None
-    candidates: tuple[Candidate, ...]
+    chosen: Candidate | None  # see `choose_candidate`
+    candidates: tuple[Candidate, ...]  # the base detector first; with rivals
     test: TestFigures | None
-    ship: bool
-    summary: str
+    ship: bool  # see `TestFigures.worth_shipping`
+    summary: str  # one paragraph
 
 
 @locks_folder("out_dir")
 def optimize(
     cfg: CfgNode, goal: Goal, out_dir: str | os.PathLike[str], weights: str | os.PathLike[str] | None = None
 ) -> Outcome:
-    """Run the search and write the chosen model.
+    """Run the search and write the chosen model. A stopped search resumes with the candidates that are measured.
 
     ``out_dir`` gets model.pth, detector.onnx, test/ (the evaluation of the chosen model), optimize.json,
     candidates.png, summary.txt and report.html. If OpenVINO is the runtime, ``out_dir`` also gets detector.xml. This
     file is in 8 bits if 8 bits hold the budget and are faster. The milliseconds of a candidate in 8 bits are those in
     32 bits divided by the speed-up of 8 bits, from photo to detections.
 
-    A stopped search resumes with the candidates that are already measured.
-
     Args:
-        cfg, goal, weights: see `Optimizer`.
+        weights: a trained model of this project, whose branches are tried too; None: MODEL.WEIGHTS.
 
     Raises:
         EarlyExitError: unusable weights, data or settings.
@@ -193,25 +183,17 @@ def _read_candidates(path: Path, key: str) -> dict[str, Candidate]:
     return {name: Candidate.from_json(values) for name, values in content["candidates"].items()}
 
 
-@dataclass(frozen=True)
-class MeasuredCandidate:
-    """A candidate with its figures, and what is needed to save it: its model, and the threshold search with its result
-    (both None if the candidate has no exits)."""
+class MeasuredCandidate(NamedTuple):
+    """A candidate with its figures, and what is needed to save it."""
 
     candidate: Candidate
     recorded: Recorded
-    search: Search | None = None
+    search: Search | None = None  # None without exits
     chosen: Chosen | None = None
 
 
 class Optimizer:
-    """Builds and measures the candidates of one detector.
-
-    Args:
-        cfg: configuration.
-        weights: a trained model of this project, whose branches are tried too; None: MODEL.WEIGHTS.
-        goal: accuracy budget and wanted speed.
-        out: folder of results and recordings.
+    """Builds and measures the candidates of one detector. Arguments: see `optimize`.
 
     Attributes:
         model, architecture, info: the given detector, with its exits.
@@ -232,7 +214,7 @@ class Optimizer:
         self.cfg = cfg = with_classes(cfg, self.architecture.classes)
         self.model = self.model.to(self.device).eval()
         self.plan = Plan(cfg, goal, self.architecture)
-        self.sets, self.repeats = disjoint_sets(cfg, ("CALIB",))
+        self.sets, self.repeats = disjoint_sets(cfg)
         self._replays: dict[tuple[Candidate, str], Replay] = {}
         self.base = self._replay(Candidate("", self.architecture.image_size, OWN_HEAD), "CALIB")
         self.reference = self.base.recording.detections[-1]
@@ -255,8 +237,8 @@ class Optimizer:
     # Measurement.
 
     def measure(self, candidate: Candidate) -> MeasuredCandidate:
-        """Measure a candidate on the calib split. A candidate with exits is measured with each of `_policies`, and the
-        fastest result that holds the budget is returned (the fastest of all if none holds it)."""
+        """Measure a candidate on the calib split. With exits, return the fastest result of all `_policies` that holds
+        the budget (the fastest of all if none holds it)."""
         recorded, calib = self._build(candidate), self._replay(candidate.net, "CALIB").only(candidate.exits)
         if not candidate.exits:
             costs = measure_cost_model(self.cfg, recorded.model, ExitRouter(0), self.model)
@@ -297,15 +279,16 @@ class Optimizer:
         matches, base_choice = calib.matches_beside(self.reference)
         choices = [base_choice, chosen.exits]
         before, after = (ap_of_choice(matches, choice, ap50_only=True).AP50 for choice in choices)
-        draw = functools.partial(bootstrap_choices, matches, choices, seed=self.cfg.SEED)
+
+        def loss_bound(figure: str) -> float:
+            base, routed = bootstrap_choices(matches, choices, seed=self.cfg.SEED, ap50_only=figure == "AP50")
+            return float(np.nanquantile(getattr(base, figure) - getattr(routed, figure), 1 - self.goal.delta))
+
         bound, ap_bound = chosen.measured.AP50_lost_bound, None
-        if bound is None:
-            base, routed = draw()
-            bound = float(np.nanquantile(base.AP50 - routed.AP50, 1 - self.goal.delta))
+        bound = loss_bound("AP50") if bound is None else bound
         holds = bound <= self.goal.ap_drop
         if holds and self.goal.coco_ap_drop is not None:
-            base, routed = draw(ap50_only=False)
-            ap_bound = float(np.nanquantile(base.AP - routed.AP, 1 - self.goal.delta))
+            ap_bound = loss_bound("AP")
             holds = ap_bound <= self.goal.coco_ap_drop
         agreement = calib.agreement(chosen.exits, self.reference)
         ms = float(costs.per_exit(chosen.thresholds)[chosen.exits].mean())
@@ -326,11 +309,10 @@ class Optimizer:
         )
 
     def rivals(self) -> list[Candidate]:
-        """Measure the detectors from ONNX files (EVAL.RIVALS.ONNX) on the calib split. They are for the chart, and are
-        never chosen."""
+        """Measure the detectors from ONNX files (EVAL.RIVALS.ONNX) on the calib split, for the chart."""
         measured, runs, threads = [], self.cfg.EVAL.TIMING_RUNS, self.cfg.EVAL.TIMING_THREADS
         for rival in onnx_rivals(self.cfg, self.architecture.classes):
-            detections = collect_detections(rival.detector, self.loader("CALIB"))
+            detections = collect_detections(rival.detector, evaluation_loader(self.cfg, self.sets["CALIB"]))
             networks, examples = [rival.network, PlainPath(self.model)], [rival.example, example_input(self.model)]
             timing, base = time_in_runtime(networks, examples, ONNX_RUNTIME, runs, threads)
             matches, choice = self.base.matches_beside(detections)
@@ -344,8 +326,7 @@ class Optimizer:
     # Recorded outputs.
 
     def _replay(self, net: Candidate, split: str) -> Replay:
-        """Return the outputs of a net with all its exits on a split, recorded at the first use. Only the latest
-        recording of each split is kept in memory."""
+        """Return the outputs of a net with all its exits on a split. The latest of each split is kept in memory."""
         if (net, split) not in self._replays:
             self._replays = {key: replay for key, replay in self._replays.items() if key[1] != split}
             exits = tuple(exit_.name for exit_ in self.plan.exits_of(net))
@@ -353,18 +334,13 @@ class Optimizer:
         return self._replays[net, split]
 
     def _fitting_photos(self, candidate: Candidate) -> Replay:
-        """Return the outputs on the training photos that the candidate's policy is fitted on. They are recorded at the
-        detector's own input size, since a glance gets nearly the same small copy of a photo at every size. All nets
-        that are not newly trained share the recording with the detector's own head."""
+        """Return the outputs on the training photos that the candidate's policy is fitted on. To share recordings, they
+        are recorded at the detector's own input size and with its own head, unless the net is newly trained. A glance
+        gets nearly the same small copy of a photo at every size."""
         net = dataclasses.replace(candidate.net, image_size=self.architecture.image_size)
         if not (net.fine_tuned or net.joint):
             net = dataclasses.replace(net, fold=OWN_HEAD)
         return self._replay(net, "TRAIN").only(candidate.exits)
-
-    def loader(self, split: str) -> DataLoader:
-        """Return a loader of a split's photos in batches, not augmented."""
-        cfg = self.cfg
-        return build_loader(self.sets[split], cfg.EVAL.BATCH_SIZE, cfg.DATA.WORKERS, train=False, seed=cfg.SEED)
 
     # Networks.
 
@@ -414,15 +390,10 @@ class Optimizer:
     @functools.cached_property
     def _fine_tuned(self) -> Net:
         """The full path with the best head, fine-tuned at all tried sizes and at the sizes of the glances."""
-        if self.plan.best_head == "compact":
-            architecture, state = self._compact
-        else:
-            architecture, state = self.architecture, self.full_path().state_dict()
-        architecture = dataclasses.replace(architecture, exits=())
-        sizes = [*self.plan.sizes(fine_tuned=True)]
+        recorded = self._build(Candidate("", self.architecture.image_size, self.plan.best_head))
+        student, architecture = recorded.model, recorded.architecture
+        sizes = self.plan.sizes(fine_tuned=True)
         sizes += [pixels for pixels, _ in self.plan.glances if self.has_empty_photos]
-        student = architecture.build().to(self.device)
-        student.load_state_dict(state)
         fine_tune(self.cfg, student, architecture, self.model, sizes, self.sets["CALIB"], self.out / "fine_tuned")
         return architecture, student.state_dict()
 
@@ -436,8 +407,8 @@ class Optimizer:
 
 
 def _without_untrained_branches(cfg: CfgNode) -> CfgNode:
-    """Return a copy of the configuration for a checkpoint as it is: without a compact head and, if any configured exit
-    has a branch, with glances as the only exits, because that branch would be untrained."""
+    """Return the configuration for a checkpoint as it is: without a compact head and, if any exit has a branch, which
+    would be untrained, with glances as the only exits."""
     values = {"MODEL.FOLD": "rows" if cfg.MODEL.FOLD == "rows" else "exact"}
     if set(cfg.EXITS.LAYERS) != set(cfg.EXITS.EMPTY):
         values |= {"EXITS.LAYERS": (), "EXITS.EMPTY": ()}
@@ -472,8 +443,8 @@ def _write_chosen(search: Optimizer, chosen: Candidate) -> Results:
 
 
 def _in_8_bits(search: Optimizer, chosen: Candidate) -> Candidate | None:
-    """Return the chosen candidate in 8 bits; its file replaces detector.xml. None if the candidate in 8 bits does not
-    hold the budget, is not faster, or cannot be made."""
+    """Return the chosen candidate in 8 bits; its file replaces detector.xml. None if 8 bits do not hold the budget, are
+    not faster, or cannot be made."""
     goal = search.goal
     try:
         if goal.coco_ap_drop is not None:
@@ -501,10 +472,10 @@ def _in_8_bits(search: Optimizer, chosen: Candidate) -> Candidate | None:
 
 
 def _test_in_8_bits(search: Optimizer, test: TestFigures, speed: float) -> TestFigures:
-    """Return the test figures of detector.xml in 8 bits. Accuracy is measured. The time is the time of ``test``, in 32
-    bits, divided by ``speed``, the speed relative to 32 bits."""
+    """Return the test figures of detector.xml in 8 bits. Accuracy is measured; the time in 32 bits, which is in
+    ``test``, is divided by ``speed``."""
     cfg, dataset = search.cfg, search.sets["TEST"]
-    base = collect_detections(open_any(search.out / BASE_FILE), search.loader("TEST"))
+    base = collect_detections(open_any(search.out / BASE_FILE), evaluation_loader(cfg, dataset))
     quantised = detect(Predictor(search.out / "detector.xml", OPENVINO), dataset)
     matches = exit_matches(to_coco(dataset), [base, quantised], cfg.EVAL.IOU)
     choices = [np.full(matches.photos, index) for index in range(2)]

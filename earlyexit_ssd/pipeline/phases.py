@@ -50,11 +50,7 @@ DEEPEST_USEFUL_LAYER = 12  # a branch after a later layer saves next to nothing
 
 def fit(run: Run, name: str, losses: nn.Module, loader: PhotoLoader | CachedLoader) -> None:
     """Train the parameters of ``losses`` as phase ``name``. With EMA, the model gets the averaged weights at the end.
-
-    Raises:
-        Interrupted: a signal stopped the training.
-        TrainingDiverged: a loss is NaN or infinite.
-    """
+    Raise Interrupted after a signal, and TrainingDiverged if a loss is NaN or infinite."""
     cfg, model, phase = run.cfg, run.model, run.cfg[PHASE_SECTIONS[name]]
     folder = run.folder.phase(name)
     ema = ExponentialMovingAverage(model, phase.EMA) if phase.EMA else None
@@ -102,7 +98,7 @@ def fit(run: Run, name: str, losses: nn.Module, loader: PhotoLoader | CachedLoad
 
 
 def _photo_names(dataset: DetectionDataset, batch: Any) -> list[str]:
-    """Return the paths of the photos in a batch of any loader, for messages."""
+    """Return the paths of the photos in a batch."""
     targets = batch.targets if isinstance(batch, TapBatch) else batch[1]
     return [str(dataset.path_of(int(target["image_id"]))) for target in targets]
 
@@ -127,7 +123,7 @@ def baseline(run: Run) -> Gate:
 def baseline_gate(
     cfg: CfgNode, figures: Mapping[str, float | None], reference: Mapping[str, float | None] | None = None
 ) -> Gate:
-    """Return the gate on AP50, precision and recall of the full path. A figure with limit None is only shown.
+    """Return the gate on AP50, precision and recall of the full path.
 
     With the figures of a ``reference``, the limits are these figures times BASELINE.GATE.RELATIVE. Otherwise the limits
     are in BASELINE.GATE, and an unchanged checkpoint must reach only those that differ from the defaults. With a
@@ -188,10 +184,8 @@ def exits_gate(cfg: CfgNode, ap50: Mapping[str, float | None], first_layer: int)
 
     The deepest exit is compared with the full path. The first exit has an absolute limit. If the full path is an
     unchanged checkpoint, the first exit is compared with it instead, and the full path must reach `DETECTS_AP50`.
-
-    Args:
-        ap50: name -> AP50 of the exits that have a branch, shallow to deep, and of the full path.
-        first_layer: trunk layer of the first of these exits.
+    ``ap50`` is by name, for the exits that have a branch, shallow to deep, and the full path. ``first_layer`` is the
+    trunk layer of the first.
     """
     names = list(ap50)
     if len(names) == 1:
@@ -211,10 +205,8 @@ def exits_gate(cfg: CfgNode, ap50: Mapping[str, float | None], first_layer: int)
 
 
 def exits_advice(cfg: CfgNode, first: str, layer: int) -> tuple[str, ...]:
-    """Return what to try if the gate fails, without settings that are in use or at their limit already.
-
-    ``first`` and ``layer`` are the name and the trunk layer of the first exit with a branch.
-    """
+    """Return what to try if the gate fails, without settings that are in use or at their limit already. ``first`` and
+    ``layer`` are the name and the trunk layer of the first exit with a branch."""
     phase, advice = cfg.EXITS_PHASE, []
     if layer < DEEPEST_USEFUL_LAYER:
         advice.append(f"move the exit deeper (EXITS.LAYERS): {first} sees too little of the trunk")
@@ -225,10 +217,10 @@ def exits_advice(cfg: CfgNode, first: str, layer: int) -> tuple[str, ...]:
         more.append(f"more views of a photo than {phase.CACHE_VIEWS} (EXITS_PHASE.CACHE_VIEWS)")
     if min(cfg.EXITS.COPY) < 1:
         more.append(f"wider branches than {', '.join(f'{share:g}' for share in cfg.EXITS.COPY)} (EXITS.COPY)")
-    advice.append(", ".join(more))
-    without_boxes = "; they need no boxes with LOSS.SUPERVISION teacher"
-    advice.append("more photos" + ("" if cfg.LOSS.SUPERVISION == "teacher" else without_boxes))
-    return tuple(advice)
+    photos = "more photos"
+    if cfg.LOSS.SUPERVISION != "teacher":
+        photos += "; they need no boxes with LOSS.SUPERVISION teacher"
+    return (*advice, ", ".join(more), photos)
 
 
 def train_branches(run: Run) -> None:
@@ -272,10 +264,7 @@ def joint(run: Run) -> Gate:
 class SeveralSizes(nn.Module):
     """Losses of all exits, each batch at one of several input sizes, which its image ids determine.
 
-    There is a copy of the model for each size. The copies share the parameters and buffers of ``model``.
-
-    Args:
-        sides: input sides in pixels.
+    There is a copy of the model for each of ``sides``, in pixels. All share the parameters and buffers of ``model``.
     """
 
     def __init__(self, model: EarlyExitSSDLite, architecture: Architecture, sides: Sequence[int]) -> None:
@@ -341,7 +330,7 @@ def full_path_fingerprint(model: EarlyExitSSDLite) -> dict[str, Tensor]:
 
 
 def require_same_full_path(before: dict[str, Tensor], model: EarlyExitSSDLite) -> None:
-    """Raise an EarlyExitError with the first tensor that differs from the fingerprint ``before`` the exits phase."""
+    """Raise EarlyExitError if a tensor differs from the fingerprint ``before``."""
     after = full_path_fingerprint(model)
     for key, value in before.items():
         if not torch.equal(value, after[key]):
@@ -354,16 +343,11 @@ def require_same_full_path(before: dict[str, Tensor], model: EarlyExitSSDLite) -
 
 
 class TaughtFullPath(FullPathLosses):
-    """Losses of a student's full path at several input sizes, compared with a teacher and with labels.
+    """Losses of a student's full path (``model``), compared with a teacher of the same classes and, if ``labelled``,
+    with the targets. The batches take turns in the student's input sides ``sides``, in pixels.
 
     The teacher gets each photo at the teacher's own input size. A default box of the student learns from the teacher's
     default box with the highest IoU, in coordinates relative to the photo.
-
-    Args:
-        model: the student.
-        teacher: detector with the same classes.
-        sides: input sides of the student in pixels, which the batches take in turn.
-        labelled: whether the student also learns from the targets.
     """
 
     def __init__(
@@ -409,16 +393,8 @@ def fine_tune(
 ) -> None:
     """Train ``student``, a detector without exits, in place with the settings of FINE_TUNING. A stopped run resumes.
 
-    The student learns from the teacher alone if photos have no labels or LOSS.SUPERVISION is ``teacher``.
-
-    Args:
-        teacher: detector before fine-tuning, with the same classes.
-        sides: input sides in pixels.
-        calib_set: photos for the training curves.
-        folder: folder of checkpoints, the log and the trained model.
-
-    Raises:
-        Interrupted, TrainingDiverged: see `fit`.
+    The student learns from the teacher alone if photos have no labels or LOSS.SUPERVISION is ``teacher``. ``sides`` are
+    in pixels, ``calib_set`` is for the training curves. Raise the errors of `fit`.
     """
     train_set = load_dataset(cfg, cfg.DATA.TRAIN, train=True, labels="optional")
     settings = f"{cfg.FINE_TUNING} {cfg.LOSS} {cfg.DATA.AUGMENTATION} {cfg.SEED} {list(sides)} {fingerprint(train_set)}"

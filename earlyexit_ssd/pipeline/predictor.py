@@ -16,7 +16,6 @@ import torch
 from fvcore.common.config import CfgNode
 from PIL import Image
 
-from earlyexit_ssd.calibration import load_certificate
 from earlyexit_ssd.data.dataset import as_tensor
 from earlyexit_ssd.deploy.benchmark import Contestant, Detect
 from earlyexit_ssd.deploy.predictor import Detections
@@ -24,7 +23,7 @@ from earlyexit_ssd.errors import EarlyExitError, shown
 from earlyexit_ssd.evaluation.onnx import FORMATS, OnnxDetector
 from earlyexit_ssd.files import sha256
 from earlyexit_ssd.modeling import EarlyExitSSDLite
-from earlyexit_ssd.pipeline.build import build_router, open_model
+from earlyexit_ssd.pipeline.build import open_model, open_router
 from earlyexit_ssd.pipeline.export import open_any
 from earlyexit_ssd.report.pictures import Example, detection_grid
 
@@ -32,13 +31,7 @@ logger = logging.getLogger(__name__)
 
 
 class TorchPredictor:
-    """Detects like `earlyexit_ssd.deploy.Predictor`, with a PyTorch model.
-
-    Attributes:
-        model: the model, in eval mode on the CPU.
-        classes: names of the labels 1..K.
-        exit_names: exits from shallow to deep, ``full`` last.
-    """
+    """Detects like `earlyexit_ssd.deploy.Predictor`, with a PyTorch model on the CPU."""
 
     def __init__(self, model: EarlyExitSSDLite) -> None:
         self.model = model.eval()
@@ -94,10 +87,7 @@ def open_torch_predictor(weights: str | os.PathLike[str], cfg: CfgNode | None = 
         model = EarlyExitSSDLite.from_pretrained(weights)
     else:
         model, _, info = open_model(cfg, weights)
-        if cfg.ROUTING.CERTIFICATE:
-            model.router = load_certificate(cfg.ROUTING.CERTIFICATE).router_for(model)
-        else:
-            model.router = build_router(cfg, {"num_exits": model.num_early_exits, **(info.get("router") or {})})
+        model.router = open_router(cfg, model, {**info, "certificate": None}, weights)
     predictor = TorchPredictor(model)
     predictor.warm_up()
     return predictor
@@ -105,13 +95,9 @@ def open_torch_predictor(weights: str | os.PathLike[str], cfg: CfgNode | None = 
 
 @dataclass(frozen=True)
 class TorchModel(Contestant):
-    """A model file, a checkpoint of torchvision or shipped weights, run in PyTorch with the model's own routing.
+    """A model file, a checkpoint of torchvision or shipped weights, run in PyTorch with the model's own routing."""
 
-    Attributes:
-        compiled: run the full path alone instead, with trunk and head compiled by ``torch.compile``.
-    """
-
-    compiled: bool = False
+    compiled: bool = False  # run the full path alone instead, with trunk and head compiled by ``torch.compile``
 
     @property
     def runtime(self) -> str:

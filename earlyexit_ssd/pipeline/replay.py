@@ -29,11 +29,10 @@ from earlyexit_ssd.calibration.thresholds import (
     stopped_by,
 )
 from earlyexit_ssd.config import CLOSED
-from earlyexit_ssd.data import DetectionDataset, build_loader, load_dataset, to_coco
+from earlyexit_ssd.data import DetectionDataset, load_dataset, to_coco
 from earlyexit_ssd.data.dataset import fingerprint, photo_hashes, require_disjoint
 from earlyexit_ssd.data.records import limit_photos
 from earlyexit_ssd.data.repeats import Repeats, distinct
-from earlyexit_ssd.engine.processes import rank, world_size
 from earlyexit_ssd.errors import ConfigError, EarlyExitError
 from earlyexit_ssd.evaluation.cost import (
     ONNX_RUNTIME,
@@ -59,7 +58,14 @@ from earlyexit_ssd.files import make_folder
 from earlyexit_ssd.modeling import Architecture, EarlyExitSSDLite
 from earlyexit_ssd.modeling.detector import AllOutputs, PathToExit
 from earlyexit_ssd.modeling.outputs import ExitSignals
-from earlyexit_ssd.pipeline.build import build_evaluation, evaluation_device, open_model, with_classes
+from earlyexit_ssd.pipeline.build import (
+    build_evaluation,
+    evaluation_device,
+    evaluation_loader,
+    open_model,
+    open_thresholds,
+    with_classes,
+)
 from earlyexit_ssd.pipeline.evaluate import check_rivals
 from earlyexit_ssd.progress import progress
 from earlyexit_ssd.routing import ExitRouter
@@ -72,8 +78,8 @@ logger = logging.getLogger(__name__)
 class Replay:
     """A recorded split of n photos. In all arrays [n] and [n, exits], photos are ordered by increasing image id.
 
-    If ``labelled`` is False, ``ground_truth`` holds the full path's detections with a score of at least ``score``.
-    Figures then measure agreement with the full path, not accuracy.
+    If ``labelled`` is False, ``ground_truth`` holds the full path's detections with a score of at least ``score``, and
+    figures measure agreement with the full path.
     """
 
     recording: Recording
@@ -98,8 +104,8 @@ class Replay:
         return replace(self, recording=self.recording.only(names))
 
     def matches_beside(self, reference: Detections | None) -> tuple[ExitMatches, np.ndarray]:
-        """Return matches that include ``reference`` as an additional last exit, and the choice [n] of that exit for all
-        photos. If ``reference`` is None, it is the full path, and no exit is added."""
+        """Return matches with ``reference`` as an additional last exit, and the choice [n] of the last exit for all
+        photos. None: no exit is added, so the last exit is the full path."""
         if reference is None:
             return self.matches, np.full(len(self.recording), self.matches.exits - 1)
         exits = [*self.recording.detections, reference]
@@ -120,16 +126,13 @@ class Replay:
     def _losses_against_full(self) -> np.ndarray:
         return losses_against_full(self.ground_truth, self.recording.detections, self.score, self.iou)
 
-    def detections_of(self, choice: np.ndarray) -> Detections:
-        """Return the detections by image id if the photos leave at the exits ``choice`` [n]."""
-        exits, image_ids = self.recording.detections, sorted(self.recording.image_ids)
-        return {image_id: exits[index][image_id] for image_id, index in zip(image_ids, choice.tolist(), strict=True)}
-
     def agreement(self, choice: np.ndarray, reference: Detections | None = None) -> Agreement:
         """Return the agreement with ``reference`` (None: the full path) if the photos leave at the exits ``choice``
         [n]."""
-        reference = self.recording.detections[-1] if reference is None else reference
-        return agreement(self.ground_truth, reference, self.detections_of(choice), self.score, self.iou)
+        exits, image_ids = self.recording.detections, sorted(self.recording.image_ids)
+        reference = exits[-1] if reference is None else reference
+        routed = {image_id: exits[index][image_id] for image_id, index in zip(image_ids, choice.tolist(), strict=True)}
+        return agreement(self.ground_truth, reference, routed, self.score, self.iou)
 
     def confidences(self, router: ExitRouter) -> list[np.ndarray]:
         """Return the router's confidences, [n] per early exit."""
@@ -157,29 +160,23 @@ class Recorded:
     folder: Path
 
     def replay(self, name: str) -> Replay:
-        """Return the replay of the split ``name``. The split is recorded first, unless its recording is stored."""
-        cfg, dataset = self.cfg, self.sets[name]
+        """Return the replay of the split ``name``, which is recorded unless its recording is stored."""
+        settings, dataset, ground_truth = self.cfg.EVAL, self.sets[name], to_coco(self.sets[name])
         hashes = [digest for _, digest in photo_hashes(dataset)]
-        batch_size, workers = cfg.EVAL.BATCH_SIZE, cfg.DATA.WORKERS
-        loader = build_loader(dataset, batch_size, workers, False, cfg.SEED, rank(), world_size())
-        pseudo_label_score = None if dataset.labelled else cfg.EVAL.SCORE
+        loader = evaluation_loader(self.cfg, dataset)
+        pseudo_label_score = None if dataset.labelled else settings.SCORE
         key = fingerprint(dataset, hashes)
         recording = record(self.model, loader, len(dataset), self.folder / name.lower(), key, pseudo_label_score)
-        ground_truth = to_coco(dataset)
         if not dataset.labelled:
-            ground_truth = as_ground_truth(ground_truth, recording.detections[-1], cfg.EVAL.SCORE)
-        return Replay(recording, ground_truth, tuple(hashes), cfg.EVAL.SCORE, cfg.EVAL.IOU, dataset.labelled)
+            ground_truth = as_ground_truth(ground_truth, recording.detections[-1], settings.SCORE)
+        return Replay(recording, ground_truth, tuple(hashes), settings.SCORE, settings.IOU, dataset.labelled)
 
 
 def open_recorded(cfg: CfgNode, weights: str | os.PathLike[str], out: Path, **splits: Any) -> Recorded:
-    """Open a model and its splits. Missing packages and unusable files are found before the network runs.
+    """Open a model and its splits; ``splits`` are arguments of `disjoint_sets`. Recordings are stored below ``out``.
 
-    Args:
-        out: folder of the results; recordings are stored below it.
-        splits: arguments of `disjoint_sets`.
-
-    Raises:
-        EarlyExitError: the weights, data or settings are unusable, a certificate is configured, or splits share photos.
+    Raise EarlyExitError, before the network runs, if weights, data, settings or packages are unusable, if a certificate
+    is configured, or if splits share photos.
     """
     if cfg.ROUTING.HYBRID:
         raise ConfigError("ROUTING.HYBRID is true: calibration does not support hybrid routing; set it to false")
@@ -204,17 +201,14 @@ def disjoint_sets(
     deduplicate: Sequence[str] = ("CALIB",),
     include_near_duplicates: bool = True,
 ) -> tuple[dict[str, DetectionDataset], dict[str, Repeats]]:
-    """Load the splits TRAIN, CALIB and TEST without augmentation.
+    """Return the splits TRAIN, CALIB and TEST without augmentation, and the duplicates that were left out, by split.
+    TRAIN has CALIBRATION.TRAIN_PHOTOS photos.
 
     Args:
         needs_labels: splits that need labels; TRAIN needs them too if CALIBRATION.REFERENCE is ``labels``.
         unlabelled: whether photos without labels are accepted and get the full path's detections as labels.
         deduplicate: splits in which only the first of duplicate photos is kept.
         include_near_duplicates: whether near-duplicates count as duplicates, see `distinct`.
-
-    Returns:
-        The splits, with CALIBRATION.TRAIN_PHOTOS photos of TRAIN, and the duplicates that were left out. Both are by
-        split.
 
     Raises:
         DataError: a photo is in two splits (TRAIN is compared in full), or a split that needs labels has no box.
@@ -257,7 +251,7 @@ def temperatures_of(fitted: Sequence[FittedTemperature], exit_names: Sequence[st
 
 @dataclass(frozen=True)
 class FittingPhotos:
-    """A recorded split for fitting policies, see `RecordedPhotos`. Photos are in the order of the recording."""
+    """A recorded split for fitting policies, in the order of the recording. See `RecordedPhotos` for the methods."""
 
     replay: Replay
     temperatures: Sequence[float]
@@ -265,24 +259,20 @@ class FittingPhotos:
     seed: int
 
     def signals(self, exit_index: int, boxes: int | None = None) -> Iterator[ExitSignals]:
-        """Yield batches of the policy's inputs at an early exit, with the logits divided by the temperature."""
         for batch in self.replay.recording.signals(exit_index):
             signals = at_likeliest_boxes(batch, boxes)
             yield ExitSignals(signals.logits / self.temperatures[exit_index], signals.tap, signals.empty)
 
     def losses(self) -> Tensor:
-        """Return the loss of each photo at each exit, [n, exits] in [0, 1]."""
         losses = self.replay.losses(self.reference)
         return torch.from_numpy(losses[np.argsort(self.replay.order)]).float()  # by id -> by row of the recording
 
     def largest_scores(self) -> Tensor:
-        """Return the largest score of the full path in each photo, [n]; 0 without a detection."""
         recording = self.replay.recording
         scores = (recording.detections[-1][image_id]["scores"].tolist() for image_id in recording.image_ids)
         return torch.tensor([max(of_photo, default=0.0) for of_photo in scores])
 
     def object_counts(self) -> list[int]:
-        """Return the number of labelled objects of each class, without crowds."""
         truth = self.replay.ground_truth
         counts = Counter(row["category_id"] for row in truth.anns.values() if not row["iscrowd"])
         return [counts[category] for category in sorted(truth.getCatIds())]
@@ -312,9 +302,9 @@ def fit_router(
         groups: group number (from 0) of each calibration photo, [n]. A group is never divided. None: every photo is a
             group, numbered by image id.
     """
-    splits = (train or calib, calib)
-    sets = [FittingPhotos(split, temperatures, cfg.CALIBRATION.REFERENCE, cfg.SEED) for split in splits]
-    fitted, folds, parameters, confidences = FITTED_POLICIES.get(policy), cfg.CALIBRATION.FOLDS, None, None
+    reference, folds = cfg.CALIBRATION.REFERENCE, cfg.CALIBRATION.FOLDS
+    sets = [FittingPhotos(split, temperatures, reference, cfg.SEED) for split in (train or calib, calib)]
+    fitted, parameters, confidences = FITTED_POLICIES.get(policy), None, None
     if cross_fit and folds and train is not None and cross_fits(policy):
         groups = np.arange(len(calib.recording)) if groups is None else groups
         fold_of_row = np.empty(len(groups), np.int64)
@@ -389,7 +379,7 @@ def measure_cost_model(
     plain = model if plain is None else plain
     networks: list[nn.Module] = []
     for opened in paths:
-        thresholds = [0.0 if is_open else CLOSED for is_open in opened] + [0.0] * (early_exits - len(opened))
+        thresholds = open_thresholds(opened + (True,) * (early_exits - len(opened)))
         path_router = ExitRouter(**{**router.to_dict(), "thresholds": thresholds}).to(example.device)
         networks.append(AllOutputs(PathToExit(model, len(opened), path_router)))
     networks.append(PlainPath(plain))
@@ -397,19 +387,19 @@ def measure_cost_model(
     if cfg.CALIBRATION.COST == "mmacs":
         unit, measured, costs = "mmacs", {}, list(map(count_mmacs, networks, examples))
     else:
-        runs, threads = settings.runs, settings.threads
         on_cuda, runtime = example.device.type == "cuda", settings.runtime
         if cfg.CALIBRATION.COST == "auto" and example.device.type == "cpu" and runtime_installed():
             runtime = ONNX_RUNTIME
+        timed = functools.partial(time_in_runtime, networks, examples, runs=settings.runs, threads=settings.threads)
         try:
-            timings = time_in_runtime(networks, examples, runtime, runs, threads)
+            timings = timed(runtime=runtime)
         except EarlyExitError as error:
             if runtime == settings.runtime:
                 raise
             logger.warning("costs are measured in %s instead of ONNX Runtime: %s", settings.runtime, error)
             runtime = settings.runtime
-            timings = time_in_runtime(networks, examples, runtime, runs, threads)
+            timings = timed(runtime=runtime)
         machine = torch.cuda.get_device_name(example.device) if on_cuda else platform.processor() or platform.machine()
         unit, costs = "ms", [timing.ms for timing in timings]
-        measured = {"runtime": runtime, "threads": threads, "runs": runs, "machine": machine}
+        measured = {"runtime": runtime, "threads": settings.threads, "runs": settings.runs, "machine": machine}
     return CostModel(unit, dict(zip(paths, costs, strict=False)), early_exits, costs[-1], measured)

@@ -112,15 +112,9 @@ class RunFolder:
             shutil.rmtree(self.taps, ignore_errors=True)
 
     def require_free(self, cfg: CfgNode, resume: bool) -> None:
-        """Check that the folder holds no run or, with ``resume``, a run that this configuration can continue.
-
-        Settings of unfinished phases may change, since a failed gate may advise it. :meth:`start` then moves the files
-        of these phases aside.
-
-        Raises:
-            EarlyExitError: the folder holds a run and ``resume`` is not set, the run cannot be continued with this
-                configuration, or the folder holds other results.
-        """
+        """Raise EarlyExitError if the folder holds other results or a run, unless ``resume`` is set and this
+        configuration can continue the run. Settings of unfinished phases may change, since a failed gate may advise
+        it; :meth:`start` then moves the files of these phases aside."""
         make_folder(self.root)
         fix = "choose another folder (OUTPUT_DIR), or delete this one"
         if (self.root / "config.yaml").is_file():
@@ -131,8 +125,8 @@ class RunFolder:
             raise EarlyExitError(f"{self.root} holds other results; {fix}")
 
     def start(self, cfg: CfgNode) -> None:
-        """Write the configuration and the versions. First move the files of each unfinished phase with changed settings
-        into a new folder ``before_1``, ``before_2`` and so on in the phase's folder."""
+        """Move the files of each unfinished phase with changed settings into a new folder ``before_N`` of the phase.
+        Then write the configuration and the versions."""
         for phase, key in self._changed_phases(cfg).items():
             logger.info("phase %s starts again, since %s has changed", phase, key)
             folder = self.phase(phase)
@@ -177,9 +171,6 @@ class RunFolder:
                 changed[phase] = key
         return changed
 
-    def write_gate(self, gate: Gate) -> None:
-        write_json(self.phase(gate.phase) / "gate.json", gate.to_dict())
-
     def finished(self, phase: str) -> bool:
         """Return whether the phase is trained and its gate is passed or forced."""
         gate = self._read_gate(phase)
@@ -214,8 +205,7 @@ def _flat(tree: dict, prefix: str = "") -> dict:
 
 
 class SplitQuality:
-    """Computes figures such as AP50 of the full path or of every exit on ``dataset``. Under torchrun every process must
-    call the same methods."""
+    """Figures such as AP50 on ``dataset``. Under torchrun every process must call the same methods."""
 
     def __init__(self, dataset: DetectionDataset, cfg: CfgNode, workers: int) -> None:
         self._loader = build_loader(dataset, cfg.EVAL.BATCH_SIZE, workers, False, 0, rank(), world_size())
@@ -224,7 +214,6 @@ class SplitQuality:
         self._settings = EvaluationSettings(score=cfg.EVAL.SCORE, iou=cfg.EVAL.IOU, resamples=0)
 
     def of_full_path(self, model: EarlyExitSSDLite) -> Figures:
-        """Return the figures of the full path."""
         router, model.router = model.router, None
         try:
             return self._figures(collect_detections(model, self._loader))
@@ -241,9 +230,9 @@ class SplitQuality:
     def curve_point(self, model: EarlyExitSSDLite) -> dict[str, float | None]:
         """Return a point of the training curves.
 
-        For exits with a branch and for the full path: ``AP/<exit>`` and ``AP50/<exit>``. For every exit:
-        ``share/<exit>`` of the photos that leave there. For early exits: ``temperature/<exit>`` and the mean
-        ``confidence/<exit>``. Without a router, as before the exits phase, only the full path's AP and AP50.
+        Keys are ``AP/<exit>`` and ``AP50/<exit>`` for exits with a branch and the full path, ``share/<exit>`` of the
+        photos for every exit, ``temperature/<exit>`` and the mean ``confidence/<exit>`` for early exits. Without a
+        router, as before the exits phase, the point has only the full path's AP and AP50.
         """
         router = model.router
         if router is None:

@@ -16,7 +16,7 @@ from earlyexit_ssd.engine import read_log
 from earlyexit_ssd.engine.processes import barrier, failing_together, is_main, process_group, world_size
 from earlyexit_ssd.errors import ConfigError
 from earlyexit_ssd.evaluation.results import Results
-from earlyexit_ssd.files import locked_folder, write_bytes, write_image
+from earlyexit_ssd.files import locked_folder, write_bytes, write_image, write_json
 from earlyexit_ssd.modeling import load_model, save_model
 from earlyexit_ssd.modeling.detector import detector_class
 from earlyexit_ssd.modeling.retrofit import load_every_key, require_weights
@@ -33,10 +33,10 @@ from earlyexit_ssd.pipeline.build import (
     with_values,
 )
 from earlyexit_ssd.pipeline.calibrate import build_target, calibrate
-from earlyexit_ssd.pipeline.evaluate import check_rivals, evaluate_model
+from earlyexit_ssd.pipeline.evaluate import PAGE, check_rivals, evaluate_model, read_training
 from earlyexit_ssd.pipeline.phases import PHASE_FUNCTIONS, tap_cache
-from earlyexit_ssd.pipeline.reports import write_training_page
 from earlyexit_ssd.pipeline.run import Run, RunFolder
+from earlyexit_ssd.report.page import never_failing, training_page, write_page
 from earlyexit_ssd.report.pictures import photo_grid, training_curves
 from earlyexit_ssd.routing.policies import FITTED_POLICIES
 
@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 
 
 def prepare(cfg: CfgNode, folder: RunFolder, device: torch.device) -> Run:
-    """Check the settings, load all data and build the model, so that errors are reported before the training starts."""
+    """Check all inputs, load the data and build the model."""
     _check_names(cfg)
     if cfg.ROUTING.CERTIFICATE:
         raise ConfigError("ROUTING.CERTIFICATE belongs to trained weights; remove it for a training")
@@ -72,8 +72,7 @@ def prepare(cfg: CfgNode, folder: RunFolder, device: torch.device) -> Run:
 
 
 def _closed_until_fitted(cfg: CfgNode) -> CfgNode:
-    """Return the configuration, with the default routing (every exit closed) if its policy needs a fit by a
-    calibration."""
+    """Return the configuration, with every exit closed if its policy needs a fit by a calibration."""
     default = get_cfg().ROUTING
     closed = {"ROUTING.POLICY": default.POLICY, "ROUTING.THRESHOLDS": default.THRESHOLDS}
     return with_values(cfg, closed) if cfg.ROUTING.POLICY in FITTED_POLICIES else cfg
@@ -86,7 +85,7 @@ def learns_from_labels(cfg: CfgNode) -> bool:
 
 
 def _check_names(cfg: CfgNode) -> None:
-    """Check names of data sets, weight files, the exits and batch sizes, which takes no time."""
+    """Check names of data sets, weight files, the exits and batch sizes."""
     for name in (*cfg.DATA.TRAIN, *cfg.DATA.CALIB, *cfg.DATA.TEST):
         catalog.find(name, cfg.DATA)
     for weights in (cfg.MODEL.WEIGHTS, cfg.BASELINE.GATE.REFERENCE):
@@ -111,7 +110,7 @@ def train(cfg: CfgNode, resume: bool = False, force: bool = False) -> Results | 
         force: continue after a failed gate. Every later report mentions it.
 
     Returns:
-        The content of metrics.json, or None on processes other than the first.
+        The content of metrics.json; None on processes other than the first.
 
     Raises:
         EarlyExitError: unusable settings, data or weights, or a training that diverged.
@@ -134,8 +133,8 @@ def train(cfg: CfgNode, resume: bool = False, force: bool = False) -> Results | 
 
 
 def train_phases(cfg: CfgNode, resume: bool = True, force: bool = True) -> Path:
-    """Run the configured phases, see `train`. Nothing is calibrated or evaluated. The caller must hold the lock of
-    OUTPUT_DIR. Return the path of the last phase's model."""
+    """Run the configured phases, see `train`, and return the path of the last phase's model. The caller must hold the
+    lock of OUTPUT_DIR."""
     folder = RunFolder(Path(cfg.OUTPUT_DIR))
     if is_main():
         folder.require_free(cfg, resume)
@@ -152,31 +151,41 @@ def train_phases(cfg: CfgNode, resume: bool = True, force: bool = True) -> Path:
 
 def _run_phase(run: Run, name: str, force: bool) -> None:
     """Train the phase and check its gate, or load its model if the phase is finished already."""
-    path, phases = run.folder.phase(name) / "model.pth", run.cfg.PHASES
-    if run.folder.finished(name):
+    folder, phases = run.folder, run.cfg.PHASES
+    path = folder.phase(name) / "model.pth"
+    if folder.finished(name):
         _load_finished(run, path, name)
         if is_main():
-            run.folder.remove_taps()
+            folder.remove_taps()
         logger.info("phase %s is finished already: %s", name, path)
         return
     logger.info("phase %s (%d of %d)", name, phases.index(name) + 1, len(phases))
     gate = PHASE_FUNCTIONS[name](run)
     gate = dataclasses.replace(gate, forced=force and not gate.passed)
     if is_main():
-        curves = training_curves({phase: read_log(run.folder.phase(phase)) for phase in phases})
+        curves = training_curves({phase: read_log(folder.phase(phase)) for phase in phases})
         if curves is not None:
-            write_image(run.folder.root / "curves.png", curves)
+            write_image(folder.root / "curves.png", curves)
         router = run.model.router.to_dict() if run.model.router is not None else None
-        forced = gate.forced or run.folder.forced()
+        forced = gate.forced or folder.forced()
         info = {"phase": name, "forced": forced, "router": router, "taken_over": takes_over(run.cfg)}
         save_model(path, run.model, run.architecture, info)
-        run.folder.write_gate(gate)
-        run.folder.remove_taps()
-        write_training_page(run.folder.root, run.cfg)
+        write_json(folder.phase(name) / "gate.json", gate.to_dict())
+        folder.remove_taps()
+        write_training_page(folder.root, run.cfg)
     barrier()
     logger.info("%s", gate)
     if not gate.passed and not force:
         raise gate.failed()
+
+
+def write_training_page(folder: Path, cfg: CfgNode) -> None:
+    """Write the report page of a training that is not evaluated yet into its ``folder``, once there is a log entry or a
+    gate."""
+    with never_failing(folder / PAGE):
+        section, gates = read_training(folder, cfg.ROUTING.TEMPERATURE_BOUNDS)
+        if section is not None:
+            write_page(folder / PAGE, training_page(section, gates, ", ".join(cfg.DATA.TRAIN)))
 
 
 def _load_finished(run: Run, path: Path, phase: str) -> None:

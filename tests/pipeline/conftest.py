@@ -1,4 +1,4 @@
-"""What is exported is tested by what runs it, too."""
+"""Fixtures of exported detectors, shared with the tests of `earlyexit_ssd.deploy`."""
 
 import copy
 
@@ -17,7 +17,7 @@ def _traced() -> dict:
 
 @pytest.fixture
 def traced_once(_traced, monkeypatch) -> None:
-    """The tests of a module that ask for it trace their network once: they look at what is made of its graphs."""
+    """Trace each network once for all tests of a module. Each test gets a copy of its graphs."""
     trace = export.build_segments
 
     def segments(model):

@@ -1,11 +1,11 @@
-import cv2
-import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torchvision.models import VGG16_Weights
 
 from earlyexit_ssd.config import load_config
 from earlyexit_ssd.errors import ConfigError, EarlyExitError
+from earlyexit_ssd.files import write_image
 from earlyexit_ssd.modeling import Architecture, Exit, save_model
 from earlyexit_ssd.pipeline import build
 from earlyexit_ssd.pipeline.build import (
@@ -20,27 +20,22 @@ from earlyexit_ssd.pipeline.build import (
 )
 
 
-def test_thresholds_of_another_model_are_refused():
-    """A configuration of two exits with the weights of three."""
+def test_thresholds_must_fit_the_number_of_exits():
     cfg = load_config(None, ["ROUTING.THRESHOLDS", "[0.4, 0.5]"])
     assert build_router(cfg, {"num_exits": 2}).thresholds.tolist() == pytest.approx([0.4, 0.5])
-    with pytest.raises(
-        ConfigError, match=r"ROUTING.THRESHOLDS has 2 numbers, but the model has 3 early exits; give one"
-    ):
+    assert build_router(cfg, {"num_exits": 0}).num_exits == 0
+    with pytest.raises(ConfigError, match="ROUTING.THRESHOLDS has 2 numbers, but the model has 3 early exits; give on"):
         build_router(cfg, {"num_exits": 3})
 
 
 def test_auto_is_the_cpu_unless_the_runtime_is_eager(monkeypatch):
-    names = []
-    monkeypatch.setattr(build, "_device", lambda cfg, name: names.append(name))
-    for keys in ([], ["EVAL.RUNTIME", "onnxruntime"], ["EVAL.RUNTIME", "onnxruntime", "DEVICE", "cuda"]):
-        cfg = load_config(None, keys)
-        evaluation_device(cfg)
-        assert cfg.DEVICE in ("auto", "cuda")  # it is not changed
-    assert names == ["auto", "cpu", "cuda"]
+    monkeypatch.setattr(build, "_device", lambda cfg, name: name)
+    onnx = ["EVAL.RUNTIME", "onnxruntime"]
+    for keys, device in (([], "auto"), (onnx, "cpu"), ([*onnx, "DEVICE", "cuda"], "cuda")):
+        assert evaluation_device(load_config(None, keys)) == device
 
 
-def test_mixed_precision_matters_for_training_only():
+def test_mixed_precision_is_checked_for_training_only():
     cfg = load_config(None, ["ENGINE.AMP", "fp16", "DEVICE", "cpu"])
     assert evaluation_device(cfg).type == "cpu"
     with pytest.raises(ConfigError, match="ENGINE.AMP 'fp16' needs CUDA, but DEVICE is cpu; use bf16 or off"):
@@ -60,18 +55,15 @@ def test_the_exits_section_describes_the_exits():
 
 
 @pytest.mark.parametrize(
-    ("keys", "message"),
+    ("key", "value", "message"),
     [
-        (["EXITS.BRANCH", "['lihgt']"], "EXITS: branch is 'lihgt', expected one of copied, light, empty"),
-        (
-            ["MODEL.NAME", "ssd300_vgg17"],
-            "MODEL.NAME. is 'ssd300_vgg17', expected one of .* .did you mean 'ssd300_vgg16'",
-        ),
+        ("EXITS.BRANCH", "['lihgt']", "EXITS: branch is 'lihgt', expected one of copied, light, empty"),
+        ("MODEL.NAME", "ssd300_vgg17", "MODEL.NAME. is 'ssd300_vgg17', expected one .* .did you mean 'ssd300_vgg16'"),
     ],
 )
-def test_unknown_branches_and_detectors_are_refused(keys, message):
+def test_unknown_branches_and_detectors_are_errors(key, value, message):
     with pytest.raises(EarlyExitError, match=message):
-        build_architecture(load_config(None, keys), ("chair",))
+        build_architecture(load_config(None, [key, value]), ("chair",))
 
 
 def test_imagenet_weights_are_those_of_the_detector():
@@ -90,27 +82,21 @@ def test_a_compact_head_needs_no_boxes(tmp_path, monkeypatch):
             block[1].weight.zero_()
             block[1].bias.copy_(torch.tensor([0.1, 0.4, 0.2, 0.2, 0.1]).log().repeat(6))
     save_model(tmp_path / "model.pth", model)
-    (tmp_path / "street").mkdir()
     for number in range(4):
-        cv2.imwrite(str(tmp_path / "street" / f"{number}.png"), np.full((40, 60, 3), 40 * number, np.uint8))
+        write_image(tmp_path / "street" / f"{number}.png", Image.new("RGB", (60, 40), (40 * number,) * 3))
     keys = ["DATA.ROOT", str(tmp_path), "DATA.DATASETS", '[["street", "", "street"]]', "DATA.TRAIN", "[street]"]
     keys += ["DATA.WORKERS", "0", "MODEL.WEIGHTS", str(tmp_path / "model.pth"), "MODEL.IMAGE_SIZE", "96"]
     keys += ["MODEL.WIDTH", "0.25", "MODEL.FOLD", "compact", "MODEL.COMPACT_TOLERANCE", "0.05"]
     monkeypatch.setattr(build, "COMPARED_PHOTOS", 3)
-    seen = []
-    monkeypatch.setattr(build, "progress", lambda loader, _: seen.extend(loader) or seen)
-    found, architecture = build_model(load_config(None, keys), ("chair",))
-    assert [list(images[0].shape) for images, _ in seen] == [[3, 40, 60]] * 3
-    assert architecture.competing == ("couch", "bench") and found.classes == ("chair",)
-    assert [branch.head.classification_head.num_columns for branch in found.branches.values()] == [4, 4]
+    batches = []
+    monkeypatch.setattr(build, "progress", lambda loader, _: batches.extend(loader) or batches)
+    compact, architecture = build_model(load_config(None, keys), ("chair",))
+    assert [list(images[0].shape) for images, _ in batches] == [[3, 40, 60]] * 3
+    assert architecture.competing == ("couch", "bench") and compact.classes == ("chair",)
+    assert [branch.head.classification_head.num_columns for branch in compact.branches.values()] == [4, 4]
     monkeypatch.setattr(build, "load_dataset", lambda *_, **__: pytest.fail("no photo is needed"))
     _, architecture = build_model(load_config(None, keys), source.classes)
     assert architecture.head_outputs == 0
-
-
-def test_a_model_without_exits_needs_no_thresholds():
-    cfg = load_config(None, ["ROUTING.THRESHOLDS", "[0.5, 0.6]"])
-    assert build_router(cfg, {"num_exits": 0}).num_exits == 0
 
 
 def test_shipped_weights_are_opened_by_name():

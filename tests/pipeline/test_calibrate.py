@@ -1,5 +1,6 @@
-"""The search for thresholds on recorded photos, and what it guarantees."""
+"""The search for thresholds on recorded photos, and a calibration from photos to a routed model."""
 
+import itertools
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,6 +13,7 @@ from earlyexit_ssd.calibration import load_certificate
 from earlyexit_ssd.calibration.thresholds import Grid
 from earlyexit_ssd.config import CLOSED, load_config
 from earlyexit_ssd.errors import EarlyExitError
+from earlyexit_ssd.files import write_image
 from earlyexit_ssd.modeling import Architecture
 from earlyexit_ssd.modeling.checkpoint import save_model
 from earlyexit_ssd.pipeline import calibrate
@@ -20,28 +22,33 @@ from earlyexit_ssd.routing import FittedPolicy, register_policy
 from earlyexit_ssd.routing.policies import FITTED_POLICIES
 
 
-class FourPhotos:
+class Recording:
     early_exits = 1
 
     def __len__(self):
         return 4
 
 
+def four_photos(monkeypatch, full_ap50, ap50, losses):
+    """Recorded photos whose bootstrap draws all lose nothing. ``ap50`` is a function of the choices of exits."""
+    monkeypatch.setattr(calibrate, "ap_of_choice", lambda *_, **__: SimpleNamespace(AP50=full_ap50))
+    monkeypatch.setattr(calibrate, "bootstrap_choices", lambda *_, **__: [SimpleNamespace(AP50=np.full(10, 0.5))])
+    return SimpleNamespace(
+        recording=Recording(),
+        matches=None,
+        matches_beside=lambda reference: (None, np.ones(4, np.int64)),
+        losses=lambda reference: np.array(losses),
+        ap50_of=lambda choices, title: ap50(choices),
+    )
+
+
 @pytest.mark.parametrize(("cost", "opened"), [(3.8, True), (4.0, False), (4.2, False)])
 def test_an_ap_drop_opens_no_exit_that_raises_the_mean_cost(monkeypatch, caplog, cost, opened):
     """One photo of four may leave, with more AP50 than the full path has. The other photos pay for the branch."""
-    same = [SimpleNamespace(AP50=np.full(10, 0.5))]
-    monkeypatch.setattr(calibrate, "ap_of_choice", lambda *_, **__: SimpleNamespace(AP50=0.5))
-    monkeypatch.setattr(calibrate, "bootstrap_choices", lambda *_, **__: same)
     grid = Grid(np.array([[CLOSED], [0.9], [0.1]]), np.array([[1, 1, 1, 1], [0, 1, 1, 1], [0, 0, 0, 0]], dtype=np.int8))
     monkeypatch.setattr(calibrate, "threshold_grid", lambda confidences: grid)
-    calib = SimpleNamespace(
-        recording=FourPhotos(),
-        matches=None,
-        matches_beside=lambda reference: (None, np.ones(4, np.int64)),
-        losses=lambda reference: np.array([[0.4, 0.0], [0.9, 0.0], [0.9, 0.0], [0.9, 0.0]]),
-        ap50_of=lambda choices, title: np.array([0.5, 0.51, 0.2]),
-    )
+    losses = [[0.4, 0.0], [0.9, 0.0], [0.9, 0.0], [0.9, 0.0]]
+    calib = four_photos(monkeypatch, 0.5, lambda choices: np.array([0.5, 0.51, 0.2]), losses)
     costs = SimpleNamespace(of_each=lambda thresholds: np.array([[4.0, 4.0], [cost, cost], [1.0, 1.0]]))
     target = calibrate.Target("ap_drop", 0.01, 0.05)
     chosen = calibrate.Search(load_config(), target, None, None, calib, None, costs).run()
@@ -52,17 +59,8 @@ def test_an_ap_drop_opens_no_exit_that_raises_the_mean_cost(monkeypatch, caplog,
 
 @pytest.mark.parametrize(("ap50", "opened"), [(None, False), (0.0, False), (0.049, False), (0.051, True)])
 def test_an_ap_drop_opens_nothing_if_the_full_path_does_not_detect(monkeypatch, caplog, ap50, opened):
-    """Where the full path finds hardly anything, leaving early loses hardly any AP50."""
-    monkeypatch.setattr(calibrate, "ap_of_choice", lambda *_, **__: SimpleNamespace(AP50=ap50))
-    same = [SimpleNamespace(AP50=np.full(10, 0.04))]
-    monkeypatch.setattr(calibrate, "bootstrap_choices", lambda *_, **__: same)
-    calib = SimpleNamespace(
-        recording=FourPhotos(),
-        matches=None,
-        matches_beside=lambda reference: (None, np.ones(4, np.int64)),
-        losses=lambda reference: np.zeros((4, 2)),
-        ap50_of=lambda choices, title: np.full(len(choices), ap50 or 0.0),
-    )
+    """If the full path detects hardly anything, leaving early loses hardly any AP50."""
+    calib = four_photos(monkeypatch, ap50, lambda choices: np.full(len(choices), ap50 or 0.0), np.zeros((4, 2)))
     costs = CostModel("mmacs", {(): 1.0, (True,): 4.0, (False,): 3.0}, 1, 3.0, {})
     confidences = [np.array([0.9, 0.8, 0.7, 0.6])]
     target = calibrate.Target("ap_drop", 0.1)
@@ -78,9 +76,14 @@ def test_an_ap_drop_opens_nothing_if_the_full_path_does_not_detect(monkeypatch, 
 @pytest.mark.parametrize(
     ("value", "delta", "needed"), [(0.01, 0.05, 299), (0.05, 0.05, 59), (0.0, 0.05, 598), (1.0, 0.05, 1)]
 )
-def test_photos_that_an_ap_drop_needs(value, delta, needed):
+def test_number_of_photos_that_an_ap_drop_needs(value, delta, needed):
     """0.99^299 < 0.05 < 0.99^298: 299 photos show a fault of one photo in a hundred with probability 0.95."""
     assert calibrate.draws_needed(calibrate.Target("ap_drop", value, delta)) == needed
+
+
+def test_a_speedup_has_no_blocks():
+    with pytest.raises(EarlyExitError, match="--block is for --risk and --ap-drop"):
+        calibrate.Target("speedup", 1.2, block=5)
 
 
 def test_used_splits_need_labels():
@@ -90,11 +93,6 @@ def test_used_splits_need_labels():
     calibrate._require_labels(cfg, target, recorded, ("CALIB",))
     with pytest.raises(EarlyExitError, match=r"REFERENCE is labels, but DATA.TRAIN \(frames\) has unlabelled photos"):
         calibrate._require_labels(cfg, target, recorded, ("CALIB", "TRAIN"))
-
-
-def test_a_speedup_has_no_blocks():
-    with pytest.raises(EarlyExitError, match="--block is for --risk and --ap-drop"):
-        calibrate.Target("speedup", 1.2, block=5)
 
 
 @pytest.fixture
@@ -130,11 +128,9 @@ def own_policy():
 def test_calibration_with_a_users_policy(own_policy, tmp_path):
     """The policy is fitted on the training photos, stored in the certificate, and routes in the loaded model."""
     generator = np.random.default_rng(0)
-    for folder in ("train", "calib", "test"):
-        (tmp_path / folder).mkdir()
-        for photo in range(10):
-            noise = generator.integers(0, 25 * (photo + 1), (64, 64, 3), dtype=np.uint8)
-            Image.fromarray(noise).save(tmp_path / folder / f"{photo}.png")
+    for folder, photo in itertools.product(("train", "calib", "test"), range(10)):
+        noise = generator.integers(0, 25 * (photo + 1), (64, 64, 3), dtype=np.uint8)
+        write_image(tmp_path / folder / f"{photo}.png", Image.fromarray(noise))
     architecture = Architecture(("chair",), image_size=64, width=0.25, exit_layers=(8, 12))
     save_model(tmp_path / "weights.pth", architecture.build(), architecture, {})
     names = ", ".join(f"[{folder}, '', {tmp_path / folder}]" for folder in ("train", "calib", "test"))

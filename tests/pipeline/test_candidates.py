@@ -34,11 +34,11 @@ SLOW = candidate("slow", 0.9, 0.0, True)
         (Goal(speedup=9.0), FAST),  # nothing is so fast
     ],
 )
-def test_the_fastest_that_holds_the_budget_is_chosen(goal, expected):
+def test_the_fastest_candidate_within_the_budget_is_chosen(goal, expected):
     assert choose_candidate([BASE, SLOW, SAFE, FAST, BOLD], goal) == expected
 
 
-def test_nothing_is_chosen_where_nothing_is_faster():
+def test_no_candidate_is_chosen_if_none_is_faster_within_the_budget():
     assert choose_candidate([BASE, SLOW, candidate("undefined", 2.0, None, False)], Goal()) is None
     assert choose_candidate([BASE, BOLD], Goal()) is None
 
@@ -81,7 +81,7 @@ def test_a_detector_with_branches_has_them_at_all_sizes_and_no_empty_exits():
     plan = plan_of(describe_exits((8,)))
 
     def names(net):
-        return [(one.layer, one.pixels, one.empty) for one in plan.exits_of(net)]
+        return [(exit_.layer, exit_.pixels, exit_.empty) for exit_ in plan.exits_of(net)]
 
     glance, branch = (12, 128, True), (8, None, False)
     assert names(net(320, OWN_HEAD)) == names(net(256, OWN_HEAD)) == [glance, branch]
@@ -92,7 +92,7 @@ def test_a_detector_with_branches_has_them_at_all_sizes_and_no_empty_exits():
     assert names(net(320, OWN_HEAD)) == names(net(256, "compact")) == [glance, (12, None, True)]
 
 
-def test_candidates_in_words():
+def test_names_and_json_of_candidates():
     assert net(320, "as it is").describe((), 320) == "the detector as it is"
     words = net(256, "compact", ("glance96", "exit8"), fine_tuned=True)
     assert words.describe(("glance96", "exit8"), 320) == "256 px, compact head, fine-tuned, glance at 96 px, exit8"
@@ -100,8 +100,8 @@ def test_candidates_in_words():
     assert words.key == "256 compact fine-tuned glance96 exit8" and words.net == net(256, "compact", fine_tuned=True)
     found = Candidate("x", 256, "compact", lost=0.0061, objects=22, objects_kept=21, ms=5.0, speedup=2.8)
     assert str(found) == "x: 2.80 times as fast, 0.006 AP50 lost, 21 of 22 objects kept"
-    for one in (found, words):
-        assert Candidate.from_json(json.loads(json.dumps(one.to_json()))) == one  # lists become tuples again
+    for each in (found, words):
+        assert Candidate.from_json(json.loads(json.dumps(each.to_json()))) == each  # lists become tuples again
 
 
 @pytest.mark.parametrize(
@@ -113,6 +113,6 @@ def test_candidates_in_words():
         ({"minutes": -1.0}, "minutes is -1, expected a number above 0"),
     ],
 )
-def test_an_impossible_goal_is_one_line(values, message):
+def test_a_goal_out_of_range_is_an_error(values, message):
     with pytest.raises(EarlyExitError, match=message):
         Goal(**values)

@@ -24,11 +24,7 @@ from earlyexit_ssd.routing import ExitRouter
     ("name", "text", "aps"),
     [
         ("metrics.json", '{"exits": [{"name": "full", "AP50": 0.5, "AP": null, "mAP": 1}], "ms": 3}', 2),
-        (
-            "exits/gate.json",
-            '[{"name": "exit8 AP50", \n "value": 0.5}, {"name": "AP50", "value": null}]}',
-            1,
-        ),
+        ("exits/gate.json", '[{"name": "exit8 AP50", \n "value": 0.5}, {"name": "AP50", "value": null}]}', 1),
         ("baseline/log.jsonl", '{"step": 1, "AP50/full": 0.1}\n{"step": 2, "AP50/full": 0.2, "gap": 1}', 2),
         ("log.jsonl", '{"step": 1, "exit_rate": 1.0, "ms": 14.4, "confidence": 0.4}', 0),
         ("notes.json", '{"AP": 0.3}', None),
@@ -51,11 +47,9 @@ def test_curves_of_a_run(tmp_path):
     write_text(tmp_path / "config.yaml", "")
     lines = ['{"step": 1, "confidence/exit8": 0.4, "temperature/exit8": 1.5}', '{"step": 2, "confidence/exit8": 0.1}']
     write_text(tmp_path / "exits" / "log.jsonl", "\n".join(lines))
-    found = run_evidence(tmp_path / "model.pth", ModelEvidence(), ExitRouter(1))
-    assert found["confidences"] == {"exit8": [0.4, 0.1]} and found["temperatures"] == {"exit8": [1.5]}
-    assert not run_evidence(tmp_path / "model.pth", ModelEvidence(), ExitRouter(1, policy="mean_foreground"))[
-        "confidences"
-    ]
+    for policy, confidences in (("ambiguous_mass", {"exit8": [0.4, 0.1]}), ("mean_foreground", {})):
+        evidence = run_evidence(tmp_path / "model.pth", ModelEvidence(), ExitRouter(1, policy=policy))
+        assert evidence["confidences"] == confidences and evidence["temperatures"] == {"exit8": [1.5]}
 
 
 @pytest.mark.parametrize(
@@ -98,17 +92,14 @@ def test_each_failure_of_a_training_is_reported_once(photos, model, caplog):
     model.train()
     watch.before_training(trainer_at(0))
     with caplog.at_level(logging.WARNING):
-        for step in (5, 10, 20):  # inside an epoch; the first two runs of the checks, without two earlier runs
-            watch.longest = watch.spent = 0.0  # there is time for another run of the checks
+        for step in (5, 10, 20, 30, 40):  # 5 is inside an epoch; a figure is bad after two earlier runs of the checks
+            watch.longest = watch.spent = 0.0  # there is time for another run
             watch.after_step(trainer_at(step))
-        assert caplog.records == []
-        for step in (30, 40):
-            watch.longest = watch.spent = 0.0  # there is time for another run of the checks
-            watch.after_step(trainer_at(step))
-            first = [record.getMessage() for record in caplog.records]
-            assert [message.partition(" (full)")[0] for message in first][:1] == ["epoch 3: near_uniform_scores"]
-    assert len(set(first)) == len(first) and all(text.startswith("epoch 3: ") for text in first)
-    assert not [text for text in first if "exit8" in text]
+            messages = [record.getMessage() for record in caplog.records]
+            assert bool(messages) is (step >= 30)
+    assert messages[0].startswith("epoch 3: near_uniform_scores (full)")
+    assert len(set(messages)) == len(messages) and all(text.startswith("epoch 3: ") for text in messages)
+    assert not [text for text in messages if "exit8" in text]
     assert model.training and all(torch.equal(value, model.state_dict()[key]) for key, value in state.items())
 
 

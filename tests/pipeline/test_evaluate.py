@@ -1,4 +1,4 @@
-"""Certificates, drift and rivals of an evaluation."""
+"""Certificates, drift and rivals of an evaluation, and the command on its report page."""
 
 from __future__ import annotations
 
@@ -14,19 +14,23 @@ from earlyexit_ssd.errors import ConfigError, EarlyExitError
 from earlyexit_ssd.evaluation.cost import export_onnx, mmacs_to_exit
 from earlyexit_ssd.modeling import Architecture, PathToExit, save_model
 from earlyexit_ssd.pipeline.build import open_router
-from earlyexit_ssd.pipeline.evaluate import build_rivals, check_certificate, check_rivals, drift_of, smaller_sizes
+from earlyexit_ssd.pipeline.evaluate import (
+    build_rivals,
+    calibrate_command,
+    check_certificate,
+    check_rivals,
+    drift_of,
+    smaller_sizes,
+)
 from earlyexit_ssd.routing import ExitRouter
-
-EXITS = ("exit8", "full")
 
 
 def certificate(kind="risk", score=0.5):
-    reference = Reference.from_decisions(EXITS, [0] * 150 + [1] * 150, [[0.75] * 300])
+    reference = Reference.from_decisions(("exit8", "full"), [0] * 150 + [1] * 150, [[0.75] * 300])
+    numbers = {"value": 2.0, "epsilon": 0.02, "delta": 0.05, "bound": "betting"}
     return Certificate(
         router=ExitRouter(1).to_dict(),
-        target=CertifiedTarget(
-            kind=kind, score=score, iou=0.5, reference="full", value=2.0, epsilon=0.02, delta=0.05, bound="betting"
-        ),
+        target=CertifiedTarget(kind=kind, score=score, iou=0.5, reference="full", **numbers),
         measured=Measured(),
         cost_model=CertifiedCosts(),
         weights_sha256="",
@@ -70,11 +74,7 @@ def test_photos_unlike_the_calibration_photos_are_reported(caplog):
     changed = drift_of(certificate(), collected, [1] * 300)
     assert len(changed.warnings) >= 1 and "exit8 took 0 % of the last 200 photos" in changed.warnings[0]
     assert "calibrate again" in caplog.text
-
-
-def test_few_photos_are_compared_in_one_window():
-    collected = SimpleNamespace(confidences=[torch.full((3,), 0.75), torch.zeros(3)])
-    assert drift_of(certificate(), collected, [0, 1, 0]).window == 3
+    assert drift_of(certificate(), collected, [0, 1, 0]).window == 3  # few photos are compared in one window
     assert drift_of(certificate(), collected, []).shares is None
 
 
@@ -95,7 +95,7 @@ def rivals(*overrides: str, **changes):
 
 @pytest.fixture
 def file(tmp_path):
-    """Function that writes a model file into the folder of a run and returns its path."""
+    """A function that writes a model file into the folder of a run and returns its path."""
 
     def write(folder: str = "run", **changes) -> str:
         described = architecture(**changes)
@@ -114,19 +114,17 @@ def test_smaller_sizes(size, sizes):
 
 def test_plain_detectors_of_the_configured_sizes():
     built = rivals("EVAL.RIVALS.SIZES", "[64, 96, 128, 64]")
-    assert [rival.name for rival in built] == ["plain 64", "plain 128"]  # 96 px is the detector without exits
-    assert [rival.example.shape[-1] for rival in built] == [64, 128]
+    # 96 px is the detector without exits
+    assert [(rival.name, rival.example.shape[-1]) for rival in built] == [("plain 64", 64), ("plain 128", 128)]
     assert built[0].mmacs < built[1].mmacs
-    photos = [torch.rand(3, 50, 70)]
     with torch.no_grad():
-        assert all(rival.detector(photos)[0]["boxes"].shape[1] == 4 for rival in built)
+        assert all(rival.detector([torch.rand(3, 50, 70)])[0]["boxes"].shape[1] == 4 for rival in built)
 
 
 def test_a_folded_head_is_also_cut():
     built = rivals("EVAL.RIVALS.SIZES", "[64]", head_outputs=9, folded_rows=(3, 5))
-    assert [rival.name for rival in built] == ["plain 64", "plain 96, cut head", "plain 64, cut head"]
-    assert [rival.kind for rival in built] == ["plain", "cut_head", "cut_head"]
-    assert built[2].mmacs < built[0].mmacs
+    names = [("plain 64", "plain"), ("plain 96, cut head", "cut_head"), ("plain 64, cut head", "cut_head")]
+    assert [(rival.name, rival.kind) for rival in built] == names and built[2].mmacs < built[0].mmacs
     with torch.no_grad():
         assert set(built[2].detector([torch.rand(3, 50, 70)])[0]["labels"].tolist()) <= {1, 2}
 
@@ -139,14 +137,14 @@ def test_the_full_path_of_another_run(file):
         ("plain 64, small_run", "plain", path),
     ]
     with torch.no_grad():
-        labels = built[1].detector([torch.rand(3, 64, 64)])[0]["labels"]
-    assert set(labels.tolist()) <= {1, 2}
+        assert set(built[1].detector([torch.rand(3, 64, 64)])[0]["labels"].tolist()) <= {1, 2}
 
 
-def test_a_single_exit_does_not_run_later_layers(file, monkeypatch):
+def test_every_photo_leaves_at_a_single_exit_before_later_layers(file, monkeypatch):
     path = file("twelve", exit_layers=(12,))
     (*_, rival) = rivals("EVAL.RIVALS.SINGLE_EXITS", path)
     assert (rival.name, rival.kind, rival.source) == ("exit12 alone, twelve", "single_exit", path)
+    assert isinstance(rival.network, PathToExit)
     model = rival.detector.detector
     assert rival.mmacs == pytest.approx(mmacs_to_exit(model)[0])
     photos = [torch.rand(3, 96, 96)]
@@ -154,6 +152,7 @@ def test_a_single_exit_does_not_run_later_layers(file, monkeypatch):
     monkeypatch.setattr(model.head, "forward", None)  # the full path would fail
     with torch.no_grad():
         detections = rival.detector(photos)[0]
+        assert model(photos)[0]["exit_index"].item() == 0
     assert torch.allclose(detections["boxes"], expected["boxes"], atol=1e-3)
     assert torch.equal(detections["labels"], expected["labels"])
 
@@ -202,9 +201,9 @@ def test_onnx_runtime_measures_the_cpu():
         check_rivals(cfg, torch.device("cuda"))
 
 
-def test_every_photo_leaves_at_a_single_exit(file):
-    (*_, rival) = rivals("EVAL.RIVALS.SINGLE_EXITS", file(exit_layers=(8,)))
-    assert isinstance(rival.network, PathToExit)
-    assert isinstance(rival.detector.detector.router, ExitRouter)
-    with torch.no_grad():
-        assert rival.detector.detector([torch.zeros(3, 96, 96)])[0]["exit_index"].item() == 0
+def test_the_command_of_a_calibration_has_the_keys_of_the_evaluation():
+    given = ["earlyexit", "evaluate", "--config", "my set.yaml", "--out", "x", "DATA.ROOT", "d", "SEED", "3"]
+    assert calibrate_command([*given, "ROUTING.CERTIFICATE", "c.json"], "model.pth") == (
+        "earlyexit calibrate --config 'my set.yaml' --weights model.pth --out calibrated {target} DATA.ROOT d SEED 3"
+    )
+    assert calibrate_command(["pytest"], "model.pth") == ""

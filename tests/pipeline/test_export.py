@@ -1,8 +1,9 @@
-"""What is written is the model's, or it is not written."""
+"""An exported file has the model's exits and detections; otherwise it is not written."""
 
 import copy
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -13,7 +14,6 @@ from PIL import Image
 from earlyexit_ssd import ExitRouter
 from earlyexit_ssd.deploy import Predictor
 from earlyexit_ssd.errors import EarlyExitError
-from earlyexit_ssd.modeling import EarlyExitSSD300
 from earlyexit_ssd.modeling.trunk import evaluating
 from earlyexit_ssd.pipeline import export
 from earlyexit_ssd.pipeline.export import export_detector, open_any
@@ -28,16 +28,23 @@ def paths(tmp_path_factory):
     return sorted(folder.iterdir())
 
 
-def foresight(model, thresholds):
-    """A router that looks at the taps, as exits without a branch need it."""
+def changed(model, **attributes):
+    """A copy of the model with other attributes."""
+    model = copy.deepcopy(model)
+    for name, value in attributes.items():
+        setattr(model, name, value)
+    return model
+
+
+def with_tap_router(**exits):
+    """A model whose router reads the taps, as empty exits need it."""
+    model, rng = build_model(**exits), np.random.default_rng(0)
     with evaluating(model):
         taps, _ = model.trunk_maps(torch.zeros(1, 3, *model.transform.fixed_size))
-    rng = np.random.default_rng(0)
-    parameters = [
-        {"weight": rng.normal(0, 0.3, 2 * tap.shape[1] + (not empty)).tolist(), "bias": 0.0}
-        for tap, empty in zip(taps, model.empty, strict=True)
-    ]
-    return ExitRouter(len(taps), policy="foreseen_emptiness", parameters=parameters, thresholds=thresholds)
+    lengths = [2 * tap.shape[1] + (not empty) for tap, empty in zip(taps, model.empty, strict=True)]
+    parameters = [{"weight": rng.normal(0, 0.3, length).tolist(), "bias": 0.0} for length in lengths]
+    model.router = ExitRouter(len(taps), policy="foreseen_emptiness", parameters=parameters, thresholds=0.5)
+    return model
 
 
 def node_kinds(graph) -> set[str]:
@@ -56,10 +63,9 @@ def node_kinds(graph) -> set[str]:
         {"exit_layers": (8,), "glances": ((32, 12), (64, 8))},
     ],
 )
-def test_exits_without_a_branch_and_glances_answer_with_nothing(tmp_path, paths, exits):
-    model = build_model(**exits)
+def test_empty_exits_and_glances_detect_nothing(tmp_path, paths, exits):
+    model = with_tap_router(**exits)
     last = model.num_early_exits
-    model.router = foresight(model, 0.5)
     exported = export_detector(model, tmp_path / "detector.onnx", photos=paths)
     assert exported.photos == 6 and exported.size == exported.path.stat().st_size
     predictor, photo = Predictor(exported.path), np.asarray(Image.open(paths[0]))
@@ -71,9 +77,9 @@ def test_exits_without_a_branch_and_glances_answer_with_nothing(tmp_path, paths,
 
 
 def test_batch_norm_is_folded_and_closed_exits_are_left_out(tmp_path, paths, onnx_file, model):
-    whole = onnx.load(onnx_file)
-    assert node_kinds(whole.graph) >= {"Conv", "If"} and "BatchNormalization" not in node_kinds(whole.graph)
-    closed = copy.deepcopy(model)
+    operators = node_kinds(onnx.load(onnx_file).graph)
+    assert operators >= {"Conv", "If"} and "BatchNormalization" not in operators
+    closed = changed(model)
     closed.router.thresholds = [2.0, *model.router.thresholds.tolist()[1:]]
     exported = export_detector(closed, tmp_path / "closed.onnx", photos=paths)
     assert exported.size < onnx_file.stat().st_size
@@ -84,8 +90,7 @@ def test_batch_norm_is_folded_and_closed_exits_are_left_out(tmp_path, paths, onn
 
 
 def test_without_a_router_the_file_is_the_full_path(tmp_path, paths, model, traced_once):
-    plain = copy.deepcopy(model)
-    plain.router = None
+    plain = changed(model, router=None)
     exported = export_detector(plain, tmp_path / "full.onnx", photos=paths)
     predictor = Predictor(exported.path)
     found = predictor(np.zeros((9, 9, 3), np.uint8))
@@ -95,10 +100,9 @@ def test_without_a_router_the_file_is_the_full_path(tmp_path, paths, model, trac
 
 
 @pytest.mark.parametrize("routed", [True, False])
-def test_least_scores_by_class_go_along(tmp_path, paths, model, traced_once, routed):
-    chosen = copy.deepcopy(model)
-    chosen.router, chosen.score_thresh = model.router if routed else None, {"cat": 0.45}
-    predictor = Predictor(export_detector(chosen, tmp_path / "detector.onnx", photos=paths).path)
+def test_the_file_has_the_score_thresholds_of_the_classes(tmp_path, paths, model, traced_once, routed):
+    limited = changed(model, router=model.router if routed else None, score_thresh={"cat": 0.45})
+    predictor = Predictor(export_detector(limited, tmp_path / "detector.onnx", photos=paths).path)
     assert predictor.score_thresh.tolist() == pytest.approx([0.45, 0.001]) and predictor.classes == ("cat", "dog")
 
 
@@ -112,7 +116,7 @@ def test_least_scores_by_class_go_along(tmp_path, paths, model, traced_once, rou
         ({"thresholds": np.float32([0.0, 0.0])}, r"the file leaves at exit8, the model at \w+ \(confidence"),
     ],
 )
-def test_an_answer_that_is_not_the_model_s_is_refused(
+def test_a_file_with_another_exit_or_other_detections_is_not_written(
     tmp_path, paths, model, traced_once, monkeypatch, change, message, file_format
 ):
     real = export._contract
@@ -122,16 +126,11 @@ def test_an_answer_that_is_not_the_model_s_is_refused(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_head_that_is_not_the_model_s_is_refused(tmp_path, paths, model, traced_once, monkeypatch):
-    real = export.build_segments
-
-    def changed(model):
-        segments = real(model)
-        weights = max(segments[-1].model.graph.initializer, key=lambda one: len(one.raw_data))
-        weights.raw_data = (np.frombuffer(weights.raw_data, np.float32) * np.float32(1.01)).tobytes()
-        return segments
-
-    monkeypatch.setattr(export, "build_segments", changed)
+def test_a_file_with_other_outputs_of_a_head_is_not_written(tmp_path, paths, model, traced_once, monkeypatch):
+    segments = export.build_segments(model)
+    weights = max(segments[-1].model.graph.initializer, key=lambda tensor: len(tensor.raw_data))
+    weights.raw_data = (np.frombuffer(weights.raw_data, np.float32) * np.float32(1.01)).tobytes()
+    monkeypatch.setattr(export, "build_segments", lambda model: segments)
     (tmp_path / "a.onnx").write_text("an earlier file")
     with pytest.raises(EarlyExitError, match=r"of full differ by .* nothing was written"):
         export_detector(model, tmp_path / "a.onnx", photos=paths)
@@ -139,8 +138,7 @@ def test_a_head_that_is_not_the_model_s_is_refused(tmp_path, paths, model, trace
 
 
 def test_a_confidence_at_its_threshold_may_fall_on_either_side(model):
-    photo = build_photos(1)[0]
-    tied = copy.deepcopy(model)
+    photo, tied = build_photos(1)[0], changed(model)
     with torch.no_grad():
         tied.router.thresholds = 2.0
         (expected,) = tied([export.as_tensor(photo)])
@@ -158,12 +156,10 @@ def test_a_folder_of_staged_files_replaces_an_earlier_one_and_nothing_else(
 ):
     files = {"0_exit8.onnx", "1_exit12.onnx", "2_full.onnx", "detections.onnx", "manifest.json"}
     assert {path.name for path in staged_folder.iterdir()} == files
-    plain = copy.deepcopy(model)
-    plain.router = None
-    folder = tmp_path / "staged"
+    plain, folder = changed(model, router=None), tmp_path / "staged"
     folder.mkdir()
-    export_detector(plain, folder, "staged", paths)
-    export_detector(plain, folder, "staged", paths)
+    for _ in range(2):
+        export_detector(plain, folder, "staged", paths)
     assert {path.name for path in folder.iterdir()} == {"0_full.onnx", "detections.onnx", "manifest.json"}
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("dear")
@@ -174,17 +170,15 @@ def test_a_folder_of_staged_files_replaces_an_earlier_one_and_nothing_else(
 
 
 @pytest.mark.parametrize("exits", [None, {"glances": ((32, 12),)}, {}])
-def test_openvino_s_own_format(tmp_path, paths, model, traced_once, exits):
+def test_exits_of_an_openvino_file(tmp_path, paths, model, traced_once, exits):
     pytest.importorskip("openvino")
-    if exits is not None:
-        model = build_model(exit_layers=(8,), **exits)
-        model.router = foresight(model, 0.5)
+    model = model if exits is None else with_tap_router(exit_layers=(8,), **exits)
     exported = export_detector(model, tmp_path / "detector.xml", "openvino", paths)
     assert {path.name for path in tmp_path.iterdir()} == {"detector.xml", "detector.bin"}
     thresholds = dict.fromkeys(model.exit_names[:-1], 2.0) | {"exit8": 0.0}
     predictor = Predictor(exported.path, "openvino", thresholds=thresholds, score_thresh={"cat": 0.9})
     own = predictor._thresholds.copy()
-    for path in paths[:2]:  # in turns: a runtime that overlooks an input keeps what it had
+    for path in paths[:2]:  # a runtime that ignores an input would repeat an earlier result
         photo = np.asarray(Image.open(path))
         for values, name in ((own, "exit8"), (2.0, "full"), (0.0, model.exit_names[0])):
             predictor._thresholds[:] = values
@@ -192,8 +186,8 @@ def test_openvino_s_own_format(tmp_path, paths, model, traced_once, exits):
     assert predictor.classes == ("cat", "dog")
 
 
-def test_constant_outputs_in_openvino(tmp_path, paths):
-    """Without exits every photo takes the full path, so exit and confidence are constants, which have a second name."""
+def test_an_openvino_file_without_exits(tmp_path, paths):
+    """Exit and confidence are constants, which have a second name in OpenVINO."""
     pytest.importorskip("openvino")
     exported = export_detector(build_model(exit_layers=()), tmp_path / "detector.xml", "openvino", paths)
     assert Predictor(exported.path, "openvino")(np.asarray(Image.open(paths[0]))).exit_name == "full"
@@ -208,27 +202,25 @@ def test_constant_outputs_in_openvino(tmp_path, paths):
         ("taken.onnx", "onnx", "taken.onnx: there is a folder of that name"),
     ],
 )
-def test_a_path_or_a_format_that_cannot_be(tmp_path, model, name, file_format, message):
+def test_an_unusable_path_or_format_is_an_error(tmp_path, model, name, file_format, message):
     (tmp_path / "taken.onnx").mkdir()
     with pytest.raises(EarlyExitError, match=message):
         export_detector(model, tmp_path / name, file_format)
 
 
 def test_a_hybrid_router_is_refused(tmp_path, model):
-    hybrid = copy.deepcopy(model)
-    hybrid.router = ExitRouter(2, hybrid=True)
     with pytest.raises(EarlyExitError, match="a hybrid router cannot be exported"):
-        export_detector(hybrid, tmp_path / "a.onnx")
+        export_detector(changed(model, router=ExitRouter(2, hybrid=True)), tmp_path / "a.onnx")
 
 
-def test_the_model_and_its_mode_are_left_as_they_were(tmp_path, paths, model):
-    training = copy.deepcopy(model).train()
+def test_the_model_and_its_mode_do_not_change(tmp_path, paths, model):
+    training = changed(model).train()
     before = {name: value.clone() for name, value in training.state_dict().items()}
     export_detector(training, tmp_path / "a.onnx", photos=paths[:1])
     assert training.training and all(torch.equal(value, before[name]) for name, value in training.state_dict().items())
 
 
-def test_models_of_files_are_opened_by_their_kind(tmp_path, model):
+def test_a_model_file_is_opened_as_its_detector(tmp_path, model):
     model.save(tmp_path / "model.pth")
     assert open_any(tmp_path / "model.pth").router is not None
     assert open_any(tmp_path / "model.pth", router=False).router is None
@@ -237,15 +229,12 @@ def test_models_of_files_are_opened_by_their_kind(tmp_path, model):
     torch.save(content, tmp_path / "other.pth")
     with pytest.raises(EarlyExitError, match="other.pth"):
         open_any(tmp_path / "other.pth")
-    assert EarlyExitSSD300.detector_name == "ssd300_vgg16"
 
 
-def test_the_certificate_goes_along_while_the_router_is_as_calibrated(model, monkeypatch):
-    calibrated = copy.deepcopy(model)
+def test_the_file_has_the_certificate_only_of_the_calibrated_router(model):
+    calibrated = changed(model)
     router = calibrated.router
-    router.certificate = type(
-        "Certificate", (), {"router": router.to_dict(), "to_dict": lambda self: {"format": "x"}}
-    )()
-    assert json.loads(export._metadata(calibrated, export._contract(calibrated))["certificate"]) == {"format": "x"}
-    router.thresholds = 0.9
-    assert json.loads(export._metadata(calibrated, export._contract(calibrated))["certificate"]) is None
+    router.certificate = SimpleNamespace(router=router.to_dict(), to_dict=lambda: {"format": "x"})
+    for thresholds, expected in ((router.thresholds.tolist(), {"format": "x"}), (0.9, None)):
+        router.thresholds = thresholds
+        assert json.loads(export._metadata(calibrated, export._contract(calibrated))["certificate"]) == expected

@@ -1,4 +1,4 @@
-"""8 bits are written if they are faster and lose little; thresholds follow their confidences."""
+"""A file in 8 bits is written if it is faster and loses little AP50, with thresholds for its own confidences."""
 
 import json
 import os
@@ -47,15 +47,15 @@ def model(folder):
 def in_float(file) -> list[str]:
     """Convolutions with inputs that are not rounded, in the file and in the branches of its Ifs."""
 
-    def of(graph, rounded):
-        names, rounded = [], rounded | {n.output[0] for n in graph.node if n.op_type == "DequantizeLinear"}
+    def convolutions(graph, rounded):
+        names, rounded = [], rounded | {node.output[0] for node in graph.node if node.op_type == "DequantizeLinear"}
         for node in graph.node:
             names += [node.name] if node.op_type == "Conv" and node.input[0] not in rounded else []
             for attribute in node.attribute:
-                names += of(attribute.g, rounded) if attribute.HasField("g") else []
+                names += convolutions(attribute.g, rounded) if attribute.HasField("g") else []
         return names
 
-    return of(onnx.load(file).graph, set())
+    return convolutions(onnx.load(file).graph, set())
 
 
 def test_a_faster_file_is_written_and_as_many_photos_leave(folder, model, traced_once, tmp_path, monkeypatch):
@@ -65,7 +65,7 @@ def test_a_faster_file_is_written_and_as_many_photos_leave(folder, model, traced
     figures = export_int8(model, tmp_path / "detector.onnx", "onnx", dataset, ap_drop=1.0)
     assert figures.size == (tmp_path / "detector.onnx").stat().st_size and not figures.labelled
     assert "8 photos, 32 bits for labels" in str(figures) and "1.40 [1.30, 1.50] times as fast" in str(figures)
-    assert [one.name for one in tmp_path.iterdir()] == ["detector.onnx"]
+    assert [path.name for path in tmp_path.iterdir()] == ["detector.onnx"]
     kept = [name for name in in_float(tmp_path / "detector.onnx") if "/fc" not in name]  # NNCF leaves these
     assert len(kept) == 3 and all("/features.0" in name for name in kept)
     predictor = Predictor(tmp_path / "detector.onnx")
@@ -80,14 +80,10 @@ def test_a_faster_file_is_written_and_as_many_photos_leave(folder, model, traced
     ("speed", "ap_drop", "message"),
     [
         (Ratio(1.02, 0.98, 1.07), 1.0, "refused: 1.02 .0.98, 1.07. times as fast as in 32 bits"),
-        (
-            Ratio(1.5, 1.4, 1.6),
-            -1.0,
-            "AP50 lost in 95 % of the draws at most .* on 8 photos, even with the first 3 convolutions",
-        ),
+        (Ratio(1.5, 1.4, 1.6), -1.0, "AP50 lost in 95 % .* at most .* on 8 photos, even with the first 3 convolutions"),
     ],
 )
-def test_a_slow_or_bad_file_is_refused_and_nothing_is_written(
+def test_a_slow_or_inaccurate_file_is_not_written(
     folder, model, traced_once, tmp_path, monkeypatch, speed, ap_drop, message
 ):
     monkeypatch.setattr(int8, "speed_of", lambda *_: speed)
@@ -100,13 +96,13 @@ def test_a_slow_or_bad_file_is_refused_and_nothing_is_written(
 
 
 def test_labels_are_those_of_the_detectors_classes(folder, tmp_path):
-    rows = [{"id": place, "file_name": f"{place}.png", "width": 1, "height": 1} for place in range(8)]
-    for row, photo in zip(rows, sorted(folder.iterdir()), strict=True):
-        row["width"], row["height"] = Image.open(photo).size
-    boxes = [
-        {"id": k, "image_id": k, "category_id": 5 + k % 2, "bbox": [1, 2, 20, 30], "area": 600, "iscrowd": 0}
-        for k in range(8)
+    sizes = [Image.open(folder / f"{index}.png").size for index in range(8)]
+    rows = [
+        {"id": index, "file_name": f"{index}.png", "width": width, "height": height}
+        for index, (width, height) in enumerate(sizes)
     ]
+    box = {"bbox": [1, 2, 20, 30], "area": 600, "iscrowd": 0}
+    boxes = [{"id": index, "image_id": index, "category_id": 5 + index % 2, **box} for index in range(8)]
     content = {"images": rows, "annotations": boxes, "categories": [{"id": 5, "name": "Dog"}, {"id": 6, "name": "owl"}]}
     (tmp_path / "truth.json").write_text(json.dumps(content))
     dataset = photos_to_quantise_on(folder, tmp_path / "truth.json", ("N/A", "cat", "dog", "N/A"))
@@ -116,7 +112,7 @@ def test_labels_are_those_of_the_detectors_classes(folder, tmp_path):
         photos_to_quantise_on(folder, tmp_path / "truth.json", ("cat",))
 
 
-def test_threshold_between_two_confidences_or_beyond_all():
+def test_threshold_in_8_bits_by_hand():
     before, after = np.array([0.1, 0.5, 0.9]), np.array([0.15, 0.55, 0.75])
     assert matching_threshold(0.6, before, after) == pytest.approx(0.65)
     assert matching_threshold(0.3, before, after) == pytest.approx(0.35)
@@ -148,5 +144,5 @@ def test_as_many_photos_leave(pairs, threshold):
         ("", "Add", False),
     ],
 )
-def test_what_is_quantised(name, operator, fits):
+def test_operators_of_trunk_branches_and_heads_are_quantised(name, operator, fits):
     assert _fits(helper.make_node(operator, ["a"], ["b"], name=name)) == fits

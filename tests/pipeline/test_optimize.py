@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 
@@ -11,13 +12,7 @@ from earlyexit_ssd.deploy.benchmark import Ratio
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.pipeline import optimize
 from earlyexit_ssd.pipeline.int8 import Int8Figures, Kept
-from earlyexit_ssd.pipeline.optimize import (
-    Candidate,
-    Goal,
-    _in_8_bits,
-    _summary,
-    _warn_if_busy,
-)
+from earlyexit_ssd.pipeline.optimize import Candidate, Goal, _in_8_bits, _summary, _warn_if_busy
 
 FAST = Candidate("fast", 320, "as it is", lost=0.009, holds=True, ms=5.0, speedup=2.0)
 
@@ -30,10 +25,13 @@ def test_a_busy_machine_gives_a_warning(monkeypatch, caplog, load, warned):
     assert ("the machine is busy (load 2.5 on 2 cores)" in caplog.text) is warned
 
 
+def figures_of(ap, ap50, ap50_base, interval, found):
+    costs = (5.0, 9.0, 5.0, 9.0, [8.0, 10.0])  # MMACs, milliseconds and their interval
+    return optimize.TestFigures(["val"], 9, ap, ap, ap50, ap50_base, interval, *found, *costs, "eager", 1)
+
+
 def test_a_detector_that_does_not_detect_is_not_shipped():
-    figures = optimize.TestFigures(
-        ["val"], 9, 0.0, 0.0, 0.01, 0.01, None, 0, 0, 5.0, 9.0, 5.0, 9.0, [8.0, 10.0], "eager", 1
-    )
+    figures = figures_of(0.0, 0.01, 0.01, None, (0, 0))
     assert not figures.base_detects
     assert "your detector itself does not detect (AP50 0.010)" in _summary(FAST, figures, False, Goal())
     assert dataclasses.replace(figures, AP50_base=0.2).base_detects
@@ -41,9 +39,7 @@ def test_a_detector_that_does_not_detect_is_not_shipped():
 
 def test_the_verdict_compares_the_loss_on_the_test_photos():
     """Not its interval, whose upper end is above the budget here, and not the bound on the calib photos."""
-    figures = optimize.TestFigures(
-        ["val"], 9, 0.3, 0.3, 0.495, 0.5, [0.001, 0.02], 7, 8, 5.0, 9.0, 5.0, 9.0, [8.0, 10.0], "eager", 1
-    )
+    figures = figures_of(0.3, 0.495, 0.5, [0.001, 0.02], (7, 8))
     assert figures.worth_shipping(Goal()) and not figures.worth_shipping(Goal(ap_drop=0.004))
     assert not dataclasses.replace(figures, ms=8.5).worth_shipping(Goal())
     summary = _summary(FAST, figures, True, Goal(delta=0.1))
@@ -60,10 +56,8 @@ def test_8_bits_are_a_candidate_unless_they_are_refused(tmp_path, monkeypatch, c
 
     def quantised(*arguments):
         assert arguments == ("model", tmp_path / "detector.xml", "openvino", "calib", 0.02, ["train.jpg"], "base", 0.1)
-        speed = Ratio(1.25, 1.2, 1.3)
-        return Int8Figures(
-            tmp_path, 1, Kept(3, False), 9, True, (0.5, 0.4), (0.7, 0.69), 0.015, 0.1, 20, 19, speed, "openvino"
-        )
+        aps, speed = ((0.5, 0.4), (0.7, 0.69)), Ratio(1.25, 1.2, 1.3)
+        return Int8Figures(tmp_path, 1, Kept(3, False), 9, True, *aps, 0.015, 0.1, 20, 19, speed, "openvino")
 
     monkeypatch.setattr(optimize, "open_any", lambda path: "model")
     monkeypatch.setattr(optimize, "export_int8", quantised)
@@ -71,10 +65,7 @@ def test_8_bits_are_a_candidate_unless_they_are_refused(tmp_path, monkeypatch, c
     assert (found.name, found.AP50, found.lost_bound, found.objects_kept) == ("fast, 8 bits", 0.69, 0.015, 19)
     assert found.lost == pytest.approx(0.01) and found.ms == pytest.approx(4.0) and found.speedup == pytest.approx(2.5)
 
-    def refused(*arguments):
-        raise EarlyExitError("8 bits are refused")
-
-    monkeypatch.setattr(optimize, "export_int8", refused)
+    monkeypatch.setattr(optimize, "export_int8", Mock(side_effect=EarlyExitError("8 bits are refused")))
     caplog.set_level("INFO")
     assert _in_8_bits(search, FAST) is None and "no candidate in 8 bits: 8 bits are refused" in caplog.text
     limited = SimpleNamespace(**{**vars(search), "goal": Goal(coco_ap_drop=0.01)})

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 import torch
+from torchvision.ops import box_iou
 
 from earlyexit_ssd.config import load_config
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.modeling import Architecture, LossSettings, describe_exits
 from earlyexit_ssd.modeling.detector import TapBatch
 from earlyexit_ssd.pipeline import phases
-from earlyexit_ssd.pipeline.build import build_router
+from earlyexit_ssd.pipeline.build import build_router, with_values
 from earlyexit_ssd.pipeline.phases import (
     SeveralSizes,
     TaughtFullPath,
@@ -30,88 +32,68 @@ from earlyexit_ssd.pipeline.run import Run, RunFolder
 from tests.modeling.conftest import small_model
 
 
-class FakeQuality:
-    """Returns the given AP50s one after another."""
-
-    def __init__(self, *ap50):
-        self.ap50 = list(ap50)
-
-    def of_full_path(self, model):
-        return {"AP50": self.ap50.pop(0)}
-
-
-@pytest.fixture
-def run(monkeypatch):
-    run = Run(load_config(), None, small_model(), None, None, None, torch.device("cpu"))
-
-    def train(run, name, losses, loader):
-        with torch.no_grad():
-            for value in run.model.state_dict().values():
-                value.add_(1)
-
-    monkeypatch.setattr(phases, "fit", train)
-    monkeypatch.setattr(phases, "photo_loader", lambda run, batch_size: None)
-    return run
+def add_one(model):
+    """Change every weight and buffer."""
+    with torch.no_grad():
+        for value in model.state_dict().values():
+            value.add_(1)
 
 
 @pytest.mark.parametrize(("after", "kept"), [(0.499, True), (0.4985, True), (0.497, False)])
-def test_joint_phase_is_kept_only_if_the_full_path_keeps_its_ap50(run, monkeypatch, after, kept):
-    monkeypatch.setattr(Run, "calib_quality", FakeQuality(0.5, after))
-    before = {key: value.clone() for key, value in run.model.state_dict().items()}
+def test_joint_phase_is_kept_only_if_the_full_path_keeps_its_ap50(monkeypatch, after, kept):
+    run, teachers, ap50 = Run(load_config(), None, small_model(), *[None] * 4), [], iter([0.5, after])
+
+    def train(run, name, losses, loader):
+        teachers.append(run.model.losses.teacher)
+        add_one(run.model)
+
+    monkeypatch.setattr(phases, "fit", train)
+    monkeypatch.setattr(phases, "photo_loader", lambda run, batch_size: None)
+    quality = SimpleNamespace(of_full_path=lambda model: {"AP50": next(ap50)})
+    monkeypatch.setattr(Run, "calib_quality", quality)
+    before, losses = {key: value.clone() for key, value in run.model.state_dict().items()}, run.model.losses
     gate = joint(run)
     same = all(torch.equal(value, before[key]) for key, value in run.model.state_dict().items())
-    assert same is not kept
-    assert gate.passed
-    assert ("weights of the exits phase kept" in str(gate)) is not kept
+    assert same is not kept and gate.passed and ("weights of the exits phase kept" in str(gate)) is not kept
+    assert teachers == ["next"] and run.model.losses is losses
 
 
 @pytest.mark.parametrize(
     ("weights", "expected"), [((), (1 / 4, 1 / 3, 1 / 2)), ((0.5,), (0.5,)), ((1.0, 2.0, 3.0), (1.0, 2.0, 3.0))]
 )
 def test_joint_phase_has_its_own_teacher_and_weights(weights, expected):
-    phase = load_config().JOINT.clone()
-    phase.defrost()
-    phase.EXIT_WEIGHTS = weights
+    phase = with_values(load_config(), {"JOINT.EXIT_WEIGHTS": weights}).JOINT
     losses = joint_losses(LossSettings(teacher="full", exit_weights=(7.0,), full_weight=2.0), phase, exits=3)
     assert (losses.teacher, losses.exit_weights, losses.full_weight) == ("next", expected, 2.0)
-
-
-def test_joint_phase_restores_the_losses(run, monkeypatch):
-    monkeypatch.setattr(Run, "calib_quality", FakeQuality(0.5, 0.5))
-    before, seen = run.model.losses, []
-    monkeypatch.setattr(phases, "fit", lambda run, *_: seen.append(run.model.losses.teacher))
-    joint(run)
-    assert seen == ["next"] and run.model.losses is before
 
 
 def test_sizes_take_turns_and_share_all_weights():
     architecture = Architecture(("chair",), image_size=96, width=0.35, exits=describe_exits((8,)))
     model = architecture.build().train()
     model.router = build_router(load_config(), {"num_exits": 1}, learn=True)
+    model.norm_frozen = True
     module = SeveralSizes(model, architecture, (96, 64))
     assert set(map(id, module.parameters())) == set(map(id, model.parameters()))
     images = [torch.rand(3, 80, 90)]
     targets = [{"boxes": torch.tensor([[10.0, 10, 60, 70]]), "labels": torch.tensor([1]), "image_id": 4}]
-    model.norm_frozen = True
-    own, smaller = model.train()(images, targets), SeveralSizes(model, architecture, (64, 96))(images, targets)
-    same = SeveralSizes(model, architecture, (96, 64))(images, targets)
+    own, same = model.train()(images, targets), module(images, targets)
+    smaller = module(images, [{**targets[0], "image_id": 5}])
     assert same.keys() == own.keys() and all(torch.equal(same[key], own[key]) for key in own)
     changed = {key for key in own if not torch.equal(smaller[key], own[key])}
     assert smaller.keys() == own.keys() and {"classification", "exit8_classification"} <= changed
     sum(smaller.values()).backward()
     assert all(weight.grad is not None for weight in (*model.head.parameters(), *model.branches.parameters()))
     before = [buffer.clone() for buffer in module._copies[1].buffers()]
-    with torch.no_grad():
-        for value in model.state_dict().values():
-            value.add_(1)
+    add_one(model)
     assert all(torch.equal(new, old + 1) for new, old in zip(module._copies[1].buffers(), before, strict=True))
 
 
 @pytest.mark.parametrize("part", ["backbone", "head"])
 def test_smallest_change_of_the_full_path_is_found(part):
-    model = small_model()
+    model = small_model().train()
     before = full_path_fingerprint(model)
     require_same_full_path(before, model)
+    assert model.training and model.backbone.training
     with torch.no_grad():
         next(getattr(model, part).buffers()).view(-1)[0].add_(1e-7)
     with pytest.raises(EarlyExitError, match=f"changed the full path: {part}"):
@@ -119,38 +101,19 @@ def test_smallest_change_of_the_full_path_is_found(part):
 
 
 def test_photo_names_of_both_kinds_of_batches():
-    class Photos:
-        def path_of(self, image_id):
-            return f"{image_id}.jpg"
-
-    targets = [{"image_id": torch.tensor(3)}, {"image_id": 5}]
-    assert phases._photo_names(Photos(), TapBatch([], {}, targets)) == ["3.jpg", "5.jpg"]
-    assert phases._photo_names(Photos(), ([], targets)) == ["3.jpg", "5.jpg"]
-
-
-def test_fingerprint_keeps_the_mode():
-    model = small_model().train()
-    full_path_fingerprint(model)
-    assert model.training
-    assert model.backbone.training
+    photos, targets = SimpleNamespace(path_of="{}.jpg".format), [{"image_id": torch.tensor(3)}, {"image_id": 5}]
+    assert phases._photo_names(photos, TapBatch([], {}, targets)) == ["3.jpg", "5.jpg"]
+    assert phases._photo_names(photos, ([], targets)) == ["3.jpg", "5.jpg"]
 
 
 @pytest.mark.parametrize(("name", "share"), [("joint", 0.25), ("exits", 1.0)])
 def test_only_the_joint_phase_lowers_the_rate_of_the_full_path(name, share, tmp_path, monkeypatch):
-    cfg = load_config(None, ["JOINT.FULL_PATH_LR_FACTOR", "0.25"])
+    cfg, built = load_config(None, ["JOINT.FULL_PATH_LR_FACTOR", "0.25"]), {}
     photos = SimpleNamespace(records=[], subset=lambda records: records)
     run = Run(cfg, RunFolder(tmp_path), small_model(), None, photos, photos, torch.device("cpu"))
-
-    class Built(Exception):
-        pass
-
-    def trainer(*, optimizer, **_):
-        raise Built(optimizer)
-
-    monkeypatch.setattr(phases, "Trainer", trainer)
-    with pytest.raises(Built) as built:
-        phases.fit(run, name, run.model, None)
-    groups = built.value.args[0].param_groups
+    monkeypatch.setattr(phases, "Trainer", lambda **settings: built.update(settings) or MagicMock())
+    phases.fit(run, name, run.model, None)
+    groups = built["optimizer"].param_groups
     factors = {id(weight): group["lr_factor"] for group in groups for weight in group["params"]}
     full = [*run.model.backbone.parameters(), *run.model.head.parameters()]
     assert {factors[id(weight)] for weight in full} == {share}
@@ -174,9 +137,8 @@ def full_path(ap50, precision, recall):
 
 
 def test_limits_are_met_or_exceeded():
-    cfg = load_config()
-    assert baseline_gate(cfg, full_path(0.4, 0.7, 0.5)).passed
-    gate = baseline_gate(cfg, full_path(0.39, None, 0.9))
+    assert baseline_gate(load_config(), full_path(0.4, 0.7, 0.5)).passed
+    gate = baseline_gate(load_config(), full_path(0.39, None, 0.9))
     assert [check.passed for check in gate.checks] == [False, False, True]
     assert str(gate) == (
         "gate of phase baseline failed: AP50 0.390 < 0.400, precision undefined < 0.600, recall 0.900 >= 0.500"
@@ -186,8 +148,8 @@ def test_limits_are_met_or_exceeded():
 def test_deepest_exit_is_compared_with_the_full_path():
     gate = exits_gate(load_config(), {"exit8": 0.31, "exit12": 0.5, "full": 0.6}, 8)
     assert [(check.value, check.limit) for check in gate.checks] == [(0.31, 0.30), (0.5, 0.85 * 0.6)]
-    assert not gate.passed
-    assert str(gate).endswith("exit12 AP50 0.500 < 0.510 (85% of full's 0.600)")
+    assert not gate.passed and str(gate).endswith("exit12 AP50 0.500 < 0.510 (85% of full's 0.600)")
+    assert str(exits_gate(load_config(), {"full": None}, 16)) == "gate of phase exits passed: "  # without branches
 
 
 @pytest.mark.parametrize(
@@ -237,39 +199,15 @@ def test_exits_of_an_unchanged_checkpoint_are_compared_with_it(ap50, passed):
         assert "full AP50 0.200 >= 0.050, exit8 AP50 0.151 >= 0.150 (75% of full's 0.200)" in str(gate)
 
 
-def test_gate_without_branches_has_no_check():
-    assert str(exits_gate(load_config(), {"full": None}, 16)) == "gate of phase exits passed: "
-
-
-@pytest.mark.parametrize(
-    ("keys", "named", "unnamed"),
-    [
-        ([], ["more epochs than 24", "BASELINE.LR", "MODEL.WEIGHTS)", "MODEL.WEIGHTS_BACKBONE"], []),
-        (["MODEL.WEIGHTS_BACKBONE", "IMAGENET1K_V1"], ["MODEL.WEIGHTS)"], ["MODEL.WEIGHTS_BACKBONE"]),
-        (["MODEL.WEIGHTS", "COCO_V1"], ["BASELINE.EPOCHS"], ["MODEL.WEIGHTS"]),
-        (CHECKPOINT, ["train the full path: BASELINE.EPOCHS is 0"], ["MODEL.WEIGHTS", "more epochs"]),
-    ],
-)
-def test_advice_for_the_baseline_names_nothing_that_is_set(keys, named, unnamed):
-    advice = "\n".join(baseline_advice(load_config(None, keys)))
-    assert all(word in advice for word in named) and not any(word in advice for word in unnamed)
-
-
 @pytest.mark.parametrize(
     ("keys", "layer", "named", "unnamed"),
     [
-        (
-            [],
-            8,
-            [
-                "EXITS.LAYERS",
-                "more epochs than 8",
-                "more views of a photo than 2",
-                "than 0.5 (EXITS.COPY)",
-                "SUPERVISION teacher",
-            ],
-            [],
-        ),
+        ([], None, ["more epochs than 24", "BASELINE.LR", "MODEL.WEIGHTS)", "MODEL.WEIGHTS_BACKBONE"], []),
+        (["MODEL.WEIGHTS_BACKBONE", "IMAGENET1K_V1"], None, ["MODEL.WEIGHTS)"], ["MODEL.WEIGHTS_BACKBONE"]),
+        (["MODEL.WEIGHTS", "COCO_V1"], None, ["BASELINE.EPOCHS"], ["MODEL.WEIGHTS"]),
+        (CHECKPOINT, None, ["train the full path: BASELINE.EPOCHS is 0"], ["MODEL.WEIGHTS", "more epochs"]),
+        ([], 8, ["EXITS.LAYERS", "more epochs than 8", "more views of a photo than 2"], []),
+        ([], 8, ["than 0.5 (EXITS.COPY)", "SUPERVISION teacher"], []),
         (["EXITS.COPY", "[1.0]"], 8, ["EXITS.LAYERS"], ["EXITS.COPY"]),
         (["EXITS.COPY", "[1.0, 0.25]"], 8, ["than 1, 0.25 (EXITS.COPY)"], []),
         (["EXITS_PHASE.CACHE", "False"], 8, ["EXITS_PHASE.EPOCHS"], ["CACHE_VIEWS"]),
@@ -278,8 +216,10 @@ def test_advice_for_the_baseline_names_nothing_that_is_set(keys, named, unnamed)
         (["EXITS.LAYERS", "[12]"], 12, ["more photos"], ["EXITS.LAYERS"]),
     ],
 )
-def test_advice_for_the_exits_names_nothing_that_is_set(keys, layer, named, unnamed):
-    advice = "\n".join(exits_advice(load_config(None, keys), "exit8", layer))
+def test_advice_names_no_setting_that_is_in_use(keys, layer, named, unnamed):
+    """``layer`` is that of the first exit; None: advice for the baseline."""
+    cfg = load_config(None, keys)
+    advice = "\n".join(baseline_advice(cfg) if layer is None else exits_advice(cfg, "exit8", layer))
     assert all(word in advice for word in named) and not any(word in advice for word in unnamed), advice
 
 
@@ -312,19 +252,20 @@ def losses_of(detector, sides, labelled=False):
     return student
 
 
-def test_a_student_equal_to_its_teacher_has_no_loss_at_the_same_size(detector, batch):
-    losses = losses_of(detector, ())(*batch)
-    assert losses.keys() == {"distillation"}
-    assert losses["distillation"].item() == pytest.approx(0, abs=1e-4)
-
-
-def test_a_student_equal_to_its_teacher_has_a_loss_at_a_smaller_size(detector, batch):
-    assert losses_of(detector, (96,))(*batch)["distillation"].item() > 1e-3
-
-
-def test_labels_add_losses_to_the_distillation(detector, batch):
-    losses = losses_of(detector, (96,), labelled=True)(*batch)
-    assert losses.keys() == {"distillation", "bbox_regression", "classification"}
+@pytest.mark.parametrize(
+    ("sides", "labelled", "names"),
+    [
+        ((), False, {"distillation"}),
+        ((96,), False, {"distillation"}),
+        ((96,), True, {"distillation", "bbox_regression", "classification"}),
+    ],
+)
+def test_a_student_equal_to_its_teacher_has_a_distillation_loss_only_at_another_size(
+    detector, batch, sides, labelled, names
+):
+    losses = losses_of(detector, sides, labelled)(*batch)
+    distillation = losses["distillation"].item()
+    assert losses.keys() == names and (distillation > 1e-3 if sides else abs(distillation) <= 1e-4)
 
 
 def test_a_default_box_learns_from_the_teachers_default_box_of_highest_iou(detector, batch):
@@ -334,17 +275,9 @@ def test_a_default_box_learns_from_the_teachers_default_box_of_highest_iou(detec
     boxes, own = computed.anchors[0] / 96, detector.default_boxes(computed.images)[0] / TEACHER_SIDE
     with torch.no_grad():
         head = detector.head(detector.trunk_maps(computed.images.tensors)[1])
-    for index in (0, 7, len(boxes) - 1):
-        x1, y1, x2, y2 = boxes[index].tolist()
-        overlaps = []
-        for a1, b1, a2, b2 in own.tolist():
-            common = max(0.0, min(x2, a2) - max(x1, a1)) * max(0.0, min(y2, b2) - max(y1, b1))
-            overlaps.append(common / ((x2 - x1) * (y2 - y1) + (a2 - a1) * (b2 - b1) - common))
-        best = int(torch.tensor(overlaps).argmax())
-        torch.testing.assert_close(taught["cls_logits"][:, index], head["cls_logits"][:, best])
-        # student and teacher predict the same box of the photo
-        mine = detector.box_coder.decode_single(
-            taught["bbox_regression"][0, index : index + 1], boxes[index : index + 1]
-        )
-        theirs = detector.box_coder.decode_single(head["bbox_regression"][0, best : best + 1], own[best : best + 1])
-        torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-4)
+    best = torch.stack([box_iou(box[None], own)[0].argmax() for box in boxes])
+    torch.testing.assert_close(taught["cls_logits"], head["cls_logits"][:, best])
+    # student and teacher predict the same box of the photo
+    of_student = detector.box_coder.decode_single(taught["bbox_regression"][0], boxes)
+    of_teacher = detector.box_coder.decode_single(head["bbox_regression"][0, best], own[best])
+    torch.testing.assert_close(of_student, of_teacher, atol=1e-4, rtol=1e-4)

@@ -1,4 +1,4 @@
-"""A model in PyTorch behind the interface of an exported one."""
+"""A PyTorch model with the interface of an exported detector."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ def routed(*thresholds: float) -> TorchPredictor:
 
 
 @pytest.mark.parametrize(("thresholds", "index", "name"), [((0.0, 1.0), 0, "exit8"), ((1.0, 0.0), 1, "exit12")])
-def test_the_exit_taken_is_the_one_reported(thresholds, index, name):
+def test_detections_are_those_of_the_reported_exit(thresholds, index, name):
     predictor = routed(*thresholds)
     found = predictor(PHOTO)
     assert (found.exit_index, found.exit_name) == (index, name)
@@ -36,7 +36,7 @@ def test_the_exit_taken_is_the_one_reported(thresholds, index, name):
     assert found.boxes[:, 3].max() > 60  # it is 90 high
 
 
-def test_without_a_router_the_full_path_answers():
+def test_without_a_router_all_photos_take_the_full_path():
     found = TorchPredictor(small_model())(PHOTO)
     assert (found.exit_index, found.exit_name, found.exit_confidence) == (2, "full", None)
 
@@ -45,11 +45,11 @@ def test_pictures_of_one_exit_and_of_all():
     predictor = routed(0.0, 0.0)
     found = predictor(PHOTO)
     assert annotate(PHOTO, found, 0.5).size == (60, 90)
-    # 8 px around tiles, a line of 30 px; the photo fills the tile's height.
+    # tiles with a margin of 8 px and a line of 30 px; the photo fills the tile's height
     assert predictor.side_by_side(PHOTO, found, 0.5).size == (3 * 328 + 8, 320 + 38)
 
 
-def test_shipped_weights_are_open_and_calibrated():
+def test_shipped_weights_have_a_router():
     predictor = open_torch_predictor("voc_animals")
     assert predictor.exit_names[-1] == "full" and "cat" in predictor.classes
     assert predictor(PHOTO).exit_confidence is not None

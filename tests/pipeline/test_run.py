@@ -20,44 +20,34 @@ def started(folder, *keys, finished=()):
 
 
 @pytest.mark.parametrize(
-    ("before", "finished", "now"),
+    ("before", "finished", "now", "continues"),
     [
-        ("[baseline]", ("baseline",), "[baseline, exits]"),
-        ("[baseline, exits]", ("baseline", "exits"), "[baseline, exits, joint]"),
-        ("[baseline, exits, joint]", ("baseline", "exits"), "[baseline, exits]"),
+        ("[baseline]", ("baseline",), "[baseline, exits]", True),
+        ("[baseline, exits]", ("baseline", "exits"), "[baseline, exits, joint]", True),
+        ("[baseline, exits, joint]", ("baseline", "exits"), "[baseline, exits]", True),
+        ("[baseline]", ("baseline",), "[exits]", False),  # the branches would be on an untrained trunk
+        ("[exits]", ("exits",), "[baseline, exits]", False),  # the model of exits would replace that of baseline
+        ("[baseline, exits]", ("baseline", "exits"), "[baseline]", False),
     ],
 )
-def test_phases_are_added_or_left_out_at_the_end(tmp_path, before, finished, now):
-    run = started(tmp_path / "run", "PHASES", before, finished=finished)
-    cfg = load_config(None, ["PHASES", now])
-    run.require_free(cfg, resume=True)
-    run.start(cfg)
-    assert all(run.finished(phase) for phase in finished)
+def test_a_resumed_run_may_add_phases_or_remove_unfinished_ones_at_the_end(tmp_path, before, finished, now, continues):
+    run, cfg = started(tmp_path / "run", "PHASES", before, finished=finished), load_config(None, ["PHASES", now])
+    if continues:
+        run.require_free(cfg, resume=True)
+        run.start(cfg)
+        assert all(run.finished(phase) for phase in finished)
+        return
+    message = "the run to resume has PHASES = .*use the stored value, or choose another folder"
+    with pytest.raises(EarlyExitError, match=message):
+        run.require_free(cfg, resume=True)
 
 
-@pytest.mark.parametrize(
-    ("before", "finished", "now"),
-    [
-        ("[baseline]", ("baseline",), "[exits]"),  # the branches would stand on an untrained trunk
-        ("[exits]", ("exits",), "[baseline, exits]"),  # the exits' model would replace what baseline trains
-        ("[baseline, exits]", ("baseline", "exits"), "[baseline]"),
-    ],
-)
-def test_other_phases_are_another_run(tmp_path, before, finished, now):
-    run = started(tmp_path / "run", "PHASES", before, finished=finished)
-    with pytest.raises(
-        EarlyExitError, match="the run to resume has PHASES = .*use the stored value, or choose another folder"
-    ):
-        run.require_free(load_config(None, ["PHASES", now]), resume=True)
-
-
-def test_what_is_set_aside_replaces_nothing(tmp_path):
+def test_files_of_a_changed_phase_move_to_a_new_folder(tmp_path):
     run = started(tmp_path / "run")
     (run.phase("baseline") / "before_2").mkdir(parents=True)  # someone has deleted before_1
     for seed in (1, 2):
         (run.phase("baseline") / "last.pth").write_bytes(bytes(seed))
-        cfg = load_config(None, ["BASELINE.EPOCHS", str(100 + seed)])
-        run.start(cfg)
+        run.start(load_config(None, ["BASELINE.EPOCHS", str(100 + seed)]))
     assert sorted(path.name for path in run.phase("baseline").iterdir()) == ["before_1", "before_2", "before_3"]
 
 

@@ -1,14 +1,17 @@
-"""Whether photos without a label may teach."""
+"""Which trainings need labels, the check of the runtime, and the report page of a training."""
 
 from __future__ import annotations
 
 import importlib
+import json
 
 import pytest
 import torch
 
 from earlyexit_ssd.config import load_config
-from earlyexit_ssd.pipeline.train import learns_from_labels
+from earlyexit_ssd.files import write_text
+from earlyexit_ssd.pipeline.evaluate import read_training
+from earlyexit_ssd.pipeline.train import learns_from_labels, write_training_page
 
 TEACHER = ("LOSS.SUPERVISION", "teacher", "LOSS.TEACHER", "full", "BASELINE.EPOCHS", "0")
 
@@ -17,6 +20,7 @@ TEACHER = ("LOSS.SUPERVISION", "teacher", "LOSS.TEACHER", "full", "BASELINE.EPOC
     ("keys", "expected"),
     [
         ((), True),
+        (("PHASES", "[exits]"), True),
         (TEACHER, False),
         ((*TEACHER, "BASELINE.EPOCHS", "1"), True),
         ((*TEACHER, "BASELINE.EPOCHS", "1", "PHASES", "[exits]"), False),
@@ -24,21 +28,30 @@ TEACHER = ("LOSS.SUPERVISION", "teacher", "LOSS.TEACHER", "full", "BASELINE.EPOC
         ((*TEACHER, "PHASES", "[exits, joint]", "JOINT.EPOCHS", "0"), False),
     ],
 )
-def test_who_learns_from_labels(keys, expected):
+def test_labels_are_needed_unless_the_teacher_supervises_all_phases(keys, expected):
     assert learns_from_labels(load_config(None, keys)) is expected
 
 
-def test_the_runtime_is_checked_where_it_will_evaluate(monkeypatch):
+def test_the_runtime_is_checked_on_the_device_of_the_evaluation(monkeypatch):
     """A training on a GPU ends with an evaluation on the CPU, where ONNX Runtime measures."""
 
-    class Checked(Exception):
-        pass
-
     def check_rivals(cfg, device):
-        raise Checked(device.type)
+        raise RuntimeError(device.type)
 
     module = importlib.import_module("earlyexit_ssd.pipeline.train")  # the folder's ``train`` is the function
     monkeypatch.setattr(module, "check_rivals", check_rivals)
     cfg = load_config(None, ["EVAL.RUNTIME", "onnxruntime"])
-    with pytest.raises(Checked, match="^cpu$"):
+    with pytest.raises(RuntimeError, match="^cpu$"):
         module.prepare(cfg, None, torch.device("cuda"))
+
+
+def test_a_training_has_a_page_once_a_gate_is_checked(tmp_path):
+    assert read_training(tmp_path, (0.5, 3.0)) == (None, [])
+    write_training_page(tmp_path, load_config())
+    assert not (tmp_path / "report.html").exists()
+    check = {"name": "AP50", "value": 0.1, "limit": 0.4, "of": "", "passed": False}
+    gate = {"phase": "baseline", "passed": False, "forced": False, "checks": [check]}
+    write_text(tmp_path / "baseline" / "gate.json", json.dumps(gate))
+    write_training_page(tmp_path, load_config())
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert '<h1 id="verdict">The gate of phase baseline failed: AP50 0.100 &lt; 0.400.</h1>' in page
