@@ -163,6 +163,7 @@ def train_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def train(args: argparse.Namespace) -> None:
+    """Train a detector with early exits, phase by phase, each with its gate, and evaluate it."""
     from earlyexit_ssd.config import load_config
     from earlyexit_ssd.pipeline import train
     from earlyexit_ssd.report.tables import text_report
@@ -181,6 +182,7 @@ def evaluate_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def evaluate(args: argparse.Namespace) -> None:
+    """Evaluate every exit of a trained detector, the routed detector and rivals; recommend what to ship."""
     from earlyexit_ssd.config import load_config
     from earlyexit_ssd.pipeline import evaluate_model
     from earlyexit_ssd.report.tables import text_report
@@ -208,6 +210,7 @@ def calibrate_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def calibrate(args: argparse.Namespace) -> None:
+    """Calibrate the routing of a trained detector for a speed-up, a loss of AP50 or a risk; write a certificate."""
     from earlyexit_ssd.config import load_config
     from earlyexit_ssd.data.repeats import parse_block
     from earlyexit_ssd.errors import EarlyExitError
@@ -242,6 +245,7 @@ def optimize_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def optimize(args: argparse.Namespace) -> None:
+    """Search for the fastest detector within a limit on the loss of AP50: input size, head, glances and exits."""
     from earlyexit_ssd.config import load_config
     from earlyexit_ssd.pipeline.optimize import Goal, optimize
 
@@ -285,6 +289,7 @@ def predict_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def predict(args: argparse.Namespace) -> None:
+    """Detect in photos, videos and cameras; print the detections, the exit and the milliseconds."""
     from earlyexit_ssd.deploy.predict import annotate, is_exported, open_predictor, predict
     from earlyexit_ssd.deploy.sources import find_sources
     from earlyexit_ssd.deploy.stream import load_stream_rule
@@ -365,6 +370,7 @@ def export_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def export(args: argparse.Namespace) -> None:
+    """Write a detector with its routing as one file for ONNX Runtime or OpenVINO, without PyTorch."""
     from earlyexit_ssd.deploy.sources import find_sources
     from earlyexit_ssd.errors import EarlyExitError
     from earlyexit_ssd.pipeline.export import export_detector, open_any
@@ -407,6 +413,7 @@ def benchmark_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def benchmark(args: argparse.Namespace) -> None:
+    """Time detectors side by side on your photos and machine, from a decoded photo to its detections."""
     import dataclasses
     import os
     import random
@@ -464,6 +471,7 @@ def doctor_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def doctor(args: argparse.Namespace) -> int:
+    """Check data or a model for failures that raise no error."""
     from earlyexit_ssd.config import load_config
     from earlyexit_ssd.pipeline.doctor import doctor_data, doctor_model
 
@@ -479,57 +487,24 @@ def doctor(args: argparse.Namespace) -> int:
 
 @dataclass(frozen=True)
 class Command:
-    """A subcommand.
+    """A subcommand. The docstring of ``job`` is its summary in the help."""
 
-    Attributes:
-        summary: line in ``earlyexit --help``.
-        examples: end of the help; ``%(prog)s`` is replaced by the command.
-        add_arguments: adds the arguments to a parser.
-        job: runs the command and returns the exit code; None is 0.
-        after_a_stop: advice to the user after a signal or a full disk.
-    """
-
-    summary: str
-    examples: str
+    job: Callable[[argparse.Namespace], int | None]  # returns the exit code; None is 0
     add_arguments: Callable[[argparse.ArgumentParser], None]
-    job: Callable[[argparse.Namespace], int | None]
-    after_a_stop: str = "run it again"
+    examples: str  # end of the help
+    after_a_stop: str = "run it again"  # advice to the user after a signal or a full disk
 
 
 COMMANDS = {
-    "train": Command(
-        "Train a detector with early exits, phase by phase, each with its gate, and evaluate it.",
-        TRAIN_EXAMPLES, train_arguments, train, after_a_stop="go on with --resume",
-    ),
-    "evaluate": Command(
-        "Evaluate every exit of a trained detector, the routed detector and rivals; recommend what to ship.",
-        EVALUATE_EXAMPLES, evaluate_arguments, evaluate,
-    ),
-    "calibrate": Command(
-        "Calibrate the routing of a trained detector for a speed-up, a loss of AP50 or a risk; write a certificate.",
-        CALIBRATE_EXAMPLES, calibrate_arguments, calibrate,
-    ),
-    "optimize": Command(
-        "Search for the fastest detector within a limit on the loss of AP50: input size, head, glances and exits.",
-        OPTIMIZE_EXAMPLES, optimize_arguments, optimize, after_a_stop="run it again to continue",
-    ),
-    "predict": Command(
-        "Detect in photos, videos and cameras; print the detections, the exit and the milliseconds.",
-        PREDICT_EXAMPLES, predict_arguments, predict,
-    ),
-    "export": Command(
-        "Write a detector with its routing as one file for ONNX Runtime or OpenVINO, without PyTorch.",
-        EXPORT_EXAMPLES, export_arguments, export,
-    ),
-    "benchmark": Command(
-        "Time detectors side by side on your photos and machine, from a decoded photo to its detections.",
-        BENCHMARK_EXAMPLES, benchmark_arguments, benchmark,
-    ),
-    "doctor": Command(
-        "Check data or a model for failures that raise no error.",
-        DOCTOR_EXAMPLES, doctor_arguments, doctor,
-    ),
-}  # fmt: skip
+    "train": Command(train, train_arguments, TRAIN_EXAMPLES, after_a_stop="go on with --resume"),
+    "evaluate": Command(evaluate, evaluate_arguments, EVALUATE_EXAMPLES),
+    "calibrate": Command(calibrate, calibrate_arguments, CALIBRATE_EXAMPLES),
+    "optimize": Command(optimize, optimize_arguments, OPTIMIZE_EXAMPLES, after_a_stop="run it again to continue"),
+    "predict": Command(predict, predict_arguments, PREDICT_EXAMPLES),
+    "export": Command(export, export_arguments, EXPORT_EXAMPLES),
+    "benchmark": Command(benchmark, benchmark_arguments, BENCHMARK_EXAMPLES),
+    "doctor": Command(doctor, doctor_arguments, DOCTOR_EXAMPLES),
+}
 
 
 OPTIONAL_PACKAGES = ("torch", "torchvision", "pycocotools", "fvcore", "albumentations", "scipy", "yaml", "cv2")
@@ -540,7 +515,7 @@ def run(name: str, prog: str, arguments: Sequence[str] | None = None) -> int:
     """Run the subcommand ``name`` with ``arguments`` (``sys.argv[1:]`` by default). Return the exit code, see
     `earlyexit_ssd.command_line.run_tool`. ``prog`` is the program's name in the help."""
     command = COMMANDS[name]
-    parser = _parser(prog, command.summary, command.examples)
+    parser = _parser(prog, command.job.__doc__, command.examples)
     command.add_arguments(parser)
     args = parser.parse_intermixed_args(arguments)
     from earlyexit_ssd.command_line import run_tool
@@ -565,7 +540,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser("earlyexit", "Train, calibrate and deploy SSDLite detectors with early exits.", TOP_EXAMPLES)
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
     for name, command in COMMANDS.items():
-        subparsers.add_parser(name, help=command.summary, add_help=False)
+        subparsers.add_parser(name, help=command.job.__doc__, add_help=False)
     name = parser.parse_args(words[:1]).command
     return run(name, f"earlyexit {name}", words[1:])
 
