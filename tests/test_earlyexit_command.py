@@ -42,15 +42,18 @@ def test_help_does_not_import_torch_and_is_fast():
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_has_examples_with_the_name_of_the_command(name, capsys):
-    for call, prog in (
-        (main, f"earlyexit {name}"),
-        (importlib.import_module(f"tools.{SCRIPTS[name]}").main, f"python tools/{SCRIPTS[name]}.py"),
+    script, examples = importlib.import_module(f"tools.{SCRIPTS[name]}").main, set()
+    for call, arguments, prog in (
+        (main, [name, "--help"], f"earlyexit {name}"),
+        (script, ["--help"], f"python tools/{SCRIPTS[name]}.py"),
     ):
         with pytest.raises(SystemExit):
-            call([name, "--help"] if call is main else ["--help"])
+            call(arguments)
         text = capsys.readouterr().out
         assert text.startswith(f"usage: {prog} ") and text.partition("\nexamples")[2].count(f"  {prog} ") >= 2
         assert "%(" not in text and "%%" not in text
+        examples.add(text.partition("\nexamples")[2].replace(prog, ""))
+    assert len(examples) == 1
 
 
 def test_command_passes_its_arguments_and_returns_the_exit_code(tmp_path, capsys):

@@ -67,6 +67,11 @@ def test_invalid_values(key, value, message):
         load_config(None, [key, value])
 
 
+def test_glances_have_thresholds():
+    thresholds = ["ROUTING.THRESHOLDS", "[0.1, 0.2, 0.3]", "EXITS.GLANCES", "[[64, 8]]"]
+    assert load_config(None, thresholds).ROUTING.THRESHOLDS == (0.1, 0.2, 0.3)
+
+
 def test_weights_are_not_compared_with_themselves():
     trained = ["MODEL.WEIGHTS", "COCO_V1", "BASELINE.GATE.RELATIVE", "0.9"]
     load_config(None, trained)

@@ -17,7 +17,7 @@ def test_order_of_defaults_base_file_and_overrides(tmp_path):
     cfg = load_config(path, ["EXITS.CHANNELS", "32", "DATA.CLASSES", "[chair]"])
     assert (cfg.SEED, cfg.MODEL.WIDTH, cfg.MODEL.IMAGE_SIZE) == (3, 0.75, 160)
     assert (cfg.EXITS.LAYERS, cfg.EXITS.CHANNELS, cfg.DATA.CLASSES) == ((6, 12), 32, ("chair",))
-    assert cfg.OUTPUT_DIR == "output/mine"
+    assert cfg.OUTPUT_DIR == "output/mine" and cfg.is_frozen()
     assert cfg.EXITS.DEPTH == get_cfg().EXITS.DEPTH
 
 
@@ -122,6 +122,8 @@ def test_invalid_overrides(tmp_path, overrides, message):
         ("ENGINE.AMP", "off", "off"),
         ("ENGINE.AMP", "'off'", "off"),
         ("OUTPUT_DIR", "2024-01-01", "2024-01-01"),
+        ("OUTPUT_DIR", "[runs", "[runs"),
+        ("MODEL.WEIGHTS", "", ""),
         ("DATA.CLASSES", "[2024-13-45, &a chair, 'x']", ("2024-13-45", "chair", "x")),
     ],
 )
@@ -138,5 +140,5 @@ def test_off_is_text(tmp_path, text):
 
 
 def test_output_dir_auto_is_the_name_of_the_file(tmp_path):
-    path = write(tmp_path / "mine.yaml", "SEED: 1")
+    path = write(tmp_path / "mine.yaml", "# all defaults")
     assert load_config(path, ["OUTPUT_DIR", "auto"]).OUTPUT_DIR == "output/mine"

@@ -16,6 +16,7 @@ SOURCE = """
 # in two lines.
 FIRST: "a|b"
 
+# Of no key.
 # ---- the data ------
 DATA:
   SIZES: [8, 0.5]  # not this one
