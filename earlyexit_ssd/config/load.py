@@ -142,7 +142,7 @@ def _parse(text: str) -> Any:
     """Parse a value of the command line: YAML such as ``8``, ``true`` or ``[8, 12]``, or a tuple such as ``(8, 12)``.
     Anything else is text."""
     if text.startswith("(") and text.endswith(")"):
-        text = f"[{text[1:-1].rstrip().rstrip(',')}]"
+        text = f"[{text[1:-1]}]"
     try:
         value = parse_yaml(text)
     except ValueError:
