@@ -81,7 +81,7 @@ def test_too_large(tmp_path, monkeypatch):
     assert not (tmp_path / "w").exists()
 
 
-@pytest.mark.parametrize("name", ["Toy", "../toy", "", "1st"])
+@pytest.mark.parametrize("name", ["Toy", "../toy", "", "1st", "a/b"])
 def test_invalid_names(tmp_path, name):
     with pytest.raises(EarlyExitError, match="expected lower-case letters"):
         ship(run_file(tmp_path / "model.pth"), name, tmp_path, get_cfg(), "")
