@@ -19,15 +19,8 @@ EXIT_BAD_INPUT, EXIT_GATE_FAILED, EXIT_INTERRUPTED = 2, 3, 130
 
 
 def run_tool(job: Callable[[], int | None], after_a_stop: str = "run it again") -> int:
-    """Run ``job`` and print its errors in one line.
-
-    Args:
-        job: returns the exit code; None is 0.
-        after_a_stop: advice to the user after a signal or a full disk.
-
-    Returns:
-        the exit code of ``job``, or 2 after bad input, 3 after a failed gate, 130 after a signal.
-    """
+    """Run ``job``, print its errors in one line, and return its exit code (None is 0), or 2 after bad input, 3 after a
+    failed gate, 130 after a signal. ``after_a_stop`` is advice to the user after a signal or a full disk."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # print file names that the console cannot encode
             stream.reconfigure(errors="backslashreplace")
@@ -47,10 +40,8 @@ def run_tool(job: Callable[[], int | None], after_a_stop: str = "run it again") 
         return _end(str(error), EXIT_BAD_INPUT)
     except OSError as error:
         return _end(f"{_describe(error)} and {after_a_stop}", EXIT_BAD_INPUT)
-    except Interrupted as error:
-        return _end(f"{error}; {after_a_stop}", EXIT_INTERRUPTED)
-    except KeyboardInterrupt:
-        return _end(f"stopped; {after_a_stop}", EXIT_INTERRUPTED)
+    except (Interrupted, KeyboardInterrupt) as error:
+        return _end(f"{str(error) or 'stopped'}; {after_a_stop}", EXIT_INTERRUPTED)
 
 
 class _LineHandler(logging.Handler):
@@ -70,7 +61,6 @@ def _describe(error: OSError) -> str:
 
 
 def _end(message: str, code: int) -> int:
-    """Print ``message`` and return ``code``."""
     with contextlib.suppress(OSError):  # stderr may be a file on a full disk
         if is_first_process():
             write_line(f"error: {message}" if code == EXIT_BAD_INPUT else message)

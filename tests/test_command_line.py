@@ -25,7 +25,7 @@ class Broken(Dataset):
 
 
 @pytest.fixture(autouse=True)
-def _handlers():
+def _restored_signal_handler():
     before = signal.getsignal(signal.SIGTERM)
     yield
     signal.signal(signal.SIGTERM, before)
@@ -94,18 +94,12 @@ def test_full_standard_output_is_a_one_line_error(monkeypatch, capsys):
     assert line.startswith("error: standard output: cannot be written (No space left on device); make room")
 
 
-PRINT = """
-import sys
-from earlyexit_ssd.command_line import run_tool
-sys.exit(run_tool(lambda: print("found")))
-"""
-
-
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full of Linux")
 def test_python_does_not_fail_at_exit_with_full_streams():
+    job = "import sys; from earlyexit_ssd.command_line import run_tool; sys.exit(run_tool(lambda: print('found')))"
     with open("/dev/full", "w") as full:
-        both = subprocess.run([sys.executable, "-W", "ignore", "-c", PRINT], stdout=full, stderr=full)
-        assert both.returncode == 2
+        done = subprocess.run([sys.executable, "-W", "ignore", "-c", job], stdout=full, stderr=full)
+    assert done.returncode == 2
 
 
 def test_string_streams_are_not_changed(monkeypatch):

@@ -1,7 +1,6 @@
 #!/usr/bin/env python
 """The command ``earlyexit calibrate`` as a script."""
 
-import sys
 from functools import partial
 
 from earlyexit_command import run
@@ -9,4 +8,4 @@ from earlyexit_command import run
 main = partial(run, "calibrate", "python tools/calibrate.py")
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

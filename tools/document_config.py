@@ -1,15 +1,15 @@
 #!/usr/bin/env python
-"""docs/config.md from the file of the defaults: ``python tools/document_config.py docs/config.md``."""
+"""Generate docs/config.md from the defaults: ``python tools/document_config.py docs/config.md``."""
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from fvcore.common.config import CfgNode
 
@@ -23,87 +23,78 @@ _INTRODUCTION = """# Configuration
 Every key with its default. The file is generated from `earlyexit_ssd/config/defaults.yaml`:
 `python tools/document_config.py docs/config.md`.
 
-A configuration is a YAML file that names only what differs; `_BASE_: other.yaml` (relative to the file) puts another
-one underneath. On the command line `KEY VALUE` pairs go last and win: `EXITS.LAYERS "[6, 12]" SEED 3`. Unknown keys,
-wrong types and impossible values stop the run before it starts. So do a key given twice and a chain of more than 20
-`_BASE_` files. A date is text; of YAML's tags only those of plain types are read.
+A configuration is a YAML file with the keys that differ from the defaults. `_BASE_: other.yaml` (relative to the
+file) adds the keys of another file, which have lower priority. `KEY VALUE` pairs at the end of the command line have
+the highest: `EXITS.LAYERS "[6, 12]" SEED 3`. Unknown and repeated keys, wrong types, impossible values and a chain of
+more than 20 `_BASE_` files are errors before the run starts. Dates are read as text, and only YAML's tags of plain
+types are accepted.
 """
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A key, or a node that has a comment; ``name`` is in full, of a key that ``sections`` share the last part.
+    """A key, or a section with a comment."""
 
-    ``section`` is the heading above it, empty for the first keys. ``comment`` stands directly above it, in one line.
-    """
-
-    section: str
-    name: str
-    comment: str
-    sections: tuple[str, ...] = ()
+    heading: str  # "" for the first keys
+    name: str  # full name; of a key that ``phases`` share, its name in each of them
+    comment: str  # the lines directly above the key, joined
+    phases: tuple[str, ...] = ()
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """Full names of the keys that it stands for."""
-        return tuple(f"{section}.{self.name}" for section in self.sections) or (self.name,)
+        """Full names of the keys that the entry describes."""
+        return tuple(f"{phase}.{self.name}" for phase in self.phases) or (self.name,)
 
 
 def read_entries(source: str) -> list[Entry]:
-    """The keys of a text like the defaults', in its order."""
-    users = tuple(re.findall(r"^(\w+):\n  <<: [&*]", source, re.MULTILINE))
+    """Return the entries of the text of defaults.yaml, in its order."""
+    phases = tuple(re.findall(r"^(\w+):\n  <<: [&*]", source, re.MULTILINE))
     entries: list[Entry] = []
-    section, comments, above = "", [], []
+    heading, comments, path = "", [], []
     for line in source.splitlines():
-        if heading := _HEADING.match(line):
-            section, comments = heading[1], []
+        if match := _HEADING.match(line):
+            heading, comments = match[1], []
         elif line.lstrip().startswith("#"):
             comments.append(line.lstrip().removeprefix("#").strip())
         elif match := _KEY.match(line):
             comment, comments = " ".join(comments), []
-            above = [*above[: len(match[1]) // 2], match[2]]
-            is_node = not match[3] or match[2] == "<<"
-            # a node's own value of a shared key is in the table of the shared ones
-            again = above[0] in users and any(above[1:] == [entry.name] for entry in entries if entry.sections)
-            if above[1:2] == ["<<"] and not is_node:
-                entries.append(Entry(section, match[2], comment, users))
-            elif comment or not (is_node or again):
-                entries.append(Entry(section, ".".join(above), comment))
+            path = [*path[: len(match[1]) // 2], match[2]]
+            name, is_section = ".".join(path), not match[3] or match[2] == "<<"
+            if path[1:2] == ["<<"] and not is_section:
+                entries.append(Entry(heading, match[2], comment, phases))
+            elif comment or not (is_section or any(name in entry.keys for entry in entries)):
+                entries.append(Entry(heading, name, comment))
         else:
             comments = []
     return entries
 
 
 def render(entries: Sequence[Entry], cfg: CfgNode) -> str:
-    """The page: a table per section, and one of its own for shared keys; ``cfg`` has the default values."""
-    blocks, heading = [_INTRODUCTION], ""
-    for (section, sections), group in itertools.groupby(entries, lambda entry: (entry.section, entry.sections)):
-        if section != heading:
-            blocks.append(f"\n## {section.capitalize()}\n")
-            heading = section
-        elif section:
+    """Return the page, with a table per section and one for shared keys. ``cfg`` has the default values."""
+    blocks, last_heading = [_INTRODUCTION], ""
+    for (heading, phases), group in itertools.groupby(entries, lambda entry: (entry.heading, entry.phases)):
+        if heading != last_heading:
+            blocks.append(f"\n## {heading.capitalize()}\n")
+        elif heading:
             blocks.append("")
-        values = [f"`{name}`" for name in sections] or ["Default"]
-        rows = [[f"`{entry.name}`", *(_value(cfg, key) for key in entry.keys), _text(entry.comment)] for entry in group]
-        columns = ["Key of each" if sections else "Key", *values, "Meaning"]
-        blocks += [f"| {' | '.join(cells)} |" for cells in (columns, ["---"] * len(columns), *rows)]
+        last_heading = heading
+        values = [f"`{name}`" for name in phases] or ["Default"]
+        columns = ["Key of each" if phases else "Key", *values, "Meaning"]
+        rows = [columns, ["---"] * len(columns)]
+        for entry in group:
+            escaped = re.sub(r"([*<|])", r"\\\1", entry.comment)  # Markdown's own characters
+            rows.append([f"`{entry.name}`", *(_default(cfg, key) for key in entry.keys), escaped])
+        blocks += [f"| {' | '.join(cells)} |" for cells in rows]
     return "\n".join(blocks) + "\n"
 
 
-def _value(cfg: CfgNode, key: str) -> str:
-    """A default as YAML takes it; empty for a node."""
-    value: Any = cfg
-    for part in key.split("."):
-        value = value[part]
+def _default(cfg: CfgNode, key: str) -> str:
+    value = functools.reduce(CfgNode.get, key.split("."), cfg)
     return "" if isinstance(value, CfgNode) else f"`{json.dumps(value)}`"
 
 
-def _text(comment: str) -> str:
-    """Signs that Markdown would take for its own are escaped."""
-    return re.sub(r"([*<|])", r"\\\1", comment)
-
-
 def document() -> str:
-    """What docs/config.md should hold."""
+    """Return the content of docs/config.md."""
     return render(read_entries(load.DEFAULTS.read_text(encoding="utf-8")), get_cfg())
 
 

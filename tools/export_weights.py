@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""For maintainers: make a trained model one that comes with the package, fp16 weights and their description."""
+"""For maintainers: add a trained model to the package, as fp16 weights and a description."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from pathlib import Path
 EXAMPLES = """
 examples, in this order:
   %(prog)s output/chair/model.pth --name chair --config configs/chair.yaml
-      writes chair.pth and chair.json into earlyexit_ssd/weights; the routing is the configuration's
+      write chair.pth and chair.json to earlyexit_ssd/weights, with the routing of the configuration
   earlyexit evaluate --config configs/chair.yaml --weights chair --out docs/results/zoo_chair_coco
-      measures these very weights; with DATA.TEST, once for each test set
+      evaluate these weights, once for each test set (DATA.TEST)
   %(prog)s ... --metrics docs/results/zoo_chair_*/metrics.json
-      the same weights to the byte, and the figures in chair.json
+      write the same weights again, and the figures to chair.json
   python tools/model_zoo.py
-      writes the tables of the model zoo anew
+      update the tables of the model zoo
 """
-MAX_BYTES = 12_000_000  # every version of a binary stays in the repository's history
+MAX_BYTES = 12_000_000  # the repository's history keeps every version of a binary file
 KEYS = ("AP", "AP50", "AP50_interval", "mmacs", "ms", "share")
 
 
 def export_weights(source: str | Path, name: str, folder: Path, cfg, recipe: str, results=()) -> Path:
-    """Write ``folder/NAME.pth``, routed as ``cfg`` says at the temperatures of ``source``, and ``folder/NAME.json``."""
+    """Write ``folder/NAME.pth``, with the routing of ``cfg`` and the temperatures of ``source``, and NAME.json."""
     from earlyexit_ssd.errors import EarlyExitError
     from earlyexit_ssd.files import write_bytes, write_json
     from earlyexit_ssd.modeling import load_model
@@ -37,11 +37,11 @@ def export_weights(source: str | Path, name: str, folder: Path, cfg, recipe: str
         raise EarlyExitError(f"name '{name}': expected lower-case letters, digits and underscores, a letter first")
     model, _, info = load_model(source)
     if not info.get("router"):
-        raise EarlyExitError(f"{source}: its exits are not trained; take the model.pth of a run that has finished")
+        raise EarlyExitError(f"{source}: its exits are not trained; use the model.pth of a finished run")
     if info.get("forced"):
         raise EarlyExitError(f"{source}: a gate was passed by --force; only models that passed their gates are shipped")
     routing = build_router(cfg, info["router"]).to_dict()
-    kept = {key: value for key, value in info.items() if key != "certificate"}  # it is for the weights in fp32
+    kept = {key: value for key, value in info.items() if key != "certificate"}  # which is for the fp32 weights
     content = half_file({**read_weights(source), "info": {**kept, "router": routing}})
     path = folder / f"{name}.pth"
     if len(content) > MAX_BYTES:
@@ -64,11 +64,11 @@ def export_weights(source: str | Path, name: str, folder: Path, cfg, recipe: str
 
 
 def measured(result: str | Path, routing, digest: str) -> tuple[str, dict]:
-    """The name of the test split, and of its metrics.json what the description repeats."""
+    """Return the name of the test split, and the figures of its metrics.json for the description."""
     from earlyexit_ssd.errors import EarlyExitError, shown
     from earlyexit_ssd.plain import read_json
 
-    fix = "write it with tools/eval_exits.py and the weights that are shipped"
+    fix = "write it with tools/eval_exits.py and the exported weights"
     metrics = read_json(result, "metrics.json of an evaluation", fix)
     try:
         context, routed, plain = metrics["context"], metrics["routed"], metrics["without_exits"]
@@ -78,29 +78,28 @@ def measured(result: str | Path, routing, digest: str) -> tuple[str, dict]:
         figures = {"results": Path(result).as_posix(), "images": context["images"]}
         figures["without_exits"] = {key: plain[key] for key in ("mmacs", "ms")}
         figures["exits"] = {row["name"]: {key: row[key] for key in KEYS} for row in rows}
-        unlike = [key for key in ("policy", "thresholds") if routed[key] != routing[key]]
+        different = [key for key in ("policy", "thresholds") if routed[key] != routing[key]]
     except (KeyError, TypeError, AttributeError) as error:
-        told = f"not the metrics.json of an evaluation ({type(error).__name__}: {error})"
-        raise EarlyExitError(f"{result}: {told}; {fix}") from None
+        problem = f"not the metrics.json of an evaluation ({type(error).__name__}: {error})"
+        raise EarlyExitError(f"{result}: {problem}; {fix}") from None
     if other != digest:
-        told = f"measured with weights of sha256 {other[:8]}, the shipped ones have {digest[:8]}"
-        raise EarlyExitError(f"{result}: {told}; {fix}")
-    for key in unlike:
-        told = f"routed with {key} {shown(routed[key])}, the shipped model has {routing[key]}"
-        raise EarlyExitError(f"{result}: {told}; use one --config")
+        hashes = f"sha256 {other[:8]}, the shipped weights have {digest[:8]}"
+        raise EarlyExitError(f"{result}: measured with weights of {hashes}; {fix}")
+    for key in different:
+        problem = f"routed with {key} {shown(routed[key])}, the shipped model has {routing[key]}"
+        raise EarlyExitError(f"{result}: {problem}; use the same --config")
     return split, figures
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Parse, export, print."""
     layout = {"epilog": EXAMPLES, "formatter_class": argparse.RawDescriptionHelpFormatter}
     parser = argparse.ArgumentParser(prog="python tools/export_weights.py", description=__doc__, **layout)
     parser.add_argument("model", help="model.pth of a finished run")
-    parser.add_argument("--name", required=True, help="what from_pretrained will call it, such as voc_animals")
+    parser.add_argument("--name", required=True, help="name for from_pretrained, such as voc_animals")
     parser.add_argument("--config", required=True, help="YAML file of the run; its ROUTING section is stored")
-    parser.add_argument("--metrics", nargs="+", default=[], help="metrics.json files, measured with what is shipped")
-    parser.add_argument("--recipe", help="command that trains it; by default earlyexit train with --config and --set")
-    parser.add_argument("--out", help="folder of the two files; the package's own by default")
+    parser.add_argument("--metrics", nargs="+", default=[], help="metrics.json files of the exported weights")
+    parser.add_argument("--recipe", help="command of the training; by default earlyexit train with --config and --set")
+    parser.add_argument("--out", help="folder of the two files; that of the package by default")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY VALUE", help="override keys of the configuration")
     args = parser.parse_args(arguments)
     from earlyexit_ssd.command_line import run_tool

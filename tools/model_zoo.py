@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""For maintainers: write the tables of docs/model_zoo.md from the descriptions beside the shipped weights."""
+"""For maintainers: write the tables of docs/model_zoo.md from the descriptions of the shipped weights."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BEGIN, END = "<!-- tables of tools/model_zoo.py begin -->\n", "<!-- tables of to
 
 
 def section(name: str, entry: dict) -> str:
-    """The section of one model: its description ``entry``, and its figures by test split and exit."""
+    """Return the section of a model from its description ``entry``."""
     routing, count = entry["routing"], len(entry["classes"])
     early = [name for name in next(iter(entry["metrics"].values()))["exits"] if name not in ("full", "routed")]
     thresholds = ", ".join(
@@ -30,13 +30,11 @@ def section(name: str, entry: dict) -> str:
     )
     size = f"{entry['num_params'] / 1e6:.2f} M parameters, {entry['bytes'] / 1e6:.1f} MB"
     lines = [
-        f"## `{name}`",
-        "",
+        f"## `{name}`\n",
         f"- {count} {'class' if count == 1 else 'classes'}: {', '.join(entry['classes'])}",
         f"- {size}, sha256 `{entry['sha256'][:8]}`",
         f"- routing: `{routing['policy']}`, thresholds {thresholds}",
-        f"- recipe: `{entry['recipe']}`",
-        "",
+        f"- recipe: `{entry['recipe']}`\n",
         HEADER,
     ]
     for split, figures in entry["metrics"].items():
@@ -51,17 +49,17 @@ def section(name: str, entry: dict) -> str:
 
 
 def tables(folder: Path = FOLDER) -> str:
-    """The sections of all descriptions in ``folder``."""
+    """Return the sections of all descriptions in ``folder``."""
     entries = {path.stem: read_json(path, "description of weights", "restore it") for path in folder.glob("*.json")}
     return "\n".join(section(name, entries[name]) for name in sorted(entries))
 
 
 def renew(page: str, content: str) -> str:
-    """The page with ``content`` between its two marks; an EarlyExitError if it lacks them."""
+    """Replace the part of the page between `BEGIN` and `END`. Raise EarlyExitError if the page lacks these lines."""
     before, begin, rest = page.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise EarlyExitError(f"the page lacks the lines {BEGIN.strip()} and {END}; put them where the tables belong")
+        raise EarlyExitError(f"the page lacks the lines {BEGIN.strip()} and {END}; add them around the tables")
     return f"{before}{BEGIN}\n{content}\n{END}{after}"
 
 

@@ -1,4 +1,4 @@
-"""Check the values of a configuration before anything runs, by tables of rules."""
+"""Tables of rules for the values of a configuration, and their check."""
 
 from __future__ import annotations
 
@@ -71,15 +71,15 @@ def _has_supervision(teacher: str, cfg: CfgNode) -> bool:
 
 
 Rule = tuple[str, str, Callable[[Any, Any, CfgNode], bool]]
-"""Keys; the expected value, with {exits}, {layers} and {bounds} for those of the configuration; the test, a function of
-(value, all values of its key, configuration)."""
+"""Keys, the expected value as text, and a test: a function of (value, all values of the key, configuration). In the
+text, {exits}, {layers} and {bounds} are replaced by those of the configuration."""
 
 _SETS = "DATA.TRAIN DATA.CALIB DATA.TEST"
 _TEACHER = "'full' or 'next' with LOSS.SUPERVISION 'teacher'"
 _SIDE = f"64 to {LARGEST_SIDE} pixels"
 
 # fmt: off
-_OF_EACH_VALUE: Sequence[Rule] = (
+_OF_EACH_VALUE: Sequence[Rule] = (  # applied to every element of a list
     ("MODEL.SCORE_THRESH MODEL.NMS_THRESH EVAL.SCORE EVAL.IOU EVAL.PICTURE_SCORE DATA.REPEAT_THRESHOLD EXITS.COPY "
      "LOSS.FOCAL_ALPHA BASELINE.GATE.AP50 BASELINE.GATE.PRECISION BASELINE.GATE.RECALL BASELINE.GATE.RELATIVE "
      "EXITS_PHASE.GATE.FIRST_EXIT_AP50 EXITS_PHASE.GATE.FIRST_EXIT_SHARE EXITS_PHASE.GATE.DEEPEST_SHARE "
@@ -136,11 +136,8 @@ _OF_THE_WHOLE: Sequence[Rule] = (
     ("EXITS.GLANCES", "glances of increasing pixels",
      lambda glances, *_: [glance[0] for glance in glances] == sorted({glance[0] for glance in glances})),
     ("EXITS.LAYERS", "increasing layers, each once", lambda layers, *_: list(layers) == sorted(set(layers))),
-    ("EXITS.COPY EXITS.DEPTH",
-     "one number, or one for each of EXITS.LAYERS {layers}",
+    ("EXITS.COPY EXITS.DEPTH EXITS.BRANCH", "one value, or one for each of EXITS.LAYERS {layers}",
      lambda values, _, cfg: len(values) in (1, len(cfg.EXITS.LAYERS))),
-    ("EXITS.BRANCH", "one kind, or one for each of EXITS.LAYERS {layers}",
-     lambda kinds, _, cfg: len(kinds) in (1, len(cfg.EXITS.LAYERS))),
     ("LOSS.EXIT_WEIGHTS ROUTING.THRESHOLDS ROUTING.TEMPERATURES",
      "one number, or one for each of {exits} exits", lambda values, _, cfg: len(values) in (1, num_exits(cfg))),
     ("JOINT.EXIT_WEIGHTS", "none, one, or {exits} numbers",

@@ -1,7 +1,7 @@
 """Load a YAML configuration over defaults.yaml, and check every key, type and value.
 
-The result is fvcore's `CfgNode`. Its loader is not used: it expands every YAML alias, refuses a whole number where the
-default is a float, and converts text such as "3" to a number.
+The loader of fvcore's `CfgNode` is not used: it expands every YAML alias, refuses a whole number where the default is a
+float, and converts text such as "3" to a number.
 """
 
 from __future__ import annotations
@@ -75,8 +75,8 @@ def load_config(path: str | os.PathLike[str] | None = None, overrides: Sequence[
 
 
 def _read_chain(path: Path, above: tuple[str, ...] = ()) -> list[tuple[Path, dict]]:
-    """Return the chain of ``_BASE_`` files and ``path`` itself, each with its keys. The base without a base is first.
-    ``above`` are the files that have ``path`` as their base."""
+    """Return the ``_BASE_`` files of ``path`` and ``path`` with their keys, lowest priority first. ``above`` are the
+    files whose base is ``path``."""
     if above and os.path.realpath(path) in above:
         raise ConfigError(f"{path}: circular {_BASE_KEY}; remove it")
     if len(above) == _MAX_BASES:
@@ -142,7 +142,7 @@ def _parse(text: str) -> Any:
     """Parse a value of the command line: YAML such as ``8``, ``true`` or ``[8, 12]``, or a tuple such as ``(8, 12)``.
     Anything else is text."""
     if text.startswith("(") and text.endswith(")"):
-        text = f"[{text[1:-1].rstrip().rstrip(',')}]"
+        text = f"[{text[1:-1]}]"
     try:
         value = parse_yaml(text)
     except ValueError:

@@ -13,11 +13,7 @@ from earlyexit_ssd.errors import ConfigError
         ("EXITS.LAYERS", "[]", "at least one layer"),
         ("EXITS.LAYERS", "[12, 8]", "increasing layers"),
         ("EXITS.LAYERS", "[8.5]", "expected trunk layers"),
-        (
-            "ROUTING.THRESHOLDS",
-            "[1.5]",
-            r"ROUTING.THRESHOLDS is 1.5, expected a number in \[0, 1\], or 2 to",
-        ),
+        ("ROUTING.THRESHOLDS", "[1.5]", r"ROUTING.THRESHOLDS is 1.5, expected a number in \[0, 1\], or 2 to"),
         ("ROUTING.THRESHOLDS", "[high]", "expected a number"),
         ("ROUTING.THRESHOLDS", "[[1]]", "expected a number"),
         ("ROUTING.THRESHOLDS", "[0.1, 0.2, 0.3]", "one for each of 2 exits"),
@@ -41,6 +37,7 @@ from earlyexit_ssd.errors import ConfigError
         ("PHASES", "[base]", "did you mean 'baseline'"),
         ("BASELINE.LR", "0", "BASELINE.LR is 0.0, expected a number above 0"),
         ("BASELINE.LR", "nan", "expected a number above 0"),
+        ("BASELINE.LR", "inf", "expected a number above 0"),
         ("JOINT.EMA", "1.0", "a decay below 1"),
         ("MODEL.IMAGE_SIZE", "10", "64 to 4096 pixels"),
         ("MODEL.IMAGE_SIZE", "100000000", "64 to 4096 pixels"),
@@ -70,6 +67,11 @@ def test_invalid_values(key, value, message):
         load_config(None, [key, value])
 
 
+def test_glances_have_thresholds():
+    thresholds = ["ROUTING.THRESHOLDS", "[0.1, 0.2, 0.3]", "EXITS.GLANCES", "[[64, 8]]"]
+    assert load_config(None, thresholds).ROUTING.THRESHOLDS == (0.1, 0.2, 0.3)
+
+
 def test_weights_are_not_compared_with_themselves():
     trained = ["MODEL.WEIGHTS", "COCO_V1", "BASELINE.GATE.RELATIVE", "0.9"]
     load_config(None, trained)
@@ -84,10 +86,6 @@ def test_teacher_supervision_needs_a_teacher():
     assert load_config(None, keys).JOINT.TEACHER == "none"  # there is no joint phase
     with pytest.raises(ConfigError, match="JOINT.TEACHER is 'none', expected 'full' or 'next'"):
         load_config(None, [*keys, "PHASES", "[baseline, exits, joint]"])
-
-
-def test_defaults_are_valid():
-    load_config()
 
 
 def test_certificate_and_hybrid_routing_exclude_each_other():

@@ -1,4 +1,4 @@
-"""A training that takes seconds: 32 rendered scenes, 64 px, a quarter of the width."""
+"""A training of seconds: 40 rendered photos, 64 px, a quarter of the width."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from earlyexit_ssd.routing import policies
 from tools import train_net
 
 ROOT = Path(__file__).resolve().parents[2]
-QUICK_FIT_STEPS = 60  # of a fitted policy, a tenth of the usual number
+QUICK_FIT_STEPS = 60  # instead of 600 for a fitted policy
 TINY = """
 DATA:
   CLASSES: [chair]
@@ -44,37 +44,37 @@ THREADS: 1
 
 @pytest.fixture(scope="session")
 def data_root(made_once) -> Path:
-    """The rendered scenes, made by the first run."""
+    """Folder of the rendered photos, which the first run makes."""
     return made_once("datasets", lambda folder: None)
 
 
 @pytest.fixture
 def without_evaluation(monkeypatch):
-    """Trainings of this process end before their evaluation, which takes as long as they do."""
+    """Trainings of this process skip the evaluation."""
     module = importlib.import_module("earlyexit_ssd.pipeline.train")  # `pipeline.train` is the function
     monkeypatch.setattr(module, "evaluate_model", lambda *_: None)
 
 
 def plain_figure(**settings: object) -> Figure:
-    """A chart in few pixels, whose parts are not moved until all texts fit: that takes half of an evaluation."""
+    """A chart in few pixels without the layout of texts, which takes half of an evaluation."""
     return Figure(**{**settings, "layout": None, "dpi": 64})
 
 
 @pytest.fixture(autouse=True)
 def plain_charts(monkeypatch):
-    """What the tools draw, but for `trained`, which draws charts as they are; so does tests/report."""
+    """Faster charts for all tests but the training of `trained`."""
     monkeypatch.setattr(pictures, "Figure", plain_figure)
 
 
 @pytest.fixture(autouse=True)
 def quick_fits(monkeypatch):
-    """Policies are fitted in a tenth of the steps; tests/routing fits them as they are."""
+    """Fit policies in a tenth of the steps."""
     monkeypatch.setattr(policies, "FIT_STEPS", QUICK_FIT_STEPS)
 
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory, made_once, data_root) -> tuple[Path, list[str]]:
-    """A folder with ``run``, trained once by the tiny configuration, and the arguments of the tools that look at it."""
+    """A folder with the trained ``run``, and arguments for the tools that use it."""
 
     def arguments(root: Path) -> list[str]:
         overrides = ["OUTPUT_DIR", str(root / "run"), "DATA.ROOT", str(data_root), "EVAL.SCORE", "0.02"]
@@ -91,32 +91,25 @@ def trained(tmp_path_factory, made_once, data_root) -> tuple[Path, list[str]]:
 
 @pytest.fixture
 def tiny(tmp_path, data_root):
-    """Arguments of train_net.py for the tiny configuration; more may follow."""
+    """Function that returns arguments of train_net.py for the tiny configuration."""
     write_text(tmp_path / "tiny.yaml", TINY)
 
     def arguments(output: str, *more: str) -> list[str]:
         overrides = ["OUTPUT_DIR", str(tmp_path / output), "DATA.ROOT", str(data_root)]
-        flags = [item for item in more if item.startswith("--")]
-        return [
-            "--config",
-            str(tmp_path / "tiny.yaml"),
-            *flags,
-            *overrides,
-            *[item for item in more if item not in flags],
-        ]
+        return ["--config", str(tmp_path / "tiny.yaml"), *overrides, *more]
 
     return arguments
 
 
 METHODS = multiprocessing.get_all_start_methods()
 FORKS = multiprocessing.get_context("forkserver" if "forkserver" in METHODS else "spawn")
-FORKS.set_forkserver_preload(["earlyexit_ssd.pipeline", "scipy.stats", __name__])  # what every process would import
+FORKS.set_forkserver_preload(["earlyexit_ssd.pipeline", "scipy.stats", __name__])
 
 
 def start_training(
     arguments: list[str], stderr: str | Path = os.devnull, tool: str = "train_net", **environment: str
 ) -> BaseProcess:
-    """train_net.py in a process of its own, forked from one that has imported torch: that takes seconds."""
+    """Start a tool in another process, forked from a process that has imported torch."""
     process = FORKS.Process(target=_train, args=(tool, arguments, stderr, environment))
     process.start()
     return process
@@ -132,21 +125,21 @@ def _train(tool: str, arguments: list[str], stderr: str | Path, environment: dic
 
 
 def run_in_two_processes(tool: str, arguments: list[str], folder: Path) -> tuple[list[int | None], list[str]]:
-    """The exit codes, and what each printed to stderr (kept in ``folder``), of a tool as torchrun starts it."""
+    """Run a tool with the environment of torchrun. Return the exit codes, and the stderr files of ``folder``."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
     errors = [folder / f"stderr{rank}" for rank in range(2)]
-    both = [
-        start_training(arguments, errors[rank], tool, RANK=str(rank), LOCAL_RANK=str(rank), **group)
-        for rank in range(2)
+    processes = [
+        start_training(arguments, path, tool, RANK=str(rank), LOCAL_RANK=str(rank), **group)
+        for rank, path in enumerate(errors)
     ]
-    for process in both:
+    for process in processes:
         process.join(timeout=120)
-    return [process.exitcode for process in both], [path.read_text() for path in errors]
+    return [process.exitcode for process in processes], [path.read_text() for path in errors]
 
 
 def run_with_torchrun(tool: str, arguments: list[str], stderr: Path, timeout: int = 120) -> None:
-    """A tool in two processes of torchrun's launcher, which starts them as functions, forked as above."""
+    """Run a tool in two processes of torchrun's launcher, forked as in `start_training`."""
 
     def stop(*_: object) -> None:
         raise TimeoutError(f"more than {timeout} s")
@@ -155,7 +148,7 @@ def run_with_torchrun(tool: str, arguments: list[str], stderr: Path, timeout: in
         1, 1, 2, run_id="test", rdzv_backend="c10d", rdzv_endpoint="127.0.0.1:0", max_restarts=0,
         start_method=FORKS.get_start_method(),
     )  # fmt: skip
-    signals = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)  # the launcher takes these
+    signals = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)  # the launcher handles these
     before = {number: signal.getsignal(number) for number in (signal.SIGALRM, *signals)}
     signal.signal(signal.SIGALRM, stop)
     signal.alarm(timeout)
@@ -168,7 +161,7 @@ def run_with_torchrun(tool: str, arguments: list[str], stderr: Path, timeout: in
 
 
 def run_command(command: list[str], timeout: float = 120) -> subprocess.CompletedProcess:
-    """Run this Python with these arguments to the end and fail with what it printed."""
+    """Run Python with these arguments. Fail with its stderr."""
     command = [sys.executable, *command]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False)
     assert result.returncode == 0, result.stderr[-3000:]
@@ -176,10 +169,10 @@ def run_command(command: list[str], timeout: float = 120) -> subprocess.Complete
 
 
 def final_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """Of a run that is finished."""
+    """Load the weights of a finished run."""
     return torch.load(folder / "model.pth", weights_only=True)["model"]
 
 
 def log(folder: Path, phase: str) -> list[dict]:
-    """The lines that a phase of a run logged."""
+    """Return the log entries of a phase of a run."""
     return [json.loads(line) for line in (folder / phase / "log.jsonl").read_text().splitlines()]

@@ -1,4 +1,4 @@
-"""The command on small detectors, in ONNX Runtime and in PyTorch."""
+"""``tools/benchmark.py`` on small detectors, in ONNX Runtime and in PyTorch."""
 
 import json
 
@@ -10,6 +10,8 @@ from earlyexit_ssd.pipeline.predictor import Rival, TorchModel
 from tests.deploy.conftest import build_photos, folder, model, onnx_file, photos, staged_folder  # noqa: F401
 from tools.benchmark import main
 
+QUICK = ["--threads", "1", "--batch", "1"]
+
 
 @pytest.fixture(scope="module")
 def model_file(model, folder):  # noqa: F811
@@ -19,29 +21,16 @@ def model_file(model, folder):  # noqa: F811
 
 @pytest.fixture(scope="module")
 def photo_folder(tmp_path_factory):
-    where = tmp_path_factory.mktemp("photos")
-    for place, photo in enumerate(build_photos(6)):
-        Image.fromarray(photo).save(where / f"{place}.png")
-    return where
+    root = tmp_path_factory.mktemp("photos")
+    for number, photo in enumerate(build_photos(6)):
+        Image.fromarray(photo).save(root / f"{number}.png")
+    return root
 
 
 def test_figures_are_written_and_printed(tmp_path, onnx_file, staged_folder, photo_folder, capsys):  # noqa: F811
     out = tmp_path / "new" / "figures.json"
-    words = [
-        onnx_file,
-        staged_folder,
-        "--photos",
-        photo_folder,
-        "--most",
-        5,
-        "--threads",
-        1,
-        "--batch",
-        1,
-        "--out",
-        out,
-    ]
-    assert main(list(map(str, words))) == 0
+    paths = [onnx_file, staged_folder, "--photos", photo_folder, "--out", out]
+    assert main([*map(str, paths), *QUICK, "--most", "5"]) == 0
     figures, printed = json.loads(out.read_text()), capsys.readouterr().out
     assert figures["settings"]["photos"] == 5 and figures["machine"]["versions"]["torch"]
     first, second = figures["rows"][:2]
@@ -50,30 +39,31 @@ def test_figures_are_written_and_printed(tmp_path, onnx_file, staged_folder, pho
     assert "threads 1, batch 1, 5 photos as they come, 5 calls" in printed and str(out) in printed
 
 
-def test_a_missing_model_file_is_named():
+def test_missing_model_file_is_named_in_the_error():
     with pytest.raises(EarlyExitError, match=r"none\.pth"):
         TorchModel("none.pth").open(1, 0.5)
 
 
-def test_a_model_in_pytorch_leaves_where_its_file_does(model_file):
+def test_pytorch_model_takes_the_expected_exits(model_file):
     exits = TorchModel(str(model_file)).open(1, 0.5)(build_photos(6))
     assert sorted(map(str, exits)) == ["0", "0", "1", "1", "None", "None"]
     assert TorchModel("a/b.pth", compiled=True).runtime == "torch.compile"
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("detector", "message"),
     [
-        (["none.onnx"], "none.onnx: no such file"),
-        (["yolov99:some.onnx"], "some.onnx: format 'yolov99': expected one of compile, yolox, boxes, nanodet, picodet"),
+        ("none.onnx", "none.onnx: no such file"),
+        ("yolov99:some.onnx", "some.onnx: format 'yolov99': expected one of compile, yolox, boxes, nanodet, picodet"),
     ],
 )
-def test_what_cannot_be_opened_is_one_line(tmp_path, photo_folder, words, message, capsys):
-    out = ["--photos", str(photo_folder), "--threads", "1", "--batch", "1", "--out", str(tmp_path / "figures.json")]
-    assert main([*words, *out]) == 2
+def test_unusable_detector_is_a_one_line_error(tmp_path, photo_folder, detector, message, capsys):
+    out = tmp_path / "figures.json"
+    assert main([detector, "--photos", str(photo_folder), "--out", str(out), *QUICK]) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
-    assert message in line and not (tmp_path / "figures.json").exists()
+    assert message in line and not out.exists()
 
 
-def test_a_rival_computes_all_of_it():
-    assert (Rival("a/nano.onnx", "yolox").name, Rival("a/nano.onnx", "yolox").runtime) == ("nano.onnx", "ONNX Runtime")
+def test_rival_has_the_name_of_its_file():
+    rival = Rival("a/nano.onnx", "yolox")
+    assert (rival.name, rival.runtime) == ("nano.onnx", "ONNX Runtime")

@@ -29,15 +29,15 @@ def test_risk(trained, policy, capsys):
         assert np.asarray(picture).std() > 5
 
 
-def test_certificate_is_used_and_refuses_what_it_must(trained, capsys, monkeypatch):
+def test_certificate_in_evaluation(trained, capsys, monkeypatch):
     root, arguments = trained
-    monkeypatch.setattr(DETECTS, 0.0)  # what was trained for seconds does not
+    monkeypatch.setattr(DETECTS, 0.0)  # so short a training does not reach it
     out = root / "drop"
     assert calibrate.main([*arguments, "--out", str(out), "--ap-drop", "1.0", "CALIBRATION.COST", "mmacs"]) == 0
     certificate = load_certificate(out / "certificate.json")
     assert certificate.target.delta == 0.05
     assert "in 95% of bootstrap draws of the calibration photos at most" in capsys.readouterr().out
-    assert certificate.measured.exit_share["exit8"] == 1.0  # any loss is allowed: the cheapest wins
+    assert certificate.measured.exit_share["exit8"] == 1.0  # any loss is allowed, so the cheapest exit is taken
     use = ["ROUTING.CERTIFICATE", str(out / "certificate.json")]
     assert eval_exits.main([*arguments, "--out", str(root / "results"), *use]) == 0
     metrics = json.loads((root / "results" / "metrics.json").read_text())
@@ -46,22 +46,21 @@ def test_certificate_is_used_and_refuses_what_it_must(trained, capsys, monkeypat
     assert metrics["routed"]["exit_share"]["exit8"] == 1.0
     assert metrics["drift"]["shares"]["exit8"] == metrics["drift"]["calibration_shares"]["exit8"] == 1.0
     capsys.readouterr()
-    again = ["--out", str(out), "--ap-drop", "1.0", *use]
-    assert calibrate.main([*arguments, *again]) == 2
+    assert calibrate.main([*arguments, "--out", str(out), "--ap-drop", "1.0", *use]) == 2
     assert "only tools/eval_exits.py uses a certificate" in capsys.readouterr().err
-    seen = [*use, "DATA.TEST", "[synthetic_chairs_calib]", "DATA.CALIB", "[synthetic_chairs_test]"]
-    assert eval_exits.main([*arguments, "--out", str(root / "results"), *seen]) == 2
+    swapped = ["DATA.TEST", "[synthetic_chairs_calib]", "DATA.CALIB", "[synthetic_chairs_test]"]
+    assert eval_exits.main([*arguments, "--out", str(root / "results"), *use, *swapped]) == 2
     assert "is in the certificate's calibration list" in capsys.readouterr().err
     model = EarlyExitSSDLite.from_pretrained(root / "run" / "model.pth")
     model.router = certificate.router_for(model)
     with torch.inference_mode():
         assert int(model([torch.rand(3, 64, 64)])[0]["exit_index"]) == 0
-    assert eval_exits.main([*arguments, "--out", str(root / "results"), *use, "--weights",
-                            str(root / "run" / "baseline" / "model.pth")]) == 2  # fmt: skip
+    other = ["--weights", str(root / "run" / "baseline" / "model.pth")]
+    assert eval_exits.main([*arguments, "--out", str(root / "results"), *use, *other]) == 2
     assert "calibrate again" in capsys.readouterr().err
 
 
-def test_recordings_are_used_again(trained, capsys, monkeypatch):
+def test_recordings_are_reused(trained, capsys, monkeypatch):
     root, arguments = trained
     command = [*arguments, "--out", str(root / "drop"), "--ap-drop", "0.5", "CALIBRATION.COST", "mmacs"]
     assert calibrate.main(command) == 0
@@ -74,7 +73,7 @@ def test_recordings_are_used_again(trained, capsys, monkeypatch):
     assert load_certificate(root / "drop" / "certificate.json").closed
 
 
-def test_out_of_reach_and_too_few_photos(trained, capsys):
+def test_unreachable_speedup_and_too_few_photos(trained, capsys):
     root, arguments = trained
     target = ["--out", str(root / "fast"), "--speedup", "50", "CALIBRATION.COST", "mmacs"]
     assert calibrate.main([*arguments, *target]) == 2
@@ -95,14 +94,13 @@ def test_out_of_reach_and_too_few_photos(trained, capsys):
         (["--risk", "0.1", "ROUTING.POLICY", "entropi"], "ROUTING.POLICY: unknown routing policy 'entropi' (did you"),
     ],
 )
-def test_impossible_targets(trained, more, message, capsys):
+def test_invalid_targets(trained, more, message, capsys):
     root, arguments = trained
     assert calibrate.main([*arguments, "--out", str(root / "wrong"), *more]) == 2
     assert message in capsys.readouterr().err
 
 
 def test_empty_exits_are_calibrated_without_training(trained, capsys, monkeypatch):
-    """Empty exits on a full path that is there already: nothing to train, who leaves is foreseen from the trunk."""
     root, arguments = trained
     monkeypatch.setattr(DETECTS, 0.0)
     out, config = root / "empty", arguments[:2]
@@ -122,7 +120,7 @@ def test_empty_exits_are_calibrated_without_training(trained, capsys, monkeypatc
     use = ["ROUTING.CERTIFICATE", str(out / "calibration" / "certificate.json")]
     assert eval_exits.main([*config, "--out", str(out / "results"), *own, *use]) == 0
     metrics = json.loads((out / "results" / "metrics.json").read_text())
-    assert [one.get("empty") for one in metrics["exits"]] == [True, True, None]
+    assert [exit.get("empty") for exit in metrics["exits"]] == [True, True, None]
     assert metrics["routed"]["policy"] == "foreseen_emptiness"
     assert metrics["routed"]["mmacs"] < metrics["without_exits"]["mmacs"]
-    assert [one["name"] for one in metrics["rivals"] if "alone" in one["name"]] == []
+    assert not any("alone" in rival["name"] for rival in metrics["rivals"])

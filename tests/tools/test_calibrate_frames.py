@@ -1,4 +1,4 @@
-"""Calibration on a camera's own frames, which nobody labelled, and the model that comes of it."""
+"""Calibration on unlabelled frames of a camera, and the calibrated model."""
 
 import json
 import shutil
@@ -19,8 +19,8 @@ QUICK = ["CALIBRATION.COST", "mmacs", "EVAL.PICTURES", "1", "EVAL.TIMING_RUNS", 
 
 @pytest.fixture(scope="module")
 def camera(trained, data_root, tmp_path_factory):
-    """Folders of frames without boxes: ``learn``, ``calib`` (8 of them, each three times) and ``test``; the tools'
-    arguments."""
+    """Folders of frames without boxes (``learn``, ``test``, and ``calib`` with 8 frames, three copies of each), and
+    arguments for the tools."""
     root = tmp_path_factory.mktemp("camera")
     for name, split in (("learn", "train"), ("calib", "calib"), ("test", "test")):
         (root / name).mkdir()
@@ -39,31 +39,30 @@ def camera(trained, data_root, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def sped_up(camera):
-    """The folder of a calibration to a speed."""
+    """Folder of a calibration for a speed-up."""
     root, arguments = camera
     assert calibrate.main([*arguments, "--speedup", "1.05", "--out", str(root / "speed")]) == 0
     return root / "speed"
 
 
 @pytest.mark.parametrize("policy", ["ambiguous_mass", "balanced_ambiguity", "learned_gain"])
-def test_a_risk_on_frames_without_boxes(camera, policy, capsys):
+def test_risk_on_frames_without_boxes(camera, policy, capsys):
     root, arguments = camera
     out = root / policy
     command = ["--risk", "0.9", "--delta", "0.3", "--out", str(out), "ROUTING.POLICY", policy]
     assert calibrate.main([*arguments, *command]) == 0
     captured = capsys.readouterr()
-    assert (
-        "8 calibration photos (8 copies and 8 photos that look equal left out: each photo counts once)" in captured.out
-    )
+    counts = "8 calibration photos (8 copies and 8 photos that look equal left out: each photo counts once)"
+    assert counts in captured.out
     assert "AP is not known" in captured.out and "agreement with the full path at score 0.02: " in captured.out
     measured = load_certificate(out / "certificate.json").measured
     assert measured.AP50 is None and measured.labelled is False and measured.photos == 8
     agreed = measured.agreement
     assert 0 <= agreed["kept"] <= agreed["objects"] and agreed["objects"] > 0
-    assert len(load_certificate(out / "certificate.json").photos_sha256) == 16  # those that only look equal among them
+    assert len(load_certificate(out / "certificate.json").photos_sha256) == 16  # with those that only look equal
 
 
-def test_a_speed_on_frames_and_the_model_that_routes(camera, sped_up, trained, capsys, tmp_path):
+def test_speedup_on_frames_and_the_calibrated_model(camera, sped_up, trained, capsys, tmp_path):
     (root, arguments), out = camera, sped_up
     certificate = load_certificate(out / "certificate.json")
     model = EarlyExitSSDLite.from_pretrained(out / "model.pth")
@@ -99,7 +98,7 @@ def test_a_speed_on_frames_and_the_model_that_routes(camera, sped_up, trained, c
     assert "the certificate is for weights" in capsys.readouterr().err
 
 
-def test_the_temperatures_of_the_training_stay_beside_those_that_were_calibrated(camera, sped_up):
+def test_model_file_keeps_the_temperatures_of_the_training(camera, sped_up):
     (root, arguments), first = camera, sped_up
     again = root / "fitted_again"
     trained_info, info = (torch.load(path, weights_only=True)["info"] for path in (arguments[-1], first / "model.pth"))
@@ -118,7 +117,7 @@ def test_blocks_and_learnt_thresholds(camera, capsys, monkeypatch):
     assert calibrate.main([*arguments, *command]) == 0
     certificate = load_certificate(out / "certificate.json")
     assert certificate.target.block == 4 and certificate.target.learned is True
-    assert certificate.measured.photos == 16 and certificate.measured.blocks == 4  # what only looks equal stays
+    assert certificate.measured.photos == 16 and certificate.measured.blocks == 4  # near-duplicates count
     assert "over the draw of the 4 blocks of 4 calibration photos" in capsys.readouterr().out or certificate.closed
     assert EarlyExitSSDLite.from_pretrained(out / "model.pth").router.certificate == certificate
 
@@ -126,26 +125,20 @@ def test_blocks_and_learnt_thresholds(camera, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (
-            ["--ap-drop", "0.01"],
-            "--ap-drop needs boxes, but DATA.CALIB (calib) has unlabelled photos; use --risk",
-        ),
-        (
-            ["--risk", "0.1", "CALIBRATION.REFERENCE", "labels"],
-            "CALIBRATION.REFERENCE is labels, but DATA.CALIB (calib)",
-        ),
-        (["--risk", "0.1", "--block", "5s"], "give --fps"),
-        (["--risk", "0.1", "--fps", "5"], "--fps is for --block in seconds"),
-        (["--speedup", "1.1", "--block", "5"], "--block is for --risk and --ap-drop"),
+        ("--ap-drop 0.01", "--ap-drop needs boxes, but DATA.CALIB (calib) has unlabelled photos; use --risk"),
+        ("--risk 0.1 CALIBRATION.REFERENCE labels", "CALIBRATION.REFERENCE is labels, but DATA.CALIB (calib)"),
+        ("--risk 0.1 --block 5s", "give --fps"),
+        ("--risk 0.1 --fps 5", "--fps is for --block in seconds"),
+        ("--speedup 1.1 --block 5", "--block is for --risk and --ap-drop"),
     ],
 )
-def test_what_frames_cannot_give_is_said_in_a_line(camera, more, message, capsys):
-    assert calibrate.main([*camera[1], *more, "--out", str(camera[0] / "wrong")]) == 2
-    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1 and message in errors[0] and len(errors[0]) < 300
+def test_unsuitable_targets_are_one_line_errors(camera, more, message, capsys):
+    assert calibrate.main([*camera[1], *more.split(), "--out", str(camera[0] / "wrong")]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert message in line and len(line) < 300
 
 
-def test_an_ap_drop_on_few_photos_warns(trained, capsys):
+def test_ap_drop_on_few_photos_warns(trained, capsys):
     root, arguments = trained
     assert calibrate.main([*arguments, *QUICK, "--ap-drop", "0.01", "--out", str(root / "few")]) == 0
     captured = capsys.readouterr()
@@ -155,7 +148,7 @@ def test_an_ap_drop_on_few_photos_warns(trained, capsys):
     assert load_certificate(root / "few" / "certificate.json").measured.photos_needed == 299
 
 
-def test_a_guarantee_is_tried_on_distinct_frames(camera):
+def test_check_of_the_guarantee_uses_distinct_frames(camera):
     root, arguments = camera
     assert check_guarantee.main([*arguments, "--splits", "3", "--out", str(root / "guarantee")]) == 0
     context = json.loads((root / "guarantee" / "guarantee.json").read_text())["context"]

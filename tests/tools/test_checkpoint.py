@@ -1,4 +1,4 @@
-"""A detector with exits that torchvision's train.py trained, through our tools."""
+"""The tools on a checkpoint of torchvision's train.py, with exits."""
 
 import argparse
 import json
@@ -20,7 +20,7 @@ from tools import calibrate, eval_exits, predict
 
 @pytest.fixture(scope="module")
 def checkpoint(trained):
-    """The weights of a run as ``train.py`` stores them."""
+    """Weights of a run in a file as train.py writes it, and arguments for the tools."""
     root, arguments = trained
     state = {f"module.{key}": value for key, value in final_weights(root / "run").items()}
     path = root / "model_25.pth"
@@ -28,20 +28,16 @@ def checkpoint(trained):
     return str(path), arguments
 
 
-def figures(folder):
-    metrics = json.loads((folder / "metrics.json").read_text())
-    timed = ("ms", "ms_mean", "ms_std", "ms_p95", "fps")
-    return [
-        {key: value for key, value in entry.items() if key.startswith("AP") and key not in timed}
-        for entry in metrics["exits"]
-    ]
+def ap_figures(folder):
+    exits = json.loads((folder / "metrics.json").read_text())["exits"]
+    return [{key: value for key, value in row.items() if key.startswith("AP")} for row in exits]
 
 
-def test_evaluated_and_calibrated_as_the_run_s_own(checkpoint, trained, tmp_path, capsys):
+def test_evaluation_and_calibration_equal_those_of_the_run(checkpoint, trained, tmp_path, capsys):
     path, arguments = checkpoint
     assert eval_exits.main([*arguments, "--weights", path, "--out", str(tmp_path / "foreign")]) == 0
-    own = figures(trained[0] / "run")
-    assert own == figures(tmp_path / "foreign") and len(own) == 3
+    own = ap_figures(trained[0] / "run")
+    assert own == ap_figures(tmp_path / "foreign") and len(own) == 3
     target = ["--speedup", "0.1", "--out", str(tmp_path / "cal"), "CALIBRATION.COST", "mmacs"]
     assert calibrate.main([*arguments, "--weights", path, *target]) == 0
     use = ["ROUTING.CERTIFICATE", str(tmp_path / "cal" / "certificate.json")]
@@ -49,27 +45,24 @@ def test_evaluated_and_calibrated_as_the_run_s_own(checkpoint, trained, tmp_path
     capsys.readouterr()
 
 
-def test_demonstrated_with_its_configuration(checkpoint, tmp_path, capsys):
+def test_predict_needs_the_configuration(checkpoint, tmp_path, capsys):
     path, arguments = checkpoint
     config = arguments[arguments.index("--config") + 1]
     Image.new("RGB", (80, 60), (200, 30, 30)).save(tmp_path / "photo.png")
     shown = [str(tmp_path / "photo.png"), "--weights", path, "--out", str(tmp_path / "out")]
     assert predict.main([*shown, "--config", config]) == 0
     assert ", confidence " in capsys.readouterr().out
-    assert predict.main(shown) == 2  # 64 px and a quarter of the width are in no checkpoint
+    assert predict.main(shown) == 2  # a checkpoint does not hold input size and width
     assert "does not fit the model" in capsys.readouterr().err
 
 
-def test_a_configuration_that_describes_another_is_one_line(checkpoint, tmp_path, capsys):
+def test_configuration_of_another_model_is_a_one_line_error(checkpoint, tmp_path, capsys):
     path, arguments = checkpoint
     for more, message in (
         (["EXITS.LAYERS", "[6]"], "its exits are exit8, exit12, expected exit6; set EXITS.LAYERS"),
         (["EXITS.CHANNELS", "24"], "check EXITS"),
         (["MODEL.WIDTH", "0.5"], "check MODEL.WIDTH"),
-        (
-            ["DATA.CLASSES", "[chair, lamp]"],
-            "its head has 2 outputs, for 1 classes and background, but the configuration has 2",
-        ),
+        (["DATA.CLASSES", "[chair, lamp]"], "its head has 2 outputs, for 1 classes and background, but the config"),
     ):
         assert eval_exits.main([*arguments, "--weights", path, "--out", str(tmp_path / "out"), *more]) == 2
         assert message in capsys.readouterr().err
@@ -79,7 +72,7 @@ def test_a_configuration_that_describes_another_is_one_line(checkpoint, tmp_path
     assert "plain.pth: the detector has no exits; train them: tools/train_net.py" in capsys.readouterr().err
 
 
-def test_of_coco_s_91_outputs_the_configuration_s_classes(tmp_path):
+def test_coco_head_is_reduced_to_the_classes_of_the_configuration(tmp_path):
     small = {"image_size": 96, "width": 0.25, "channels": 16, "depth": (1,), "exit_layers": (4, 8), "empty": (4,)}
     whole = get_model("earlyexit_ssdlite320_mobilenet_v3_large", weights=None, weights_backbone=None, **small).eval()
     for module in whole.modules():
@@ -98,9 +91,9 @@ def test_of_coco_s_91_outputs_the_configuration_s_classes(tmp_path):
     photo = [torch.rand(3, 96, 96)]
     with torch.no_grad():
         pairs = zip(model.exit_outputs(photo).heads, whole.exit_outputs(photo).heads, strict=True)
-        for one, other in pairs:
-            expected = other["cls_logits"].softmax(-1)[..., rows]
-            assert torch.allclose(one["cls_logits"].softmax(-1)[..., 1:], expected, atol=1e-6)
+        for reduced, complete in pairs:
+            expected = complete["cls_logits"].softmax(-1)[..., rows]
+            assert torch.allclose(reduced["cls_logits"].softmax(-1)[..., 1:], expected, atol=1e-6)
     model.save(tmp_path / "model.pth")
     assert open_model(cfg, tmp_path / "model.pth")[1] == architecture
     cfg.defrost()

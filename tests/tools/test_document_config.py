@@ -1,5 +1,5 @@
+import functools
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +16,7 @@ SOURCE = """
 # in two lines.
 FIRST: "a|b"
 
+# Of no key.
 # ---- the data ------
 DATA:
   SIZES: [8, 0.5]  # not this one
@@ -33,34 +34,23 @@ TWO:
 """
 
 
-def entries() -> list[document.Entry]:
-    return document.read_entries(load.DEFAULTS.read_text(encoding="utf-8"))
-
-
-def keys_of(node: CfgNode, prefix: tuple[str, ...] = ()) -> Iterator[str]:
-    for name, value in node.items():
-        if isinstance(value, CfgNode):
-            yield from keys_of(value, (*prefix, name))
-        else:
-            yield ".".join((*prefix, name))
-
-
-def test_the_page_is_current():
+def test_page_is_current():
     command = "python tools/document_config.py docs/config.md"
     assert (DOCS / "config.md").read_text(encoding="utf-8") == document.document(), f"run {command}"
 
 
-def test_every_key_is_there_once_and_has_a_comment():
-    found = [key for entry in entries() for key in entry.keys if not is_node(key)]
-    assert sorted(found) == sorted(keys_of(get_cfg()))
-    assert [entry.name for entry in entries() if not entry.comment] == []
+def keys_of(node: CfgNode, above: str = "") -> list[str]:
+    if not isinstance(node, CfgNode):
+        return [above]
+    return [key for name, value in node.items() for key in keys_of(value, f"{above}.{name}".lstrip("."))]
 
 
-def is_node(name: str) -> bool:
-    value = get_cfg()
-    for part in name.split("."):
-        value = value[part]
-    return isinstance(value, CfgNode)
+def test_every_key_has_one_entry_with_a_comment():
+    entries, cfg = document.read_entries(load.DEFAULTS.read_text(encoding="utf-8")), get_cfg()
+    keys = [key for entry in entries for key in entry.keys]
+    sections = [key for key in keys if isinstance(functools.reduce(CfgNode.get, key.split("."), cfg), CfgNode)]
+    assert sorted(keys) == sorted([*keys_of(cfg), *sections])
+    assert all(entry.comment for entry in entries)
 
 
 def test_entries_of_a_source():
@@ -97,12 +87,12 @@ def test_page_of_entries():
 
 
 @pytest.mark.parametrize(("comment", "text"), [("<name> of a*", r"\<name> of a\*"), ("a | b", r"a \| b")])
-def test_comments_are_no_markdown(comment, text):
+def test_markdown_in_comments_is_escaped(comment, text):
     entry = document.Entry("", "SEED", comment)
     assert f"| `SEED` | `0` | {text} |" in document.render([entry], get_cfg())
 
 
-def test_examples_of_the_documentation_are_configurations(tmp_path):
+def test_yaml_examples_of_the_documentation_are_valid(tmp_path):
     text = "".join(page.read_text(encoding="utf-8") for page in sorted(DOCS.glob("*.md")))
     examples = re.findall(r"```yaml\n# (\S+)\n(.*?)```", text, re.DOTALL)
     for name, example in examples:

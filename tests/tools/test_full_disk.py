@@ -1,4 +1,4 @@
-"""Every tool on a disk that is full: one line, what is written stays, and the run goes on when there is room."""
+"""Tools on a full disk: a one-line error, complete files stay, and a run can be resumed."""
 
 import pytest
 
@@ -7,18 +7,17 @@ from tests.tools.conftest import final_weights
 from tools import calibrate, eval_exits, predict, train_net
 
 
-def the_error(capsys) -> str:
+def error_line(capsys) -> str:
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(line) < 300
     return line
 
 
-def test_a_run_that_found_no_room_goes_on(tiny, trained, tmp_path, capsys, small_files, without_evaluation):
-    """Smaller than a checkpoint, larger than the pictures."""
-    with small_files(1_500_000):
+def test_training_resumes(tiny, trained, tmp_path, capsys, small_files, without_evaluation):
+    with small_files(1_500_000):  # smaller than a checkpoint, larger than the pictures
         assert train_net.main(tiny("run", "--force")) == 2
     expected = "last.pth: cannot be written (File too large); make room and go on with --resume"
-    assert the_error(capsys).endswith(expected)
+    assert error_line(capsys).endswith(expected)
     assert train_net.main(tiny("run", "--force", "--resume")) == 0
     assert final_weights(tmp_path / "run").keys() == final_weights(trained[0] / "run").keys()
     assert not list((tmp_path / "run").rglob("*.partial*"))
@@ -36,7 +35,7 @@ def test_a_run_that_found_no_room_goes_on(tiny, trained, tmp_path, capsys, small
 def test_tools(trained, tmp_path, capsys, small_files, tool, more, size):
     with small_files(size):
         assert tool.main([*more, *trained[1], "--out", str(tmp_path / "out")]) == 2
-    assert the_error(capsys).endswith("cannot be written (File too large); make room and run it again")
+    assert error_line(capsys).endswith("cannot be written (File too large); make room and run it again")
 
 
 def test_predict(tmp_path, data_root, trained, capsys, small_files):
@@ -45,10 +44,10 @@ def test_predict(tmp_path, data_root, trained, capsys, small_files):
     with small_files(100):
         assert predict.main([str(photo), "--weights", weights, "--out", str(tmp_path / "out")]) == 2
     expected = f"{photo.stem}.png: cannot be written (File too large); make room and run it again"
-    assert the_error(capsys).endswith(expected)
+    assert error_line(capsys).endswith(expected)
 
 
-def test_a_folder_that_is_none(trained, tmp_path, capsys):
+def test_output_folder_below_a_file(trained, tmp_path, capsys):
     (tmp_path / "file").touch()
     assert eval_exits.main([*trained[1], "--out", str(tmp_path / "file" / "out")]) == 2
-    assert "cannot be a folder of results (Not a directory); name another one" in the_error(capsys)
+    assert "cannot be a folder of results (Not a directory); name another one" in error_line(capsys)

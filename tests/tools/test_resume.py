@@ -1,4 +1,4 @@
-"""A run that was stopped, killed, damaged or failed a gate, and goes on."""
+"""Resume a run that was stopped, killed or damaged, or failed a gate."""
 
 import json
 import os
@@ -19,7 +19,7 @@ ONLY_BASELINE = ("PHASES", "[baseline]")
 
 @pytest.fixture(scope="module")
 def failed(tmp_path_factory, data_root):
-    """A run whose only phase, the baseline, has failed its gate."""
+    """Run with a failed gate of the phase baseline."""
     root = tmp_path_factory.mktemp("failed")
     (root / "tiny.yaml").write_text(TINY)
     overrides = ("OUTPUT_DIR", str(root / "run"), "DATA.ROOT", str(data_root))
@@ -28,15 +28,14 @@ def failed(tmp_path_factory, data_root):
 
 
 def force_gate(run):
-    """Let the run's failed gate be one that ``--force`` has passed."""
+    """Change the failed gate to a forced one."""
     path = run / "baseline" / "gate.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "forced": True}))
 
 
-def test_a_failed_exits_phase_goes_on_with_other_exits(tiny, failed, tmp_path, capsys, without_evaluation):
+def test_failed_exits_phase_resumes_with_other_exits(tiny, failed, tmp_path, capsys, without_evaluation):
     shutil.copytree(failed, tmp_path / "run")
     force_gate(tmp_path / "run")
-    # Whatever the full path finds, an exit is asked for more.
     baseline = torch.load(tmp_path / "run" / "baseline" / "model.pth", weights_only=True)["model"]
     assert train_net.main(tiny("run", "--resume")) == 3
     assert "move the exit deeper (EXITS.LAYERS)" in capsys.readouterr().err
@@ -48,17 +47,23 @@ def test_a_failed_exits_phase_goes_on_with_other_exits(tiny, failed, tmp_path, c
     assert "the run to resume has BASELINE.LR" in capsys.readouterr().err
 
 
-def test_a_resume_that_cannot_start_leaves_the_run_alone(tiny, failed, tmp_path, capsys):
+def test_resume_with_bad_input_does_not_change_the_run(tiny, failed, tmp_path, capsys):
     shutil.copytree(failed, tmp_path / "run")
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.is_file()}
-    assert train_net.main(tiny("run", "--resume", "BASELINE.EPOCHS", "3", "DATA.TEST", "[voc_2012_val]")) == 2
-    assert train_net.main(tiny("run", "--resume", "BASELINE.EPOCHS", "3", "MODEL.WEIGHTS_BACKBONE", "x")) == 2
-    assert train_net.main(tiny("run", "--resume", "BASELINE.EPOCHS", "3", "EVAL.SCORE", "2")) == 2
     (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "elsewhere" / FOLDER).write_text("in the way")
-    more = ("BASELINE.EPOCHS", "3", "DATA.ROOT", str(tmp_path / "elsewhere"))
-    assert train_net.main(tiny("run", "--resume", *more)) == 2
-    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+    (tmp_path / "elsewhere" / FOLDER).write_text("a file instead of a folder")
+
+    def times():
+        return {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.is_file()}
+
+    before = times()
+    for more in (
+        ("DATA.TEST", "[voc_2012_val]"),
+        ("MODEL.WEIGHTS_BACKBONE", "x"),
+        ("EVAL.SCORE", "2"),
+        ("DATA.ROOT", str(tmp_path / "elsewhere")),
+    ):
+        assert train_net.main(tiny("run", "--resume", "BASELINE.EPOCHS", "3", *more)) == 2
+    assert times() == before
 
 
 @pytest.mark.parametrize(
@@ -70,9 +75,9 @@ def test_a_resume_that_cannot_start_leaves_the_run_alone(tiny, failed, tmp_path,
         ("baseline/model.pth", "model.pth: not a file of weights that can be read safely"),
     ],
 )
-def test_a_run_folder_that_someone_damaged_is_one_line(tiny, failed, tmp_path, capsys, file, message):
+def test_damaged_run_is_a_one_line_error(tiny, failed, tmp_path, capsys, file, message):
     shutil.copytree(failed, tmp_path / "run")
-    if file.endswith("model.pth"):  # it is read where its phase is finished
+    if file.endswith("model.pth"):  # which is read if its phase is finished
         force_gate(tmp_path / "run")
     damaged = tmp_path / "run" / file
     damaged.write_bytes(damaged.read_bytes()[:7])
@@ -92,7 +97,7 @@ def test_second_run_in_the_same_folder_is_refused(tiny, failed, tmp_path, capsys
 
 
 def test_killed_run_resumes_to_the_same_weights(tiny, tmp_path, capsys, without_evaluation):
-    """Killed once in each phase; two with averaged weights, one without."""
+    """Kill the run once in each phase. Two phases have averaged weights."""
     kills = {"baseline": 5, "exits": 3, "joint": 3}  # phase -> step
     more = ("--force", "ENGINE.CHECKPOINT_PERIOD", "2", "PHASES", "[baseline, exits, joint]", "JOINT.EPOCHS", "2")
     more += ("BASELINE.EMA", "0.9", "EXITS_PHASE.EMA", "0.9")
@@ -115,12 +120,12 @@ def test_killed_run_resumes_to_the_same_weights(tiny, tmp_path, capsys, without_
     capsys.readouterr()
     assert train_net.main(tiny("killed", "--resume", *more)) == 0
     cached.append("cache taps" in capsys.readouterr().err)
-    assert cached == [phase == "exits" for phase in (*kills, "")], "a whole cache is used again"
+    assert cached == [phase == "exits" for phase in (*kills, "")], "a complete cache is reused"
     expected, found = final_weights(tmp_path / "whole"), final_weights(folder)
     assert all(torch.equal(expected[key], found[key]) for key in expected)
     for phase in kills:
         assert [entry["step"] for entry in log(folder, phase)] == list(range(1, 13))
-        assert without_time(log(folder, phase)) == without_time(log(tmp_path / "whole", phase)), "its curves too"
+        assert without_time(log(folder, phase)) == without_time(log(tmp_path / "whole", phase))
 
 
 def without_time(lines):
@@ -128,7 +133,7 @@ def without_time(lines):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signal_saves_and_says_how_to_go_on(tiny, tmp_path, number):
+def test_signal_saves_the_state(tiny, tmp_path, number):
     process = start_training(tiny("run", "--force", "BASELINE.EPOCHS", "500"), stderr=tmp_path / "stderr")
     path = tmp_path / "run" / "baseline" / "log.jsonl"
     deadline = time.monotonic() + 100
@@ -144,8 +149,8 @@ def test_signal_saves_and_says_how_to_go_on(tiny, tmp_path, number):
 
 
 @pytest.mark.parametrize("flags", [(), ("--resume",)])
-def test_a_folder_in_use_is_refused(tiny, tmp_path, flags, capsys, without_evaluation):
-    """By a run that has only just started, or is in the middle."""
+def test_folder_in_use_is_an_error(tiny, tmp_path, flags, capsys, without_evaluation):
+    """The other run has just started, or is in the middle."""
     process = start_training(tiny("run", "--force", "BASELINE.EPOCHS", "500"))
     path = tmp_path / "run" / ("baseline/last.pth" if flags else ".lock")
     deadline = time.monotonic() + 100
@@ -160,8 +165,8 @@ def test_a_folder_in_use_is_refused(tiny, tmp_path, flags, capsys, without_evalu
     assert steps == list(range(1, 7))
 
 
-def test_run_of_an_older_version_goes_on(tiny, failed, tmp_path, without_evaluation):
-    """Keys that came since had their defaults; another value of such a key is a change like any other."""
+def test_run_of_an_older_version_resumes(tiny, failed, tmp_path, without_evaluation):
+    """Keys that the stored configuration lacks have their defaults."""
     shutil.copytree(failed, tmp_path / "run")
     force_gate(tmp_path / "run")
     path = tmp_path / "run" / "config.yaml"

@@ -1,4 +1,4 @@
-"""Two processes, as torchrun starts them, share the photos: the figures are those of one."""
+"""Two processes of torchrun share the photos. The figures equal those of one process."""
 
 import json
 import zlib
@@ -14,14 +14,14 @@ BATCHES_OF_THREE = ["EVAL.BATCH_SIZE", "3"]  # 3, 3 and 2 of the 8 test photos
 
 
 def without_milliseconds(value):
-    """What metrics.json holds but for what is measured with a clock."""
+    """Remove the measured times, and what depends on them, from metrics.json."""
     if isinstance(value, dict):
         timed = ("ms", "ms_interval", "speedup", "speedup_interval", "verdict")
-        return {key: without_milliseconds(one) for key, one in value.items() if key not in timed}
-    return [without_milliseconds(one) for one in value] if isinstance(value, list) else value
+        return {key: without_milliseconds(item) for key, item in value.items() if key not in timed}
+    return [without_milliseconds(item) for item in value] if isinstance(value, list) else value
 
 
-def test_evaluation_and_calibration_have_the_figures_of_one_process(trained, tmp_path):
+def test_evaluation_and_calibration_equal_those_of_one_process(trained, tmp_path):
     arguments = [*trained[1], *BATCHES_OF_THREE, "CALIBRATION.COST", "mmacs", "ROUTING.POLICY", "learned_gain"]
     target = ["--risk", "0.9", "--delta", "0.2"]
     one, two = tmp_path / "one", tmp_path / "two"
@@ -46,7 +46,7 @@ def test_evaluation_and_calibration_have_the_figures_of_one_process(trained, tmp
     assert (two / "test" / "photos.csv").read_bytes() == (one / "test" / "photos.csv").read_bytes()
 
 
-def test_an_error_of_one_process_ends_both_and_is_printed_once(trained, tmp_path):
+def test_error_in_one_process_ends_both_and_is_printed_once(trained, tmp_path):
     arguments = [*trained[1], "--out", str(tmp_path / "out")]
     (tmp_path / "photos").mkdir()
     for name in ("0", "1"):

@@ -15,38 +15,29 @@ from tests.tools.conftest import log, run_in_two_processes, run_with_torchrun
 from tools import eval_exits, train_net
 
 
-def test_main_job_leaves_everything(tiny, tmp_path, capsys):
+def test_whole_training(tiny, tmp_path, capsys):
     whole = ("PHASES", "[baseline, exits, joint]", "EVAL.PICTURES", "2", "EVAL.RIVALS.ENABLED", "true")
     assert train_net.main(tiny("run", "--force", *whole)) == 0
     folder = tmp_path / "run"
     names = {path.name for path in folder.iterdir()}
-    assert {
-        "config.yaml",
-        "run.json",
-        "metrics.json",
-        "table.txt",
-        "detections.png",
-        "model.pth",
-        "report.html",
-    } <= names
+    assert names >= {"config.yaml", "run.json", "table.txt", "detections.png", "model.pth", "report.html"}
     metrics = json.loads((folder / "metrics.json").read_text())
     assert [entry["name"] for entry in metrics["exits"]] == ["exit8", "exit12", "full"]
     assert sum(metrics["routed"]["exit_share"].values()) == pytest.approx(1)
-    (finding,) = metrics["verdict"]["findings"]  # so short a training teaches nothing: no more is to be said
+    (finding,) = metrics["verdict"]["findings"]  # the only one
     assert finding["veto"] and "the full path does not detect" in finding["line"] and "--force" in finding["line"]
     run = json.loads((folder / "run.json").read_text())
     assert run["seed"] == 0
     assert run["torch"] == torch.__version__
     assert "verdict" in capsys.readouterr().out
-    # The weights say that a gate was forced, so a later evaluation says it too.
-    arguments = tiny("run")
-    assert eval_exits.main([*arguments[:2], "--out", str(tmp_path / "again"), *arguments[2:]]) == 0
+    # The weights have a forced gate, so a later evaluation reports it too.
+    assert eval_exits.main([*tiny("run"), "--out", str(tmp_path / "again")]) == 0
     again = json.loads((tmp_path / "again" / "metrics.json").read_text())
     assert again["context"]["forced"]
     assert [entry["AP50"] for entry in again["exits"]] == [entry["AP50"] for entry in metrics["exits"]]
 
 
-def test_failed_gate_ends_with_3_and_says_what_to_try(tiny, tmp_path, capsys):
+def test_failed_gate_ends_with_3_and_prints_advice(tiny, tmp_path, capsys):
     assert train_net.main(tiny("run")) == 3
     error = capsys.readouterr().err
     assert "gate of phase baseline failed: AP50" in error
@@ -59,7 +50,6 @@ def test_failed_gate_ends_with_3_and_says_what_to_try(tiny, tmp_path, capsys):
     train_net.main(tiny("run", "--resume", "--force", *more))
     assert "phase baseline starts again, since BASELINE.EPOCHS has changed" in capsys.readouterr().err
     assert len(log(tmp_path / "run", "baseline")) == 18
-    # What was trained before is set aside, not lost.
     assert len(log(tmp_path / "run", "baseline/before_1")) == 12
     assert (tmp_path / "run" / "baseline" / "before_1" / "last.pth").is_file()
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
@@ -67,21 +57,19 @@ def test_failed_gate_ends_with_3_and_says_what_to_try(tiny, tmp_path, capsys):
 
 
 def rendered(data_root):
-    """The folder of the one rendered set."""
+    """Folder of the rendered photos."""
     (scenes,) = (path.parent for path in (data_root / FOLDER).glob("*/annotations"))
     return scenes
 
 
-def test_nobody_leaves_before_routing_is_calibrated_on_the_new_photos(trained, data_root):
-    """Fresh exits on photos that nobody has calibrated on: whatever they say, the full path answers, and it is said."""
+def test_no_photo_leaves_before_calibration(trained, data_root):
     metrics = json.loads((trained[0] / "run" / "metrics.json").read_text())
     assert metrics["routed"]["exit_share"] == {"exit8": 0.0, "exit12": 0.0, "full": 1.0}
     assert metrics["routed"]["AP50"] == metrics["exits"][-1]["AP50"]
     assert metrics["routed"]["mmacs"] == metrics["without_exits"]["mmacs"]  # no branch is paid for
     found = {**metrics, "exits": [{**row, "AP50": 0.5, "found": None} for row in metrics["exits"]]}
-    assert any(
-        "every exit is closed until routing is calibrated" in line for line in judge(Results.from_json(found)).lines
-    )
+    lines = judge(Results.from_json(found)).lines
+    assert any("every exit is closed until routing is calibrated" in line for line in lines)
     photos = [decode_image(str(path)) / 255 for path in sorted((rendered(data_root) / "test").glob("*.*"))]
     model = EarlyExitSSDLite.from_pretrained(trained[0] / "run" / "model.pth")
     fresh = get_model(
@@ -90,7 +78,7 @@ def test_nobody_leaves_before_routing_is_calibrated_on_the_new_photos(trained, d
     ).eval()  # fmt: skip
     with torch.inference_mode():
         for detector in (model, fresh):
-            assert {int(one["exit_index"]) for one in detector(photos)} == {2}
+            assert {int(detections["exit_index"]) for detections in detector(photos)} == {2}
 
 
 def test_flags_and_keys_in_any_order(tiny, tmp_path, without_evaluation):
@@ -110,25 +98,18 @@ def test_flags_and_keys_in_any_order(tiny, tmp_path, without_evaluation):
         (["BASELINE.GATE.RELATIVE", "0.9"], "expected 0 without BASELINE.GATE.REFERENCE"),
         (["BASELINE.GATE.RELATIVE", "0.9", "BASELINE.GATE.REFERENCE", "none.pth"], "none.pth: no such file"),
         (["MODEL.WEIGHTS_BACKBONE", "IMAGENET_V1"], "did you mean 'IMAGENET1K_V1'"),
-        (
-            ["EVAL.RIVALS.ENABLED", "true", "EVAL.RIVALS.ONNX", "yolox:none.onnx"],
-            "EVAL.RIVALS.ONNX has none.onnx: no such file",
-        ),
+        (["EVAL.RIVALS.ENABLED", "true", "EVAL.RIVALS.ONNX", "yolox:none.onnx"], "ONNX has none.onnx: no such file"),
         (["DATA.TEST", "nowhere"], "no data set is named 'nowhere'"),
         (["EXITS_PHASE.CACHE_GIB", "1e-6"], "EXITS_PHASE.CACHE_GIB allows"),
     ],
 )
-def test_mistakes_end_with_2_and_one_line(tiny, capsys, more, message):
+def test_bad_input_is_a_one_line_error(tiny, capsys, more, message):
     assert train_net.main(tiny("run", "BASELINE.EPOCHS", "0", *more)) == 2
-    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1
-    assert message in errors[0]
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert message in line
 
 
-def test_photos_without_boxes_teach_through_the_full_path(
-    tiny, trained, data_root, tmp_path, capsys, without_evaluation
-):
-    """The photos of the training split, their boxes taken away."""
+def test_exits_train_on_photos_without_boxes(tiny, trained, data_root, tmp_path, capsys, without_evaluation):
     scenes = rendered(data_root)
     tree = json.loads((scenes / "annotations" / "instances_train.json").read_text())
     (data_root / "no_boxes.json").write_text(json.dumps({**tree, "annotations": []}))
@@ -142,20 +123,15 @@ def test_photos_without_boxes_teach_through_the_full_path(
     assert entries[-1]["loss/exit8_distillation"] < entries[0]["loss/exit8_distillation"]
 
 
-def test_exits_behind_the_last_layers_and_the_curves_of_their_training(tiny, tmp_path):
-    """With no other key than the layers: as wide as by default, and with the blocks that are left."""
+def test_exit_after_layer_14_and_training_curves(tiny, tmp_path):
     more = ("EXITS.LAYERS", "[12, 14]", "EXITS.CHANNELS", "0", "EXITS.DEPTH", "[2]")
     assert train_net.main(tiny("run", "--force", *more)) == 0
     run = tmp_path / "run"
-    assert [one["name"] for one in json.loads((run / "metrics.json").read_text())["exits"]] == [
-        "exit12",
-        "exit14",
-        "full",
-    ]
+    names = ["exit12", "exit14", "full"]
+    assert [exit["name"] for exit in json.loads((run / "metrics.json").read_text())["exits"]] == names
     ends = [line for line in log(run, "baseline") if "AP50/full" in line]
     assert [line["epoch"] for line in ends] == [1.0, 2.0] and not any("AP50/exit12" in line for line in ends)
     *_, last = log(run, "exits")
-    names = ("exit12", "exit14", "full")
     assert {key for key in last if "/" in key and not key.startswith("loss/")} == {
         *(f"{kind}/{name}" for kind in ("AP", "AP50", "share") for name in names),
         *(f"{kind}/{name}" for kind in ("confidence", "temperature") for name in names[:-1]),
@@ -169,7 +145,7 @@ def test_exits_behind_the_last_layers_and_the_curves_of_their_training(tiny, tmp
     assert photos[0] == "file,exit,confidence,objects,found,lost,added" and len(photos) == 1 + 8
 
 
-def test_changed_full_path_is_found(tiny, monkeypatch, capsys):
+def test_change_of_the_frozen_full_path_is_an_error(tiny, monkeypatch, capsys):
     fit = phases.fit
 
     def spoil(run, name, losses, loader):
@@ -191,7 +167,7 @@ def test_mixed_precision_trains_every_phase(tiny, tmp_path, without_evaluation):
 
 
 def test_two_processes_end_with_one_model(tiny, tmp_path):
-    """BatchNorm's statistics are each process's own until the phase ends; the next one checks that they are one."""
+    """Statistics of BatchNorm differ between processes until a phase ends. The next phase checks that they agree."""
     more = ("--force", "BASELINE.EPOCHS", "1", "EXITS_PHASE.EPOCHS", "1", "EXITS_PHASE.CACHE", "false")
     more += ("CALIBRATION.TARGET", "speedup", "CALIBRATION.VALUE", "0.01", "CALIBRATION.COST", "mmacs")
     run_with_torchrun("train_net", tiny("two", *more), tmp_path / "stderr")
@@ -210,7 +186,7 @@ def test_two_processes_have_the_losses_of_one(tiny, tmp_path, without_evaluation
     for mine, theirs in zip(one, two, strict=True):
         for key in ("bbox_regression", "classification"):
             assert theirs[f"loss/{key}"] == pytest.approx(mine[f"loss/{key}"], abs=1e-4)
-    # Each measures some of the photos: the end of the last epoch for the curve, and the same weights for the gate.
+    # Each process evaluates some of the photos. The last point of the curve and the gate have the same weights.
     gate = json.loads((tmp_path / "two" / "baseline" / "gate.json").read_text())
     (measured,) = [check["value"] for check in gate["checks"] if check["name"] == "AP50"]
     assert two[-1]["AP50/full"] == pytest.approx(measured, abs=1e-6) and measured > 0
