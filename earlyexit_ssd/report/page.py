@@ -170,11 +170,10 @@ _COLUMNS: dict[str, Callable[[Row], str]] = {
 
 def evaluation_page(results: Results, **more: Any) -> Page:
     """Return the page of an evaluation. ``more`` are further fields of `Page`."""
-    rows, verdict = [*exit_rows(results), *static_rows(results)], results.verdict
-    unlabelled = "; nobody labelled them, so the figures measure agreement with the full path"
+    rows, context, verdict = [*exit_rows(results), *static_rows(results)], results.context, results.verdict
+    note = "" if context.labelled else "; nobody labelled them, so the figures measure agreement with the full path"
     return Page(
-        title=f"{data_title(results)}, {results.context.empty_images} without an object"
-        + ("" if results.context.labelled else unlabelled),
+        title=f"{data_title(results)}, {context.empty_images} without an object{note}",
         verdict=verdict_sentence(results),
         good=verdict.ship if verdict else None,
         tiles=_evaluation_tiles(results),
@@ -206,8 +205,8 @@ def _shipped_time(results: Results) -> tuple[str, float | None]:
     """Return a text with the milliseconds of the detector to ship, and its speed-up. Without a timed rival to ship this
     is the routed detector."""
     routed, plain = results.routed, results.without_exits
-    for rival in results.rivals:
-        if results.verdict and rival.name == results.verdict.what and rival.ms and plain.ms:
+    for rival in results.rivals if results.verdict and plain.ms else ():
+        if rival.name == results.verdict.what and rival.ms:
             return f"{figure(rival.ms, 1)} ms {rival.name}, {figure(routed.ms, 1)} routed", plain.ms / rival.ms
     return f"{figure(routed.ms, 1)} ms routed", routed.speedup
 
@@ -363,13 +362,8 @@ _CURVES = {
 def training_section(
     logs: Mapping[str, Sequence[LogLine]], gates: Sequence[dict[str, Any]], bounds: Sequence[float] = ()
 ) -> Section:
-    """Return the curves and gates of a training.
-
-    Args:
-        logs: phase -> lines of its log, in the order of training. Epochs are numbered across all phases.
-        gates: contents of gate.json of each phase.
-        bounds: limits of the temperatures.
-    """
+    """Return the curves and gates of a training. ``logs`` are those of `log_curves`, ``gates`` the contents of the
+    phases' gate.json, and ``bounds`` the limits of the temperatures."""
     curves, ends = log_curves(logs)
     charts = []
     for kind, title in _CURVES.items():
@@ -414,13 +408,9 @@ def search_page(
     results: Results | None,
     base: str = "",
 ) -> Page:
-    """Return the page of a search of `earlyexit_ssd.pipeline.optimize`.
-
-    Args:
-        summary: text whose first sentence is the verdict.
-        results: figures of the chosen candidate on the test photos.
-        base: ``source`` of the user's own detector among the rivals of ``results``.
-    """
+    """Return the page of a search of `earlyexit_ssd.pipeline.optimize`. The first sentence of ``summary`` is the
+    verdict. ``results`` are those of the chosen candidate on the test photos; the rival with the source ``base`` in
+    them is the user's own detector."""
     table, points = [("candidate", "AP50 (calib)", "ms", "")], []
     for candidate in candidates:
         is_chosen = candidate == chosen

@@ -274,10 +274,8 @@ def attention_maps(model: EarlyExitSSDLite, image: Tensor) -> dict[str, tuple[st
     For all other exits it is relu(sum over the channels of gradient * tap), smoothed over 3 x 3 cells, with the
     gradient of the largest object log-probability. That is Grad-CAM (Selvaraju et al. 2017) with a weight for each cell
     instead of a mean over all cells, because a detection depends on a part of the photo (Zhao and Chan 2023, "ODAM").
-    In the full path, the finest map of the head takes the place of the tap.
-
-    Args:
-        image: photo, float [3, H, W] in [0, 1], on the model's device.
+    In the full path, the finest map of the head takes the place of the tap. ``image`` is a float [3, H, W] in [0, 1]
+    on the model's device.
     """
     maps = {}
     with evaluating(model), torch.enable_grad():

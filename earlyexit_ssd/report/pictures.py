@@ -249,14 +249,8 @@ class Candidate(Protocol):
 
 
 def candidates_chart(candidates: Sequence[Candidate], chosen: Candidate | None, runtime: str) -> Image.Image:
-    """Draw AP50 on the calib split against mean milliseconds of every candidate, and the Pareto frontier. Rivals are
-    squares.
-
-    Args:
-        candidates: the first is the unchanged detector.
-        chosen: the candidate to ship.
-        runtime: runtime of the milliseconds.
-    """
+    """Draw AP50 on the calib split against mean milliseconds (in this ``runtime``) of every candidate, and the Pareto
+    frontier. The first of the ``candidates`` is the unchanged detector. Rivals are squares."""
     timed = [candidate for candidate in candidates if candidate.ms is not None and candidate.AP50 is not None]
     frontier: list[Candidate] = []
     for candidate in sorted((candidate for candidate in timed if not candidate.rival), key=lambda one: one.ms):
@@ -303,15 +297,9 @@ class Example:
 def detection_grid(
     examples: Sequence[Example], exit_names: Sequence[str], classes: Sequence[str], score: float = 0.4
 ) -> Image.Image:
-    """Draw each example in a row: the photo with the ground truth, then with the detections of each exit.
-
-    The column of the ground truth is left out if no example has one.
-
-    Args:
-        exit_names: titles of the columns after the ground truth.
-        classes: names of the labels 1..K.
-        score: least score of the detections that are drawn.
-    """
+    """Draw each example in a row: the photo with the ground truth, then with the detections of each exit that have at
+    least this ``score``. ``classes`` are the names of the labels 1..K. The column of the ground truth is left out if no
+    example has one."""
     first = 0 if examples and all(example.target is None for example in examples) else 1
     columns = ["ground truth", *exit_names][1 - first :]
     rows = [_tiles(example, classes, score, TILE)[1 - first :] for example in examples]
@@ -336,12 +324,8 @@ def detection_grid(
 
 
 def photo_grid(samples: Sequence[tuple[Tensor, Mapping[str, Tensor]]], classes: Sequence[str]) -> Image.Image:
-    """Draw training photos with their boxes, after augmentation.
-
-    Args:
-        samples: image and target, as in `Example`.
-        classes: names of the labels 1..K.
-    """
+    """Draw augmented training photos with their boxes. ``samples`` are pairs of image and target, as in `Example`, and
+    ``classes`` the names of the labels 1..K."""
     rows, step = math.ceil(len(samples) / PHOTO_COLUMNS), PHOTO_TILE + GAP
     picture = Image.new("RGB", (GAP + PHOTO_COLUMNS * step, GAP + rows * step), BACKGROUND)
     for index, (image, target) in enumerate(samples):
@@ -389,7 +373,7 @@ def _tiles(example: Example, classes: Sequence[str], score: float, tile: int) ->
 
     target = example.target or {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
     labels = target["labels"].tolist()
-    ignored = target["iscrowd"].tolist() if "iscrowd" in target else [0] * len(labels)
+    ignored = target.get("iscrowd", torch.zeros_like(target["labels"])).tolist()
     colors = [IGNORED if skip else color_of(label) for label, skip in zip(labels, ignored, strict=True)]
     tiles = [drawn(target["boxes"], list(map(name, labels)), colors)]
     for found in example.detections:

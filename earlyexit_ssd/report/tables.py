@@ -166,12 +166,8 @@ def promise(certificate: Certificate) -> list[str]:
 def write_results(
     folder: Path, results: Results, pictures: Mapping[str, Image.Image], photos: Sequence[PhotoRow] = ()
 ) -> None:
-    """Write metrics.json, table.txt, table.md, ap_against_cost.png and the pictures into ``folder``.
-
-    Args:
-        pictures: name of a PNG file without suffix -> picture.
-        photos: rows of photos.csv, see `earlyexit_ssd.evaluation.matches.photo_list`. Without rows there is no file.
-    """
+    """Write metrics.json, table.txt, table.md, ap_against_cost.png, a PNG file for each of the ``pictures`` (name ->
+    picture), and photos.csv if there are rows (see `earlyexit_ssd.evaluation.matches.photo_list`)."""
     write_json(folder / "metrics.json", results.to_json())
     write_text(folder / "table.txt", text_report(results) + "\n")
     write_text(folder / "table.md", markdown_table(results) + "\n")
