@@ -112,14 +112,15 @@ def test_report_ends_with_the_verdict(metrics, what, vetoes, expected):
 
 def report_of_certificate(temperatures=(), block=None, **measured) -> list[str]:
     """Lines of the report on a certificate with a risk target."""
-    figures = {"photos": 9, "exit_share": {"exit8": 0.25, "full": 0.75}, "AP50": 0.5, "AP50_full": 0.6, "steps": 3}
+    shares = {"exit8": 0.25, "exit12": 0.0, "full": 0.75}
+    figures = {"photos": 9, "exit_share": shares, "AP50": 0.5, "AP50_full": 0.6, "steps": 3}
     figures |= {"loss": 0.01, "loss_bound": 0.02, "cost": 3.0, "speedup": 1.5, **measured}
     risk = {"kind": "risk", "epsilon": 0.06, "bound": "betting", "delta": 0.05, "reference": "full"}
     certificate = SimpleNamespace(
-        router={"policy": "entropy", "thresholds": [0.5], "temperatures": [1.0]},
+        router={"policy": "entropy", "thresholds": [0.5, 2.0], "temperatures": [1.0, 1.0]},
         measured=Measured(**figures),
         target=CertifiedTarget(**risk, score=0.4, iou=0.5, block=block),
-        cost_model=CertifiedCosts(unit="mmacs", exits=(2.0, 4.0)),
+        cost_model=CertifiedCosts(unit="mmacs", exits=(2.0, 3.0, 4.0)),
         closed=False,
     )
     return calibration_report(certificate, temperatures).splitlines()
@@ -130,7 +131,8 @@ def test_calibration_report_has_the_router_s_and_the_fitted_temperature():
     before, after = (Reliability((), (), (), error) for error in (0.2, 0.1))
     lines = report_of_certificate([FittedTemperature("exit8", 1.7, before, after)])
     assert lines[3].split() == ["exit8", "0.5000", "25.0", "%", "2.0", "1.00", "1.70", "0.200", "0.100"]
-    assert lines[6] == "AP50 0.500, full path 0.600; loss per photo 0.0100 against what the full path says"
+    assert lines[4].split() == ["exit12", "closed", "0.0", "%", "3.0"]
+    assert lines[7] == "AP50 0.500, full path 0.600; loss per photo 0.0100 against what the full path says"
 
 
 def test_calibration_report_on_unlabelled_photos_has_no_ap():
@@ -139,7 +141,7 @@ def test_calibration_report_on_unlabelled_photos_has_no_ap():
     photos = {"photos": 60, "blocks": 12, "equal_photos": 3, "near_equal_photos": 0}
     lines = report_of_certificate(block=5, **unlabelled, **photos)
     assert lines[0] == "policy entropy, 60 calibration photos (3 copies left out: each photo counts once)"
-    assert lines[6:] == [
+    assert lines[7:] == [
         "nobody labelled these photos, so AP is not known; loss per photo 0.0100 against what the full path says",
         "agreement with the full path at score 0.4: 21 of its 22 objects kept, 1 added; the same answer for 90.0 % of "
         "the photos",
