@@ -201,7 +201,8 @@ def _notable(photos: PagePhotos) -> list[int]:
     threshold first, and by image id."""
     gain, count = by_gain(photos.matches, photos.score), photos.matches.photos
     thresholds = np.array(photos.thresholds).reshape(-1, 1)
-    distance = np.abs(photos.confidences - thresholds).min(axis=0, initial=np.inf)
+    # confidences of a model without early exits have the shape [0]
+    distance = np.abs(photos.confidences - thresholds).min(axis=0) if len(thresholds) else np.zeros(count)
     orders = gain, gain[::-1], np.argsort(distance, kind="stable"), np.arange(count)
     return list(dict.fromkeys(np.stack(orders, axis=1).ravel().tolist()))
 

@@ -96,6 +96,14 @@ def test_content_of_a_photo():
     assert content["curve"][0]["AP50"] == 1.0  # the full path: the point with the highest cost
 
 
+def test_detector_without_early_exits_has_no_curve():
+    truth, found = build_random_case(0, images=3)
+    matches = exit_matches(truth, [found])
+    photos = PagePhotos(truth, [found], matches, ("full",), np.array([]), (), [OpenCosts((), (38.0,))], None, None, 0.4)
+    content = photos_json(photos)
+    assert content["curve"] == content["confidences"] == [] and np.shape(content["hits"]) == (3, 1)
+
+
 def test_verdict_sentence_names_what_to_ship(metrics):
     assert verdict_sentence(Results.from_json(metrics)) == (
         "Ship the exits: 1.43 times as fast as the detector without exits, AP50 0.650 against 0.720."
