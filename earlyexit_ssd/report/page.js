@@ -169,8 +169,8 @@ class Explorer {
     });
     const opened = thresholds.map((value) => value < this.closed).join();
     const costs = photos.costs.find((known) => known.opened.join() === opened) || {};
-    const mean = (of_exits) => (of_exits ? leaving.reduce((sum, number, exit) => sum + number * of_exits[exit], 0) / count : null);
-    return {choice, shares: leaving.map((number) => number / count), ap50: this.ap50(choice), found, lost, added, ms: mean(costs.ms), mmacs: mean(costs.mmacs)};
+    const mean = (of_exits) => (of_exits ? leaving.reduce((sum, photoCount, exit) => sum + photoCount * of_exits[exit], 0) / count : null);
+    return {choice, shares: leaving.map((photoCount) => photoCount / count), ap50: this.ap50(choice), found, lost, added, ms: mean(costs.ms), mmacs: mean(costs.mmacs)};
   }
 }
 
