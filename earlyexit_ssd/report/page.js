@@ -1,6 +1,6 @@
 "use strict";
 
-// Elements. Texts are always set as text, so that no name in the data can be markup.
+// Elements. Names from the data are always set as text, never as HTML.
 
 function h(tag, attributes, ...children) {
   const svg = ["svg", "rect", "image", "text", "title"].includes(tag);
@@ -19,7 +19,7 @@ const table = (rows, kind) => h("div", {class: "scroll"}, h("table", {class: kin
 
 const percent = (value) => `${(100 * value).toFixed(1)} %`;
 const number = (value, digits = 3) => (value === null || value === undefined ? "-" : value.toFixed(digits));
-const shortest = (value) => { // the shortest number that is this one in fp32
+const shortest = (value) => { // the shortest decimal number with the same fp32 value
   for (let digits = 1; digits < 9; digits++) if (Math.fround(+value.toPrecision(digits)) === Math.fround(value)) return String(+value.toPrecision(digits));
   return String(+value.toPrecision(9));
 };
@@ -38,11 +38,11 @@ async function unpack(id) {
   return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).text();
 }
 
-// Charts. Plotly reads a little markup in names, so its marks are escaped.
+// Charts. Plotly interprets some HTML in names, so they are escaped.
 
 const escaped = (text) => text.replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
 
-const MANY = 6; // lines; with more the names stand beside them
+const MANY = 6; // with more lines, a chart is wide and its legend is beside it
 
 function plot(element, traces, x, y, legend) {
   const axis = (title) => ({title: {text: escaped(title), font: {size: 12}}, automargin: true, gridcolor: "#e2e8f0", zeroline: false});
@@ -53,75 +53,76 @@ function plot(element, traces, x, y, legend) {
   Plotly.newPlot(element, traces, layout, {responsive: true, displayModeBar: false});
 }
 
-// For each text a place beside its point where it covers no point and no other text; without such a place it is left out.
+// Plotly's text positions -> offset of the text from its point, in sizes of the text.
 const PLACES = {"top right": [0, -1], "bottom right": [0, 0], "top left": [-1, -1], "bottom left": [-1, 0], "top center": [-0.5, -1],
   "bottom center": [-0.5, 0], "middle right": [0, -0.5], "middle left": [-1, -0.5]};
 
+// Returns text and position for each point, so that the text covers no point and no other text. A text without such a
+// position is left out. The texts of the points in `first` (booleans) are placed before all others.
 function placeTexts(element, texts, first, x, y, xs, ys) {
   const pixels = (values, all, length) => values.map((value) => (value - Math.min(...all)) / (Math.max(...all) - Math.min(...all) || 1) * 0.9 * length);
-  const room = element.clientWidth - 80, left = pixels(x, xs, room), top = pixels(y, ys, element.clientHeight - 70).map((value) => -value);
+  const plotWidth = element.clientWidth - 80, left = pixels(x, xs, plotWidth), top = pixels(y, ys, element.clientHeight - 70).map((value) => -value);
   const taken = x.map((_, i) => [left[i] - 5, top[i] - 5, left[i] + 5, top[i] + 5]);
   const place = (text, i) => {
-    for (const [where, [across, down]] of Object.entries(text ? PLACES : {})) {
-      const width = 5.8 * text.length, x0 = left[i] + across * width + 7 * (1 + 2 * across), y0 = top[i] + down * 13 + 6 * (1 + 2 * down);
+    for (const [position, [right, down]] of Object.entries(text ? PLACES : {})) {
+      const width = 5.8 * text.length, x0 = left[i] + right * width + 7 * (1 + 2 * right), y0 = top[i] + down * 13 + 6 * (1 + 2 * down);
       const box = [x0, y0, x0 + width, y0 + 13];
-      if (x0 >= -0.04 * room && box[2] <= 0.94 * room && taken.every((other, j) => j === i || other[0] > box[2] || other[2] < box[0] || other[1] > box[3] || other[3] < box[1])) {
+      if (x0 >= -0.04 * plotWidth && box[2] <= 0.94 * plotWidth && taken.every((other, j) => j === i || other[0] > box[2] || other[2] < box[0] || other[1] > box[3] || other[3] < box[1])) {
         taken.push(box);
-        return [text, where];
+        return [text, position];
       }
     }
     return ["", "top right"];
   };
   const placed = texts.map((text, i) => (first[i] ? place(text, i) : null));
-  return placed.map((one, i) => one || place(texts[i], i));
+  return placed.map((done, i) => done || place(texts[i], i));
 }
 
-const withFigure = (points, name) => points.filter((one) => (one.figures[name] ?? null) !== null);
+const withFigure = (points, name) => points.filter((point) => (point.figures[name] ?? null) !== null);
 
 function pointsChart(element, page, quality) {
   const points = withFigure(page.points, quality).sort((a, b) => a.ms - b.ms);
-  const x = points.map((one) => one.ms), y = points.map((one) => one.figures[quality]);
-  const xIntervals = points.map((one) => one.ms_interval), yIntervals = points.map((one) => one.figures[`${quality}_interval`]);
+  const x = points.map((point) => point.ms), y = points.map((point) => point.figures[quality]);
+  const xIntervals = points.map((point) => point.ms_interval), yIntervals = points.map((point) => point.figures[`${quality}_interval`]);
   const bars = (values, intervals) => ({type: "data", symmetric: false, thickness: 1, width: 2, color: "#cbd5e0",
-    array: intervals.map((one, i) => (one ? Math.max(one[1] - values[i], 0) : 0)),
-    arrayminus: intervals.map((one, i) => (one ? Math.max(values[i] - one[0], 0) : 0))});
+    array: intervals.map((interval, i) => (interval ? Math.max(interval[1] - values[i], 0) : 0)),
+    arrayminus: intervals.map((interval, i) => (interval ? Math.max(values[i] - interval[0], 0) : 0))});
   const symbols = {exit: "circle", routed: "diamond", chosen: "star", single_exit: "triangle-down", onnx: "triangle-up", rival: "triangle-up"};
-  const crowded = points.length > 24 || points.some((one) => one.kind === "chosen");  // candidates have long names
-  const named = (one) => !crowded || !["exit", "plain"].includes(one.kind) || one === page.points[0];
-  const texts = points.map((one) => (named(one) ? one.name : ""));
-  const recommended = (one) => page.verdict.startsWith(`Ship ${one.name}:`), main = (one) => ["routed", "chosen"].includes(one.kind);
-  const placed = placeTexts(element, texts, points.map((one) => main(one) || recommended(one)), x, y,
+  const crowded = points.length > 24 || points.some((point) => point.kind === "chosen");  // candidates have long names
+  const hasText = (point) => !crowded || !["exit", "plain"].includes(point.kind) || point === page.points[0];
+  const texts = points.map((point) => (hasText(point) ? point.name : ""));
+  const recommended = (point) => page.verdict.startsWith(`Ship ${point.name}:`), main = (point) => ["routed", "chosen"].includes(point.kind);
+  const placed = placeTexts(element, texts, points.map((point) => main(point) || recommended(point)), x, y,
     x.concat(...xIntervals.filter(Boolean)), y.concat(...yIntervals.filter(Boolean)));
   plot(element, [{
     x, y, mode: "markers+text", type: "scatter", error_x: bars(x, xIntervals), error_y: bars(y, yIntervals),
-    text: placed.map(([text]) => escaped(text)), hovertext: points.map((one) => escaped(one.name)),
+    text: placed.map(([text]) => escaped(text)), hovertext: points.map((point) => escaped(point.name)),
     hovertemplate: `%{hovertext}<br>%{x:.1f} ms, ${quality} %{y:.3f}<extra></extra>`, cliponaxis: false,
-    textposition: placed.map(([_, place]) => place), textfont: {size: 10},
-    marker: {size: points.map((one) => (main(one) ? 14 : 9) + (recommended(one) ? 5 : 0)), color: points.map((one) => page.colors[one.kind]),
-      symbol: points.map((one) => (symbols[one.kind] || "square") + (one.other_runtime ? "-open" : ""))},
+    textposition: placed.map(([_, position]) => position), textfont: {size: 10},
+    marker: {size: points.map((point) => (main(point) ? 14 : 9) + (recommended(point) ? 5 : 0)), color: points.map((point) => page.colors[point.kind]),
+      symbol: points.map((point) => (symbols[point.kind] || "square") + (point.other_runtime ? "-open" : ""))},
   }], page.x_title, quality, false);
 }
 
 function lineChart(chart) {
   const element = h("div", {class: "chart"});
   const draw = () => plot(element, chart.lines.map((line, i) => ({
-    name: escaped(line.name), x: line.x, y: line.y, mode: line.bound ? "lines" : line.x.length > 60 ? "lines" : "lines+markers",
+    name: escaped(line.name), x: line.x, y: line.y, mode: line.bound || line.x.length > 60 ? "lines" : "lines+markers",
     connectgaps: true, line: {dash: line.bound ? "dash" : "solid", color: line.bound ? "#718096" : PALETTE[i % 6], width: 1.5}, marker: {size: 5},
   })), chart.x, chart.y, true);
   return [h("div", {class: chart.lines.length > MANY ? "wide" : null}, h("h3", {}, chart.title), element, chart.note ? h("p", {class: "note"}, chart.note) : null), draw];
 }
 
-// The threshold explorer. Figures are those of earlyexit_ssd.evaluation: exits as `choose` takes them, counts as
-// `photo_counts`, AP50 as `ap_of_choice`, with the same matches.
+// The threshold explorer. Its figures are equal to those of `choose` (earlyexit_ssd.calibration.thresholds),
+// `photo_counts` and `ap_of_choice` (earlyexit_ssd.evaluation.matches), and are computed from the same matches.
 
 class Explorer {
   constructor(photos, closed) {
     Object.assign(this, {photos, closed, early: photos.exits.length - 1, count: photos.files.length});
     this.confidences = photos.confidences.map((row) => Float32Array.from(row));
-    this.classes = photos.matches.map((one) => {
-      const pairs = Int32Array.from(one.pairs);
-      for (let i = 1; i < pairs.length; i++) pairs[i] += pairs[i - 1];
-      return {objects: one.objects, hits: Int32Array.from(one.hits), rows: Int32Array.from(one.rows), pairs, counts: Int32Array.from(one.counts)};
+    this.classes = photos.matches.map((of_class) => {
+      let pair = 0; // stored as differences
+      return {...of_class, pairs: of_class.pairs.map((difference) => (pair += difference))};
     });
   }
 
@@ -158,25 +159,25 @@ class Explorer {
   }
 
   figures(thresholds) {
-    const {photos, early, count} = this, choice = this.choose(thresholds), shares = new Array(early + 1).fill(0);
+    const {photos, early, count} = this, choice = this.choose(thresholds), leaving = new Array(early + 1).fill(0);
     let found = 0, lost = 0, added = 0;
     choice.forEach((exit, i) => {
-      shares[exit] += 1;
+      leaving[exit] += 1;
       found += photos.hits[i][exit];
       lost += Math.max(0, photos.hits[i][early] - photos.hits[i][exit]);
       added += Math.max(0, photos.false[i][exit] - photos.false[i][early]);
     });
     const opened = thresholds.map((value) => value < this.closed).join();
-    const costs = photos.costs.find((one) => one.opened.join() === opened) || {};
-    const mean = (of_exits) => (of_exits ? shares.reduce((sum, one, exit) => sum + one * of_exits[exit], 0) / count : null);
-    return {choice, shares: shares.map((one) => one / count), ap50: this.ap50(choice), found, lost, added, ms: mean(costs.ms), mmacs: mean(costs.mmacs)};
+    const costs = photos.costs.find((known) => known.opened.join() === opened) || {};
+    const mean = (of_exits) => (of_exits ? leaving.reduce((sum, photoCount, exit) => sum + photoCount * of_exits[exit], 0) / count : null);
+    return {choice, shares: leaving.map((photoCount) => photoCount / count), ap50: this.ap50(choice), found, lost, added, ms: mean(costs.ms), mmacs: mean(costs.mmacs)};
   }
 }
 
 function explorerSection(explorer, page, changed) {
   const {photos, early, count, closed} = explorer, names = photos.exits;
   const start = explorer.figures(photos.thresholds), full = explorer.figures(names.slice(0, -1).map(() => closed));
-  const sorted = explorer.confidences.map((row) => Array.from(new Set(row)).filter((one) => one >= 0).sort((a, b) => b - a));
+  const sorted = explorer.confidences.map((row) => Array.from(new Set(row)).filter((confidence) => confidence >= 0).sort((a, b) => b - a));
   const state = [...photos.thresholds], out = h("div", {"aria-live": "polite"}), sliders = [], boxes = [], closers = [];
   const commands = h("div", {});
 
@@ -185,21 +186,21 @@ function explorerSection(explorer, page, changed) {
     state.forEach((value, exit) => {
       closers[exit].checked = value >= closed;
       boxes[exit].value = value >= closed ? "" : shortest(value);
-      const place = sorted[exit].findIndex((one) => one < Math.fround(value));
+      const place = sorted[exit].findIndex((confidence) => confidence < Math.fround(value));
       sliders[exit].value = value >= closed ? 0 : place < 0 ? sorted[exit].length : place;
       sliders[exit].setAttribute("aria-valuetext", value >= closed ? "closed" : value.toPrecision(4));
     });
     const speed = now.ms && photos.plain.ms ? photos.plain.ms / now.ms : now.mmacs && photos.plain.mmacs ? photos.plain.mmacs / now.mmacs : null;
-    const row = (name, key, at, text = number) => [name, at(now), at(start), at(full)].map((cell, i) =>
+    const row = (name, key, get, text = number) => [name, get(now), get(start), get(full)].map((cell, i) =>
       i ? h("span", {"data-key": i === 1 ? key : null, "data-value": i === 1 ? cell : null}, text(cell)) : cell);
     const digits = (count) => (cell) => number(cell, count);
     out.replaceChildren(
       shareBar(Object.fromEntries(names.map((name, exit) => [name, now.shares[exit]]))),
       table([["", "now", "as evaluated", "all closed"],
-        ...names.map((name, exit) => row(`photos leave at ${name}`, `share/${name}`, (one) => one.shares[exit], percent)),
-        row("AP50", "ap50", (one) => one.ap50), row("objects found", "found", (one) => one.found, digits(0)),
-        row("objects lost against the full path", "lost", (one) => one.lost, digits(0)), row("false positives added", "added", (one) => one.added, digits(0)),
-        row("ms per photo", "ms", (one) => one.ms, digits(2)), row("MMAC per photo", "mmacs", (one) => one.mmacs, digits(1))]),
+        ...names.map((name, exit) => row(`photos leave at ${name}`, `share/${name}`, (figures) => figures.shares[exit], percent)),
+        row("AP50", "ap50", (figures) => figures.ap50), row("objects found", "found", (figures) => figures.found, digits(0)),
+        row("objects lost against the full path", "lost", (figures) => figures.lost, digits(0)), row("false positives added", "added", (figures) => figures.added, digits(0)),
+        row("ms per photo", "ms", (figures) => figures.ms, digits(2)), row("MMAC per photo", "mmacs", (figures) => figures.mmacs, digits(1))]),
       h("p", {"data-key": "changed", "data-value": changes}, `${changes} of ${count} photos take another exit than as evaluated`
         + `${speed ? `; ${speed.toFixed(2)} times as fast as the detector without exits` : ""}. The photos below follow.`));
     const drop = now.ap50 === null ? null : Math.max(Math.ceil(1000 * (full.ap50 - now.ap50)) / 1000, 0.001);
@@ -212,6 +213,7 @@ function explorerSection(explorer, page, changed) {
     changed(now, start);
   };
   const set = (exit, value) => { if (value >= 0 && value <= 1 || value === closed) { state[exit] = value; show(); } };
+  const setAll = (thresholds) => { Object.assign(state, thresholds); show(); };
   const rows = names.slice(0, -1).map((name, exit) => {
     const range = sliders[exit] = h("input", {type: "range", min: 0, max: sorted[exit].length, step: 1, "aria-label": `threshold of ${name}`,
       oninput: (event) => set(exit, +event.target.value ? sorted[exit][event.target.value - 1] : closed)});
@@ -223,12 +225,13 @@ function explorerSection(explorer, page, changed) {
   });
   const curve = photos.curve.length > 1 ? h("label", {}, "a point along the curve, from slow to fast ",
     h("input", {type: "range", id: "curve", min: 0, max: photos.curve.length - 1, step: 1, value: 0,
-      oninput: (event) => { photos.curve[event.target.value].thresholds.forEach((value, exit) => { state[exit] = value; }); show(); }})) : null;
-  const reset = h("button", {type: "button", onclick: () => { photos.thresholds.forEach((value, exit) => { state[exit] = value; }); show(); }}, "as evaluated");
-  const warning = photos.chosen_here ? "These are the calibration photos." : "To look, not to choose: these are test photos. The commands below find thresholds on the calibration photos.";
-  const section = h("section", {id: "explorer"}, h("h2", {}, "What if the thresholds were others?"),
-    h("p", {class: "note"}, "A photo leaves at the first exit whose confidence reaches the threshold. At 0 every photo leaves. Further to the right, more photos leave. ", warning,
-      " Milliseconds are known for the open exits that were timed only; MMACs are counted for all. Lost and added are summed over the photos, so what one photo gains does not cancel what another loses."),
+      oninput: (event) => setAll(photos.curve[event.target.value].thresholds)})) : null;
+  const reset = h("button", {type: "button", onclick: () => setAll(photos.thresholds)}, "as evaluated");
+  const warning = photos.chosen_here ? "These are the calibration photos."
+    : "These are test photos: do not choose thresholds on them. The commands below find thresholds on the calibration photos.";
+  const section = h("section", {id: "explorer"}, h("h2", {}, "What if the thresholds were different?"),
+    h("p", {class: "note"}, "A photo leaves at the first exit whose confidence reaches the threshold. At 0 every photo leaves. The further to the right, the more photos leave. ", warning,
+      " Milliseconds are known only for the set of open exits that was timed, MMACs for all sets. Lost and added are summed over the photos: a gain on one photo does not cancel a loss on another."),
     h("div", {class: "screen"}, rows, curve, reset), out, h("div", {class: "screen"}, commands));
   return [section, show];
 }
@@ -247,7 +250,7 @@ function frame(photos, index, boxes, caption, taken, truth) {
 }
 
 function gallerySection(explorer) {
-  const {photos, early, count} = explorer, last = early, PAGE = 12;
+  const {photos, early: last, count} = explorer, PAGE = 12;
   const errors = photos.hits.map((hits, i) => hits.map((found, exit) => photos.objects[i] - found + photos.false[i][exit]));
   const gain = errors.map((row) => row[0] - row[last]);
   let now, start, shown = PAGE;
@@ -271,18 +274,17 @@ function gallerySection(explorer) {
   const select = (names, label) => h("select", {"aria-label": label, onchange: () => { shown = PAGE; draw(); }}, names.map((name) => h("option", {}, name)));
   const filter = select(Object.keys(filters), "which photos"), order = select([...Object.keys(orders), "by file name"], "order of the photos");
   const find = h("input", {type: "search", placeholder: "file name", "aria-label": "file name", oninput: () => { shown = PAGE; draw(); }});
-  const list = h("div", {}), told = h("p", {class: "note", "aria-live": "polite"});
+  const list = h("div", {}), summary = h("p", {class: "note", "aria-live": "polite"});
   const more = h("button", {type: "button", onclick: () => { shown += PAGE; draw(); }}, "more photos");
   const draw = () => {
     const passes = filters[filter.value], key = orders[order.value], text = find.value.toLowerCase();
-    let chosen = [];
-    for (let i = 0; i < count; i++) if (passes(i) && (!text || photos.files[i].toLowerCase().includes(text))) chosen.push(i);
+    const chosen = [...photos.files.keys()].filter((i) => passes(i) && photos.files[i].toLowerCase().includes(text));
     if (key) {
       const keys = Float64Array.from({length: count}, (_, i) => key(i));
       chosen.sort((a, b) => keys[a] - keys[b] || a - b);
     } else chosen.sort((a, b) => (photos.files[a] < photos.files[b] ? -1 : 1));
     const embedded = Object.keys(photos.thumbnails).length;
-    told.textContent = `${chosen.length} of ${count} photos${photos.folder ? ` in ${photos.folder}` : ""}. ` + (embedded < count ? `${embedded} have a thumbnail in this file, of the others the boxes are drawn. ` : "")
+    summary.textContent = `${chosen.length} of ${count} photos${photos.folder ? ` in ${photos.folder}` : ""}. ` + (embedded < count ? `${embedded} have a thumbnail in this file; the others show only the boxes. ` : "")
       + `Solid green: found. Dashed red: false. Grey: ignored. Orange frame: the exit taken. Boxes of score ${photos.score} or more.`;
     list.replaceChildren(...chosen.slice(0, shown).map((i) => {
       const exit = now.choice[i], confidence = exit < last ? `, confidence ${number(explorer.confidences[exit][i])}` : "";
@@ -295,48 +297,47 @@ function gallerySection(explorer) {
   };
   const section = h("section", {id: "photos"}, h("h2", {}, "The photos"),
     h("p", {class: "note"}, "Right: nothing lost or added against the full path. Overthinking: an early exit makes fewer errors (missed or false) than the full path. "
-      + "Gain: errors of the first exit less those of the full path. Ambiguous: a confidence near its threshold."), h("div", {class: "controls"}, filter, order, find), told, list, more);
+      + "Gain: errors of the first exit minus errors of the full path. Ambiguous: a confidence near its threshold."), h("div", {class: "controls"}, filter, order, find), summary, list, more);
   return [section, (figures, evaluated) => { now = figures; start = evaluated; draw(); }];
 }
 
-// Which photos benefit.
+// Which photos leave early.
 
-const FEW = 5;
+const FEW = 5; // groups with fewer photos are pale and not compared
 
 function benefitSection(explorer) {
-  const {photos, early} = explorer, words = h("ul", {}), charts = h("div", {class: "groups"});
+  const {photos, early} = explorer, comparisons = h("ul", {}), charts = h("div", {class: "groups"});
   const draw = ({choice}) => {
-    const told = [];
+    const lines = [];
     charts.replaceChildren(...photos.groups.filter((group) => group.bins.length).map((group) => {
       const bins = group.bins.map((bin) => {
         const left = bin.photos.filter((i) => choice[i] < early);
-        const wrong = left.filter((i) => photos.hits[i][choice[i]] < photos.hits[i][early] || photos.false[i][choice[i]] > photos.false[i][early]);
-        return {label: bin.label, count: bin.photos.length, share: left.length / bin.photos.length, wrong: left.length ? wrong.length / left.length : 0};
+        return {label: bin.label, count: bin.photos.length, share: left.length / bin.photos.length};
       });
       const enough = bins.filter((bin) => bin.count >= FEW).sort((a, b) => b.share - a.share);
       if (enough.length > 1) {
         const [most, least] = [enough[0], enough[enough.length - 1]], even = most.share - least.share < 0.05;
-        told.push(`${group.title}: ` + (even ? `makes no difference (${percent(least.share)} to ${percent(most.share)} leave early).`
+        lines.push(`${group.title}: ` + (even ? `makes no difference (${percent(least.share)} to ${percent(most.share)} leave early).`
           : `${most.label} leaves early most often (${percent(most.share)}), ${least.label} least (${percent(least.share)}).`));
       }
       return h("div", {}, h("h3", {}, group.title), bins.map((bin) => h("div", {class: bin.count < FEW ? "meter few" : "meter"}, h("span", {}, bin.label),
         h("i", {style: `width: ${100 * bin.share}%`}), h("span", {}, `${percent(bin.share)} of ${bin.count}`))));
     }));
-    words.replaceChildren(...told.map((line) => h("li", {}, line)));
+    comparisons.replaceChildren(...lines.map((line) => h("li", {}, line)));
   };
   const section = h("section", {id: "benefit"}, h("h2", {}, "Which photos leave early?"),
-    h("p", {class: "note"}, `Share of the photos that leave before the full path, with the thresholds above. Pale: fewer than ${FEW} photos. Brightness is known of photos with a thumbnail.`), words, charts);
+    h("p", {class: "note"}, `Share of the photos that leave before the full path, with the thresholds above. Pale: fewer than ${FEW} photos. Brightness is known for photos with a thumbnail.`), comparisons, charts);
   return [section, draw];
 }
 
 function attentionSection(photos) {
   const rows = new Map();
-  for (const one of photos.attention) rows.set(one.photo, [...(rows.get(one.photo) || []), one]);
+  for (const map of photos.attention) rows.set(map.photo, [...(rows.get(map.photo) || []), map]);
   return h("section", {id: "attention"}, h("h2", {}, "Where the exits look"),
     h("p", {class: "note"}, "Bright: what the exit's strongest detection depends on. Branches with channel attention show the attention-weighted activation, others gradient times activation."),
     Array.from(rows, ([photo, maps]) => h("div", {class: "photo"}, h("p", {}, photos.files[photo]), h("div", {class: "frames"},
       frame(photos, photo, photos.truth[photo], "ground truth", false, true),
-      maps.map((one) => h("figure", {}, h("img", {src: `data:image/jpeg;base64,${one.picture}`, alt: `${one.exit}, ${one.method}`}), h("figcaption", {}, `${one.exit}: ${one.method}`)))))));
+      maps.map(({exit, method, picture}) => h("figure", {}, h("img", {src: `data:image/jpeg;base64,${picture}`, alt: `${exit}, ${method}`}), h("figcaption", {}, `${exit}: ${method}`)))))));
 }
 
 // The page.
@@ -347,9 +348,9 @@ function firstScreen(page) {
     ["AP50", "AP"].map((name) => h("option", {}, name)));
   const both = withFigure(page.points, "AP").length > 0;
   if (withFigure(page.points, "AP50").length) later.push(() => pointsChart(chart, page, "AP50"));
-  const vetoes = page.findings.filter((one) => one.veto), others = page.findings.filter((one) => !one.veto);
-  const list = (title, findings) => (findings.length ? [h("h3", {}, title), h("ul", {}, findings.map((one) => h("li", {}, one.line)))] : []);
-  const tiles = page.tiles.map((one) => h("div", {class: `tile ${one.good === null ? "" : one.good ? "yes" : "no"}`}, one.name, h("b", {}, one.value), h("span", {}, one.note)));
+  const vetoes = page.findings.filter((finding) => finding.veto), others = page.findings.filter((finding) => !finding.veto);
+  const list = (title, findings) => (findings.length ? [h("h3", {}, title), h("ul", {}, findings.map((finding) => h("li", {}, finding.line)))] : []);
+  const tiles = page.tiles.map(({name, value, note, good}) => h("div", {class: `tile ${good === null ? "" : good ? "yes" : "no"}`}, name, h("b", {}, value), h("span", {}, note)));
   const shares = Object.keys(page.shares).length ? [h("h3", {}, "where the photos leave"), shareBar(page.shares)] : [];
   const element = h("section", {class: "first"}, h("div", {class: "tiles"}, tiles), shares,
     h("div", {class: later.length ? "columns" : ""},
@@ -380,7 +381,7 @@ async function start() {
     main.append(h("section", {id: `section${index}`}, h("h2", {}, section.title), section.table.length ? table(section.table, "text") : null,
       h("div", {class: "charts"}, charts.map(([element]) => element)), section.text ? h("pre", {}, section.text) : null));
   });
-  nav.append(...[...main.querySelectorAll("section[id]")].map((one) => h("a", {href: `#${one.id}`}, one.querySelector("h2").textContent)), ...links);
+  nav.append(...[...main.querySelectorAll("section[id]")].map((section) => h("a", {href: `#${section.id}`}, section.querySelector("h2").textContent)), ...links);
   later.forEach((draw) => draw());
   document.body.dataset.ready = "yes";
 }

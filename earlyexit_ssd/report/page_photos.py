@@ -12,7 +12,6 @@ import os
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypedDict
 
 import matplotlib
 import numpy as np
@@ -33,15 +32,15 @@ from earlyexit_ssd.modeling.detector import walk
 from earlyexit_ssd.modeling.trunk import evaluating
 from earlyexit_ssd.report.pictures import as_picture
 
-MOST_THUMBNAILS, THUMBNAIL = 400, 240
-"""Photos whose thumbnail is in the page, and its largest side in pixels; of the others the page draws boxes only."""
-MOST_BOXES = 30  # boxes per photo and exit, those with the highest scores
-CURVE_CHOICES = 150  # about so many combinations of thresholds are tried for the curve of the explorer
+MAX_THUMBNAILS = 400  # of the other photos the page shows only the boxes
+THUMBNAIL_SIDE = 240  # longer side of a thumbnail and of a picture of attention, in pixels
+MAX_BOXES = 30  # boxes per photo and exit, those with the highest scores
+CURVE_CHOICES = 150  # approximate number of threshold combinations that are tried for the curve of the explorer
 
 
 @dataclass(frozen=True)
 class OpenCosts:
-    """Costs of one photo to each exit, the full path last, with some exits open; None where they are not measured."""
+    """Costs of a photo that leaves at each exit, the full path last, with some exits open. None: not measured."""
 
     opened: tuple[bool, ...]
     mmacs: Sequence[float] | None = None
@@ -50,54 +49,38 @@ class OpenCosts:
 
 @dataclass(frozen=True)
 class PagePhotos:
-    """The n photos of a split, by rising image id, and what every exit finds in them."""
+    """The n photos of a split by rising image id, and the detections of every exit."""
 
-    ground_truth: COCO  # photos and objects; for photos without labels, what the full path finds
+    ground_truth: COCO  # photos and objects; for unlabelled photos, the full path's detections are the objects
     detections: Sequence[Detections]  # per exit, the full path last
-    matches: ExitMatches  # of these detections; counts are under their last condition
+    matches: ExitMatches  # of these detections; their last condition is used for counts
     exit_names: Sequence[str]
     confidences: np.ndarray  # float [early exits, n]
-    thresholds: Sequence[float]  # those that were evaluated
-    costs: Sequence[OpenCosts]  # of every set of open exits that is known
+    thresholds: Sequence[float]  # the evaluated thresholds
+    costs: Sequence[OpenCosts]  # of every set of open exits whose costs are known
     plain_mmacs: float | None  # of the detector without exits
     plain_ms: float | None
-    score: float  # from which a detection counts and is drawn
+    score: float  # least score of the detections that are counted and drawn
     labelled: bool = True
-    chosen_here: bool = False  # the photos may choose thresholds: they are no test photos
-    attention: tuple[Attention, ...] = ()  # where exits look, on some photos
-
-
-class CocoImage(TypedDict):
-    """Keys that are read of a photo in a COCO ground truth; sides are in pixels."""
-
-    file_name: str
-    width: int
-    height: int
-
-
-class CocoObject(TypedDict):
-    """Keys that are read of an object; ``bbox`` is x, y, width, height in pixels."""
-
-    bbox: list[float]
-    area: float
-    category_id: int
-    iscrowd: int
+    chosen_here: bool = False  # whether thresholds may be chosen on these photos: they are no test photos
+    attention: tuple[Attention, ...] = ()
 
 
 def by_gain(matches: ExitMatches, score: float) -> np.ndarray:
-    """The photos [n] by falling gain: errors (misses and false positives) of the first exit less the full path's."""
+    """Return the indices of the photos [n] by falling gain: errors (misses and false positives) of the first exit minus
+    errors of the full path."""
     counts = photo_counts(matches, score)
     errors = counts.misses + counts.false_positives
     return np.argsort(errors[:, -1] - errors[:, 0], kind="stable")
 
 
 def photos_json(photos: PagePhotos) -> dict[str, object]:
-    """What page.js reads."""
+    """Return the values that page.js reads."""
     matches, counts = photos.matches, photo_counts(photos.matches, photos.score)
-    images = [photos.ground_truth.imgs[image_id] for image_id in matches.image_ids]
+    images = photos.ground_truth.loadImgs(matches.image_ids)
     files = [str(image.get("file_name", image["id"])) for image in images]
     folder = os.path.commonpath(map(os.path.dirname, files)) if all(map(os.path.isabs, files)) else ""
-    thumbnails = _thumbnails(photos, images)
+    thumbnails = _thumbnails(photos)
     return {
         "exits": list(photos.exit_names),
         "labelled": photos.labelled,
@@ -106,9 +89,9 @@ def photos_json(photos: PagePhotos) -> dict[str, object]:
         "folder": folder,
         "files": [os.path.relpath(file, folder) if folder else file for file in files],
         "sizes": [[image["width"], image["height"]] for image in images],
-        "confidences": [np.asarray(row, np.float32).tolist() for row in photos.confidences],
-        "thresholds": [float(np.float32(value)) for value in photos.thresholds],
-        "costs": [dataclasses.asdict(one) for one in photos.costs],
+        "confidences": np.asarray(photos.confidences, np.float32).tolist(),
+        "thresholds": np.asarray(photos.thresholds, np.float32).tolist(),
+        "costs": [dataclasses.asdict(costs) for costs in photos.costs],
         "plain": {"mmacs": photos.plain_mmacs, "ms": photos.plain_ms},
         "score": photos.score,
         "objects": matches.objects.tolist(),
@@ -119,89 +102,92 @@ def photos_json(photos: PagePhotos) -> dict[str, object]:
         "truth": _truth(photos),
         "found": _boxes(photos),
         "thumbnails": {index: _jpeg(picture) for index, picture in thumbnails.items()},
-        "groups": _groups(photos, images, thumbnails),
-        "attention": [{**vars(one), "picture": _jpeg(one.picture)} for one in photos.attention],
+        "groups": _groups(photos, thumbnails),
+        "attention": [{**vars(attention), "picture": _jpeg(attention.picture)} for attention in photos.attention],
     }
 
 
 def _matches_json(matches: ExitMatches) -> list[dict[str, int | list[int]]]:
-    """Per class with objects what AP50 is computed from (`ExitMatches.hits_and_false`): number of objects, pairs of the
-    hits, and in CSR form pairs (as differences) and numbers of the false positives before each hit."""
-    found = []
-    counts = matches.objects_by_size["all"].sum(axis=1).tolist()
-    for objects, (hits, false) in zip(counts, matches.hits_and_false(matches.ap50_condition), strict=True):
+    """Return the input of AP50 for each class with objects, see `ExitMatches.hits_and_false`.
+
+    ``objects`` is their number, ``hits`` are the pairs of the hits. ``rows`` (lengths), ``pairs`` (column indices, as
+    differences) and ``counts`` are the false positives in CSR form.
+    """
+    classes = []
+    objects_of_class = matches.objects_by_size["all"].sum(axis=1).tolist()
+    for objects, (hits, false) in zip(objects_of_class, matches.hits_and_false(matches.ap50_condition), strict=True):
         if objects:
             rows, pairs = np.diff(false.indptr), np.diff(false.indices, prepend=0)
             parts = {"hits": hits, "rows": rows, "pairs": pairs, "counts": false.data.astype(np.int64)}
-            found.append({"objects": objects, **{name: values.tolist() for name, values in parts.items()}})
-    return found
+            classes.append({"objects": objects, **{name: values.tolist() for name, values in parts.items()}})
+    return classes
 
 
 def _curve(photos: PagePhotos) -> list[dict[str, object]]:
-    """Thresholds that no others of a coarse grid beat in both AP50 and cost, by falling cost."""
+    """Return the Pareto-optimal thresholds of a coarse grid, in AP50 and cost, by falling cost."""
     early = len(photos.exit_names) - 1
-    known = {one.opened: one.mmacs or one.ms for one in photos.costs}
+    known = {costs.opened: costs.mmacs or costs.ms for costs in photos.costs}
     if not early or not photos.labelled or len(known) < 2**early or not photos.matches.objects.sum():
         return []
     grid = threshold_grid(list(photos.confidences), max(1, int(CURVE_CHOICES ** (1 / early)) - 2))
     opened = [tuple(bool(value <= 1) for value in row) for row in grid.thresholds]
-    cost = grid.mean_cost(np.array([known[one] for one in opened]))
-    ap50 = np.array([ap_of_choice(photos.matches, one, ap50_only=True).AP50 for one in grid.choices])
-    path = pareto_path(-ap50, cost)
-    return [{"thresholds": grid.thresholds[one].tolist(), "AP50": float(ap50[one])} for one in path.tolist()]
+    cost = grid.mean_cost(np.array([known[exits] for exits in opened]))
+    ap50 = np.array([ap_of_choice(photos.matches, choice, ap50_only=True).AP50 for choice in grid.choices])
+    path = pareto_path(-ap50, cost).tolist()
+    return [{"thresholds": grid.thresholds[index].tolist(), "AP50": float(ap50[index])} for index in path]
+
+
+def _class_indices(photos: PagePhotos) -> dict[int, int]:
+    return {category: index for index, category in enumerate(sorted(photos.ground_truth.cats))}
 
 
 def _truth(photos: PagePhotos) -> list[list[list[int]]]:
-    """Per photo its objects: x1, y1, x2, y2 in pixels, place of the class, whether it is ignored."""
-    places, rows = _places(photos), []
+    """Return the objects of each photo: x1, y1, x2, y2 in pixels, index of the class, and 1 for an ignored object."""
+    classes, rows = _class_indices(photos), []
     for image_id in photos.matches.image_ids:
         rows.append([])
-        for one in photos.ground_truth.imgToAnns.get(image_id, []):
-            x, y, width, height = one["bbox"]
-            corners = map(round, (x, y, x + width, y + height))
-            rows[-1].append([*corners, places[one["category_id"]], int(one.get("iscrowd", 0))])
+        for annotation in photos.ground_truth.imgToAnns.get(image_id, []):
+            x, y, width, height = annotation["bbox"]
+            box = map(round, (x, y, x + width, y + height))
+            rows[-1].append([*box, classes[annotation["category_id"]], int(annotation.get("iscrowd", 0))])
     return rows
-
-
-def _places(photos: PagePhotos) -> dict[int, int]:
-    """Category id -> place of the class."""
-    return {category: place for place, category in enumerate(sorted(photos.ground_truth.cats))}
 
 
 def _boxes(photos: PagePhotos) -> list[list[list[list[int]]]]:
-    """Per photo and exit the detections of at least the score: x1, y1, x2, y2 in pixels, place of the class, score in
-    percent, and 1 for a hit, 2 for an ignored one, 0 for a false positive."""
-    matches, places, states = photos.matches, _places(photos), defaultdict(list)
+    """Return the detections of each photo and exit, by falling score: x1, y1, x2, y2 in pixels, index of the class,
+    score in percent, and 1 for a hit, 2 for an ignored detection, 0 for a false positive."""
+    matches, classes = photos.matches, _class_indices(photos)
     drawn = matches.score >= photos.score
     state = np.where(matches.hit[-1], 1, np.where(matches.false[-1], 0, 2))
-    columns = (part[drawn].tolist() for part in (matches.photo, matches.exit, matches.label, state))
-    for photo, exit, place, value in zip(*columns, strict=True):  # by falling score, as a photo's detections of a class
-        states[photo, exit, place].append(value)
+    *keys, states = (
+        values[drawn].tolist() for values in (matches.photo, matches.exit, matches.label, matches.rank, state)
+    )
+    state_of = dict(zip(zip(*keys, strict=True), states, strict=True))
     rows: list[list[list[list[int]]]] = []
     for photo, image_id in enumerate(matches.image_ids):
         rows.append([])
-        for exit, of_exit in enumerate(photos.detections):
+        for exit, detections in enumerate(photos.detections):
             boxes: list[list[int]] = []
-            if found := of_exit.get(image_id):
+            if found := detections.get(image_id):
                 scores, labels = found["scores"].double().numpy(), found["labels"].tolist()
                 corners, ranks = found["boxes"].round().int().tolist(), defaultdict(itertools.count)
-                for one in np.argsort(-scores, kind="stable").tolist():
-                    place = places.get(labels[one])
-                    if scores[one] >= photos.score and place is not None:
-                        state = states[photo, exit, place][next(ranks[place])]
-                        boxes.append([*corners[one], place, round(100 * float(scores[one])), state])
-            rows[-1].append(boxes[:MOST_BOXES])
+                for index in np.argsort(-scores, kind="stable").tolist():
+                    label = classes.get(labels[index])
+                    if scores[index] >= photos.score and label is not None:
+                        state = state_of[photo, exit, label, next(ranks[label])]
+                        boxes.append([*corners[index], label, round(100 * float(scores[index])), state])
+            rows[-1].append(boxes[:MAX_BOXES])
     return rows
 
 
-def _thumbnails(photos: PagePhotos, images: Sequence[CocoImage]) -> dict[int, Image.Image]:
-    """Thumbnails of the most notable photos, by the photo's place."""
-    found = {}
-    for index in _notable(photos)[:MOST_THUMBNAILS]:
+def _thumbnails(photos: PagePhotos) -> dict[int, Image.Image]:
+    """Return index of a photo -> thumbnail, for the most notable photos."""
+    thumbnails, images = {}, photos.ground_truth.loadImgs(photos.matches.image_ids)
+    for index in _notable(photos)[:MAX_THUMBNAILS]:
         image = images[index]
-        with contextlib.suppress(DataError, KeyError):  # a photo that is gone since has no thumbnail
-            found[index] = read_thumbnail(image["file_name"], (image["width"], image["height"]), THUMBNAIL)
-    return found
+        with contextlib.suppress(DataError, KeyError):  # the file may have been removed
+            thumbnails[index] = read_thumbnail(image["file_name"], (image["width"], image["height"]), THUMBNAIL_SIDE)
+    return thumbnails
 
 
 def _jpeg(picture: Image.Image) -> str:
@@ -211,12 +197,14 @@ def _jpeg(picture: Image.Image) -> str:
 
 
 def _notable(photos: PagePhotos) -> list[int]:
-    """The photos in turns: greatest gain, least gain, nearest to a threshold, and the rest in their order."""
+    """Return the indices of all photos, in turns from four orders: greatest gain first, least gain first, nearest to a
+    threshold first, and by image id."""
     gain, count = by_gain(photos.matches, photos.score), photos.matches.photos
     thresholds = np.array(photos.thresholds).reshape(-1, 1)
-    distance = np.abs(photos.confidences - thresholds) if len(photos.thresholds) else np.zeros((1, count))
-    orders = gain, gain[::-1], np.argsort(distance.min(axis=0), kind="stable"), np.arange(count)
-    return list(dict.fromkeys(itertools.chain.from_iterable(np.stack(orders, axis=1).tolist())))
+    # confidences of a model without early exits have the shape [0]
+    distance = np.abs(photos.confidences - thresholds).min(axis=0) if len(thresholds) else np.zeros(count)
+    orders = gain, gain[::-1], np.argsort(distance, kind="stable"), np.arange(count)
+    return list(dict.fromkeys(np.stack(orders, axis=1).ravel().tolist()))
 
 
 BINS = {
@@ -231,49 +219,47 @@ BINS = {
         "under 70": 70, "70 to 100": 100, "100 to 130": 130, "130 to 160": 160, "160 or more": math.inf,
     },
 }  # fmt: skip
-"""What photos are grouped by -> group -> the number that values of the group stay below."""
+"""Property of a photo -> label of a group of photos -> upper limit of the group's values, exclusive."""
 
 
-def _groups(
-    photos: PagePhotos, images: Sequence[CocoImage], thumbnails: dict[int, Image.Image]
-) -> list[dict[str, object]]:
-    """What the photos differ in: title, and labels with the photos that have it."""
+def _groups(photos: PagePhotos, thumbnails: dict[int, Image.Image]) -> list[dict[str, object]]:
+    """Return the groups of photos by property (`BINS` and the classes shown): title, and labels with their photos."""
     truth = photos.ground_truth
-    names = {key: truth.cats[key]["name"] for key in sorted(truth.cats)}
+    names = {category: truth.cats[category]["name"] for category in sorted(truth.cats)}
     groups: dict[str, dict[str, list[int]]] = {title: {label: [] for label in bins} for title, bins in BINS.items()}
     groups["class shown"] = {name: [] for name in names.values()}
-    for index, (image_id, image) in enumerate(zip(photos.matches.image_ids, images, strict=True)):
+    for index, image_id in enumerate(photos.matches.image_ids):
         objects = [one for one in truth.imgToAnns.get(image_id, []) if not one.get("iscrowd", 0)]
-        sides = [(one["area"] / (image["width"] * image["height"])) ** 0.5 for one in objects]
+        pixels = truth.imgs[image_id]["width"] * truth.imgs[image_id]["height"]
+        sides = [(one["area"] / pixels) ** 0.5 for one in objects]
         brightness = ImageStat.Stat(thumbnails[index].convert("L")).mean[0] if index in thumbnails else None
-        values = len(objects), np.median(sides) if sides else None, _crowding(objects), brightness
+        boxes = np.array([one["bbox"] for one in objects], np.float64)
+        values = len(objects), np.median(sides) if sides else None, _crowding(boxes), brightness
         for (title, bins), value in zip(BINS.items(), values, strict=True):
             if value is not None:
                 groups[title][next(label for label, limit in bins.items() if value < limit)].append(index)
         for name in {names[one["category_id"]] for one in objects}:
             groups["class shown"][name].append(index)
     return [
-        {"title": title, "bins": [{"label": label, "photos": found} for label, found in bins.items() if found]}
+        {"title": title, "bins": [{"label": label, "photos": members} for label, members in bins.items() if members]}
         for title, bins in groups.items()
     ]
 
 
-def _crowding(objects: Sequence[CocoObject]) -> float | None:
-    """Largest IoU of two of the objects; None for fewer than two."""
-    if len(objects) < 2:
+def _crowding(boxes: np.ndarray) -> float | None:
+    """Return the largest IoU of two of the boxes [N, 4] (xywh); None for fewer than two."""
+    if len(boxes) < 2:
         return None
-    boxes = np.array([one["bbox"] for one in objects], np.float64)
     overlap = mask.iou(boxes, boxes, np.zeros(len(boxes), np.uint8))
     return float(overlap[~np.eye(len(boxes), dtype=bool)].max())
 
 
 CHANNELS, GRADIENTS = "channel attention", "gradients"
-SIDE = 240  # largest side of a picture, pixels
 
 
 @dataclass(frozen=True)
 class Attention:
-    """A picture of a photo (its place among the photos) under the map of an exit, and how the map was made."""
+    """A photo under the attention map of an exit. ``photo`` is the photo's index, ``method`` how the map was made."""
 
     photo: int
     exit: str
@@ -282,16 +268,15 @@ class Attention:
 
 
 def attention_maps(model: EarlyExitSSDLite, image: Tensor) -> dict[str, tuple[str, Tensor]]:
-    """Exit name -> method and map [h, w] in [0, 1], of the exits with a head; a map that is 0 everywhere stays 0.
+    """Return exit name -> method and map [h, w] in [0, 1], for the exits with a head. Each map's maximum is 1, unless
+    the map is 0 everywhere.
 
-    A branch with squeeze-excitation (Hu et al. 2018) shows its tap weighted by the channel attention: the mean over the
-    channels of |attention * tap|. The others show relu(sum over the channels of gradient * tap), smoothed over 3 x 3
-    cells, with the gradient of the largest object log-probability. That is Grad-CAM (Selvaraju et al. 2017) with a
-    weight for each cell instead of a mean over all cells, since a detection depends on a part of the photo (Zhao and
-    Chan 2023, "ODAM"). The full path's map is the finest map of its head.
-
-    Args:
-        image: photo, float [3, H, W] in [0, 1], on the model's device.
+    For a branch with squeeze-excitation (Hu et al. 2018), the map is the mean over the channels of |attention * tap|.
+    For all other exits it is relu(sum over the channels of gradient * tap), smoothed over 3 x 3 cells, with the
+    gradient of the largest object log-probability. That is Grad-CAM (Selvaraju et al. 2017) with a weight for each cell
+    instead of a mean over all cells, because a detection depends on a part of the photo (Zhao and Chan 2023, "ODAM").
+    In the full path, the finest map of the head takes the place of the tap. ``image`` is a float [3, H, W] in [0, 1]
+    on the model's device.
     """
     maps = {}
     with evaluating(model), torch.enable_grad():
@@ -321,14 +306,14 @@ def _scaled(values: Tensor) -> Tensor:
 
 
 def attention_pictures(model: EarlyExitSSDLite, images: Sequence[tuple[int, Tensor]]) -> tuple[Attention, ...]:
-    """The maps of every exit over these photos: (place among the photos, float [3, H, W] in [0, 1])."""
-    device, found = next(model.parameters()).device, []
-    for place, image in images:
+    """Return the maps of every exit over these photos: (index of the photo, float [3, H, W] in [0, 1])."""
+    device, pictures = next(model.parameters()).device, []
+    for index, image in images:
         photo = as_picture(image)
-        photo.thumbnail((SIDE, SIDE))
+        photo.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
         for name, (method, values) in attention_maps(model, image.to(device)).items():
             # the network sees the photo squeezed to a square, so its map is stretched to the photo
             heat = Image.fromarray((values.numpy() * 255).round().astype(np.uint8)).resize(photo.size, Image.BICUBIC)
             colors = matplotlib.colormaps["inferno"](np.asarray(heat), bytes=True)[..., :3]
-            found.append(Attention(place, name, method, Image.blend(photo, Image.fromarray(colors), 0.6)))
-    return tuple(found)
+            pictures.append(Attention(index, name, method, Image.blend(photo, Image.fromarray(colors), 0.6)))
+    return tuple(pictures)

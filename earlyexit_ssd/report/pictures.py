@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,13 +35,14 @@ STYLES = {
     "cut_head": ("#8d6e63", "p"),
     "onnx": ("#805ad5", "^"),
 }
-"""Kinds of rows -> colour and marker."""
+"""`Row.kind` -> colour and marker."""
 
 
 def draw_charts(
     draw: Callable[[np.ndarray], None], rows: int = 1, columns: int = 1, inches: tuple[float, float] = (7.5, 5)
 ) -> Image.Image:
-    """What ``draw`` puts on the axes [rows, columns], those of a row and of a column with one scale, at 128 dpi."""
+    """Return the picture of what ``draw`` draws on the axes [rows, columns], at 128 dpi. The axes of a row share the y
+    scale, those of a column the x scale."""
     figure = Figure(figsize=inches, dpi=128, layout="constrained")
     canvas = FigureCanvasAgg(figure)
     all_axes = figure.subplots(rows, columns, sharex="col", sharey="row", squeeze=False)
@@ -55,24 +57,28 @@ def draw_charts(
 
 
 def _make_drawable(artist: Artist) -> None:
-    """Take all texts in it as they are: a name is no formula, and bytes in it that are no character are escaped."""
+    """Make any name in a text drawable: "$" starts no formula, and bytes that are no character are escaped."""
     for text in artist.findobj(Text):
         text.set_parse_math(False)
         text.set_text(text.get_text().encode("utf-8", "backslashreplace").decode())
 
 
 def accuracy_against_cost(results: Results) -> Image.Image:
-    """AP and AP50 (rows) against milliseconds and MMACs (columns) of the exits, routing and the static detectors.
+    """Draw AP and AP50 (rows) against milliseconds and MMACs (columns) of the exits, the routed detector, the detector
+    without exits and the rivals.
 
-    Bars are 95 % intervals; undefined points and empty exits are left out. What was timed in another runtime than the
-    exits has a hollow marker in the column of milliseconds.
+    Bars are 95 % intervals. Undefined points and empty exits are left out. In the column of milliseconds, markers of
+    rivals in another runtime are hollow.
     """
     rows = [row for row in (*exit_rows(results), *static_rows(results)) if not row.empty]
-    panels = list(itertools.product(("AP", "AP50"), ("ms", "mmacs")))
 
     def draw(all_axes: np.ndarray) -> None:
-        for axes, (quality, cost) in zip(all_axes.flat, panels, strict=True):
-            _draw_points(axes, _known(rows, quality, cost), quality, cost)
+        panels = []
+        kinds = itertools.product(("AP", "AP50"), ("ms", "mmacs"))
+        for axes, (quality, cost) in zip(all_axes.flat, kinds, strict=True):
+            defined = [row for row in rows if row.number(quality) is not None and row.number(cost) is not None]
+            panels.append((axes, defined, quality, cost))
+            _draw_points(*panels[-1])
         all_axes[1, 0].set_xlabel(f"ms per image ({timing_title(results)})")
         all_axes[1, 1].set_xlabel("MMAC per image")
         all_axes[0, 0].set_ylabel("AP")
@@ -80,60 +86,54 @@ def accuracy_against_cost(results: Results) -> Image.Image:
         all_axes[0, 0].set_title(data_title(results), loc="left")
         all_axes[0, 1].set_title("bars: 95 % intervals", loc="right", fontsize=9)
         _make_drawable(all_axes[0, 0].figure)
-        all_axes[0, 0].figure.draw_without_rendering()  # now it is settled where points are
-        for axes, (quality, cost) in zip(all_axes.flat, panels, strict=True):
-            known = _known(rows, quality, cost)
-            other = [f" ({row.other_runtime})" if cost == "ms" and row.other_runtime else "" for row in known]
-            texts = [row.name + runtime for row, runtime in zip(known, other, strict=True)]
-            points = [(row.number(cost), row.number(quality)) for row in known]
-            place_labels(axes, points, texts, [STYLES[row.kind][0] for row in known])
+        all_axes[0, 0].figure.draw_without_rendering()  # fixes the layout, which place_labels needs
+        for axes, defined, quality, cost in panels:
+            other = [f" ({row.other_runtime})" if cost == "ms" and row.other_runtime else "" for row in defined]
+            texts = [row.name + runtime for row, runtime in zip(defined, other, strict=True)]
+            points = [(row.number(cost), row.number(quality)) for row in defined]
+            place_labels(axes, points, texts, [STYLES[row.kind][0] for row in defined])
 
     return draw_charts(draw, 2, 2, (13, 9))
 
 
-def _known(rows: Sequence[Row], quality: str, cost: str) -> list[Row]:
-    return [row for row in rows if row.number(quality) is not None and row.number(cost) is not None]
-
-
 def _draw_points(axes: Axes, rows: Sequence[Row], quality: str, cost: str) -> None:
-    for kind in ("exit", "plain", "cut_head"):  # a line joins one network at several costs: no other file's
-        family = [row for row in rows if row.kind == kind and row.source is None]
-        family = family if kind == "exit" else sorted(family, key=lambda row: row.number(cost))
-        x, y = ([row.number(name) for row in family] for name in (cost, quality))
+    for kind in ("exit", "plain", "cut_head"):  # a line joins the points of one network, not of rivals from other files
+        network = [row for row in rows if row.kind == kind and row.source is None]
+        network = network if kind == "exit" else sorted(network, key=lambda row: row.number(cost))
+        x, y = ([row.number(name) for row in network] for name in (cost, quality))
         axes.plot(x, y, color=STYLES[kind][0], alpha=0.3, zorder=1)
     for row in rows:
         color, marker = STYLES[row.kind]
         x, y = row.number(cost), row.number(quality)
-        across = _bars(x, row.ms_interval if cost == "ms" else None)
-        along = _bars(y, row.figures.get(f"{quality}_interval"))
-        axes.errorbar(x, y, along, across, fmt="none", ecolor=color, elinewidth=1, alpha=0.5, zorder=1)
+        x_bars = _bars(x, row.ms_interval if cost == "ms" else None)
+        y_bars = _bars(y, row.figures.get(f"{quality}_interval"))
+        axes.errorbar(x, y, y_bars, x_bars, fmt="none", ecolor=color, elinewidth=1, alpha=0.5, zorder=1)
         filled = cost != "ms" or not row.other_runtime
         axes.plot(x, y, marker, color=color, markersize=8, markerfacecolor=color if filled else "white", zorder=2)
     axes.margins(0.12)
 
 
 def _bars(value: float, interval: Interval) -> list[list[float]] | None:
-    """Lengths below and above ``value``; a percentile interval may miss the value itself."""
+    """Return the lengths of the bars below and above ``value``, which may lie outside a percentile interval."""
     return [[max(value - interval[0], 0.0)], [max(interval[1] - value, 0.0)]] if interval else None
 
 
-LABEL_GAP, MARKER = 7, 9  # points between marker and text; pixels around a marker that are its own
+LABEL_GAP = 7  # points between a marker and its text
+MARKER = 9  # pixels around a point that its marker takes
 PLACES = [
-    (x * LABEL_GAP * far, y * LABEL_GAP * far)
-    for far in (1, 2.2, 3.6)
+    (x * LABEL_GAP * distance, y * LABEL_GAP * distance)
+    for distance in (1, 2.2, 3.6)
     for x, y in ((1, -0.6), (-1, 0.6), (1, 0.6), (-1, -0.6), (1.2, 0), (-1.2, 0), (0, 1), (0, -1))
 ]
-"""Places of a text beside its point, the most wanted first: offsets in points to the right and up."""
+"""Offsets of a text from its point, in typographic points to the right and up. The first is preferred."""
 
 
 def place_labels(
     axes: Axes, points: Sequence[tuple[float, float]], texts: Sequence[str], colors: Sequence[str]
 ) -> None:
-    """Write each text near its point (data coordinates), at the first of `PLACES` that covers least of the others.
-
-    Limits and layout are to be final: draw the figure once before.
-    """
-    centres = axes.transData.transform(points) if len(points) else []
+    """Write each text near its point (data coordinates), at the first of `PLACES` where it overlaps least with markers,
+    other texts and the outside of the axes. The figure must have been drawn once, because the layout must be final."""
+    centres = axes.transData.transform(np.reshape(points, (-1, 2)))
     taken = [Bbox([[x - MARKER, y - MARKER], [x + MARKER, y + MARKER]]) for x, y in centres]
     frame, scale = axes.get_window_extent(), axes.figure.dpi / 72
     for point, text, color in zip(points, texts, colors, strict=True):
@@ -142,21 +142,21 @@ def place_labels(
         )
         _make_drawable(label)
         label.set_in_layout(False)
-        own, found = label.get_window_extent(), []
+        own, candidates = label.get_window_extent(), []
         for x, y in PLACES:
             left, down = (1 - np.sign(x)) / 2 * own.width, (1 - np.sign(y)) / 2 * own.height
             box = own.translated(x * scale - left, y * scale - down)
-            cut_off = box.width * box.height - _shared(box, frame)
-            found.append((round(cut_off + sum(_shared(box, other) for other in taken), 3), x, y, box))
-        _, x, y, box = min(found, key=lambda one: one[0])
+            outside = box.width * box.height - _overlap(box, frame)
+            candidates.append((round(outside + sum(_overlap(box, other) for other in taken), 3), x, y, box))
+        _, x, y, box = min(candidates, key=lambda candidate: candidate[0])
         label.xyann = x, y
         label.set(ha={1: "left", 0: "center", -1: "right"}[np.sign(x)])
         label.set(va={1: "bottom", 0: "center", -1: "top"}[np.sign(y)])
         taken.append(box)
 
 
-def _shared(one: Bbox, other: Bbox) -> float:
-    both = Bbox.intersection(one, other)
+def _overlap(first: Bbox, second: Bbox) -> float:
+    both = Bbox.intersection(first, second)
     return both.width * both.height if both else 0.0
 
 
@@ -164,11 +164,10 @@ Curves = dict[str, dict[str, list[tuple[float, float]]]]  # figure -> curve -> p
 
 
 def log_curves(logs: Mapping[str, Sequence[LogLine]]) -> tuple[Curves, list[float]]:
-    """The curves of all figures in the ``logs`` (phase -> lines, in the order of training), by exit; the figures
-    ``loss`` (total) and ``parts`` (of the loss) have curves of their own in each phase.
+    """Return the curves of all figures in the ``logs`` (phase -> lines, in the order of training), and the epochs
+    between which the phases lie. Epochs are numbered across all phases.
 
-    Returns:
-        the curves, whose epochs are counted on from phase to phase, and the epochs between which the phases lie.
+    The curves of a figure are those of the exits. ``loss`` (total) and ``parts`` (of the loss) have one in each phase.
     """
     curves: Curves = defaultdict(lambda: defaultdict(list))
     ends = [0.0]
@@ -185,8 +184,8 @@ def log_curves(logs: Mapping[str, Sequence[LogLine]]) -> tuple[Curves, list[floa
 
 
 def training_curves(logs: Mapping[str, Sequence[LogLine]]) -> Image.Image | None:
-    """AP50 of every exit, the share of the photos that leave there and its temperature, epoch by epoch, with a row for
-    each of the three that was measured; None where none was. ``logs`` as in :func:`log_curves`."""
+    """Draw AP50 of every exit, the share of the photos that leave there, and its temperature, by epoch. There is a row
+    for each of these figures in the ``logs`` (see `log_curves`); without one the result is None."""
     curves, ends = log_curves(logs)
     titles = {"AP50": "AP50", "share": "share of photos", "temperature": "temperature"}
     titles = {kind: title for kind, title in titles.items() if kind in curves}
@@ -215,15 +214,16 @@ def training_curves(logs: Mapping[str, Sequence[LogLine]]) -> Image.Image | None
 
 
 def reliability_diagram(temperatures: Sequence[FittedTemperature]) -> Image.Image:
-    """Per exit, how often the most probable class is right where it has this probability, before and after."""
+    """Draw, for each exit, the share of default boxes whose most probable class is right, by its probability, before
+    and after the fit."""
 
     def draw(all_axes: np.ndarray) -> None:
         for axes, fitted in zip(all_axes[0], temperatures, strict=True):
             axes.plot([0, 1], [0, 1], color=PLAIN, linestyle=":", linewidth=1)
             after = ROUTED if fitted.temperature != 1 else EXITS
-            for color, label, found in ((PLAIN, "before", fitted.before), (after, "after", fitted.after)):
-                label = f"{label}, error {found.expected_error:.3f}"
-                axes.plot(*reliability_points(found), color=color, marker="o", label=label)
+            for color, time, reliability in ((PLAIN, "before", fitted.before), (after, "after", fitted.after)):
+                label = f"{time}, error {reliability.expected_error:.3f}"
+                axes.plot(*reliability_points(reliability), color=color, marker="o", label=label)
             axes.set_title(f"{fitted.exit_name}, temperature {fitted.temperature:.2f}")
             axes.set_xlabel("probability of the class")
             axes.legend(frameon=False)
@@ -232,14 +232,14 @@ def reliability_diagram(temperatures: Sequence[FittedTemperature]) -> Image.Imag
     return draw_charts(draw, 1, len(temperatures), (4.2 * len(temperatures), 4))
 
 
-def reliability_points(found: Reliability) -> tuple[list[float], list[float]]:
-    """Confidence and accuracy of the bins that are not empty."""
-    filled = [index for index, count in enumerate(found.count) if count]
-    return [found.confidence[index] for index in filled], [found.accuracy[index] for index in filled]
+def reliability_points(reliability: Reliability) -> tuple[list[float], list[float]]:
+    """Return confidence and accuracy of the bins that are not empty."""
+    filled = [index for index, count in enumerate(reliability.count) if count]
+    return [reliability.confidence[index] for index in filled], [reliability.accuracy[index] for index in filled]
 
 
 class Candidate(Protocol):
-    """What the chart of a search shows."""
+    """A candidate of a search, see `earlyexit_ssd.pipeline.candidates.Candidate`."""
 
     name: str
     exits: Sequence[str]
@@ -249,29 +249,25 @@ class Candidate(Protocol):
 
 
 def candidates_chart(candidates: Sequence[Candidate], chosen: Candidate | None, runtime: str) -> Image.Image:
-    """AP50 on the calib split against mean milliseconds of every candidate; the frontier is drawn, rivals are squares.
-
-    Args:
-        candidates: the detector as it is first.
-        chosen: the one to ship.
-        runtime: that measured them.
-    """
-    known = [one for one in candidates if one.ms is not None and one.AP50 is not None]
+    """Draw AP50 on the calib split against mean milliseconds (in this ``runtime``) of every candidate, and the Pareto
+    frontier. The first of the ``candidates`` is the unchanged detector. Rivals are squares."""
+    timed = [candidate for candidate in candidates if candidate.ms is not None and candidate.AP50 is not None]
     frontier: list[Candidate] = []
-    for one in sorted((one for one in known if not one.rival), key=lambda one: one.ms):
-        if not frontier or one.AP50 > frontier[-1].AP50:
-            frontier.append(one)
+    for candidate in sorted((candidate for candidate in timed if not candidate.rival), key=lambda one: one.ms):
+        if not frontier or candidate.AP50 > frontier[-1].AP50:
+            frontier.append(candidate)
 
     def draw(all_axes: np.ndarray) -> None:
         axes = all_axes[0, 0]
         axes.plot([one.ms for one in frontier], [one.AP50 for one in frontier], color=EXITS, alpha=0.4, zorder=1)
-        for one in known:
-            color = ROUTED if one == chosen else PLAIN if one.rival or not one.exits else EXITS
-            axes.plot(one.ms, one.AP50, "s" if one.rival else "o", color=color, markersize=6, zorder=2)
-            if one in frontier or one.rival or one is candidates[0]:
-                weight = "bold" if one == chosen else "normal"
-                text = {"textcoords": "offset points", "fontsize": 7, "color": color, "fontweight": weight}
-                axes.annotate(one.name, (one.ms, one.AP50), (5, -9), **text)
+        for candidate in timed:
+            ms, ap50, is_chosen = candidate.ms, candidate.AP50, candidate == chosen
+            color = ROUTED if is_chosen else PLAIN if candidate.rival or not candidate.exits else EXITS
+            axes.plot(ms, ap50, "s" if candidate.rival else "o", color=color, markersize=6, zorder=2)
+            if candidate in frontier or candidate.rival or candidate is candidates[0]:
+                text = {"textcoords": "offset points", "fontsize": 7, "color": color}
+                text["fontweight"] = "bold" if is_chosen else "normal"
+                axes.annotate(candidate.name, (ms, ap50), (5, -9), **text)
         axes.set_xlabel(f"ms per image, mean over the calib photos ({RUNTIME_TITLES[runtime]})")
         axes.set_ylabel("AP50 on the calib split")
 
@@ -280,7 +276,8 @@ def candidates_chart(candidates: Sequence[Candidate], chosen: Candidate | None, 
 
 # Photos with their boxes.
 
-TILE = 320  # width of a tile and its largest height, pixels; photos keep their shape inside it
+TILE, PHOTO_TILE = 320, 240  # width and largest height of a photo in `detection_grid` and `photo_grid`, pixels
+PHOTO_COLUMNS = 4
 GAP = 8
 HEADER = 30
 BACKGROUND, PADDING, INK, FRAME, IGNORED = "#ffffff", "#edf2f7", "#1a202c", "#dd6b20", "#718096"
@@ -288,31 +285,21 @@ BACKGROUND, PADDING, INK, FRAME, IGNORED = "#ffffff", "#edf2f7", "#1a202c", "#dd
 
 @dataclass(frozen=True)
 class Example:
-    """One row of the picture.
+    """A row of `detection_grid`."""
 
-    image: float [3,H,W] in [0, 1].
-    target: ``boxes`` [G,4] xyxy pixels, ``labels`` [G], ``iscrowd`` [G] (ignored objects are drawn grey); None where
-        the truth is not known.
-    detections: per exit, shallow to deep, ``boxes`` [N,4], ``scores`` [N], ``labels`` [N].
-    exit_index: the exit that the router takes, whose tile is framed; None frames none.
-    """
-
-    image: Tensor
+    image: Tensor  # float [3, H, W] in [0, 1]
+    # ``boxes`` [G, 4] xyxy pixels, ``labels`` [G] and optionally ``iscrowd`` [G] (drawn grey); None if unknown
     target: Mapping[str, Tensor] | None
-    detections: Sequence[Mapping[str, Tensor]]
-    exit_index: int | None = None
+    detections: Sequence[Mapping[str, Tensor]]  # per exit: ``boxes`` [N, 4], ``scores`` [N], ``labels`` [N]
+    exit_index: int | None = None  # exit that the router takes; its tile gets a frame
 
 
 def detection_grid(
     examples: Sequence[Example], exit_names: Sequence[str], classes: Sequence[str], score: float = 0.4
 ) -> Image.Image:
-    """The picture of all ``examples``, one a row, under a line of column names; without the column of the ground truth
-    if no example has one.
-
-    Args:
-        exit_names: names of the columns behind the ground truth, shallow to deep; classes: of the labels 1..K.
-        score: detections below it are not drawn.
-    """
+    """Draw each example in a row: the photo with the ground truth, then with the detections of each exit that have at
+    least this ``score``. ``classes`` are the names of the labels 1..K. The column of the ground truth is left out if no
+    example has one."""
     first = 0 if examples and all(example.target is None for example in examples) else 1
     columns = ["ground truth", *exit_names][1 - first :]
     rows = [_tiles(example, classes, score, TILE)[1 - first :] for example in examples]
@@ -325,38 +312,32 @@ def detection_grid(
         draw.text((width - GAP, HEADER / 2), "framed: the exit routed to", FRAME, font_of(12), anchor="rm")
     top = HEADER
     for example, row in zip(examples, rows, strict=True):
-        for column, one in enumerate(row):
+        for column, tile in enumerate(row):
             left = GAP + column * (TILE + GAP)
-            picture.paste(one, (left, top))
-            if example.exit_index is not None and column == example.exit_index + first:  # in the gap: it hides nothing
+            picture.paste(tile, (left, top))
+            if example.exit_index is not None and column == example.exit_index + first:  # the frame is in the gap
                 x, y = left - GAP // 2, top - GAP // 2
-                box = (x, y, x + one.width + GAP - 1, y + one.height + GAP - 1)
+                box = (x, y, x + tile.width + GAP - 1, y + tile.height + GAP - 1)
                 draw.rectangle(box, outline=FRAME, width=GAP // 2)
         top += row[0].height + GAP
     return picture
 
 
-def photo_grid(
-    samples: Sequence[tuple[Tensor, Mapping[str, Tensor]]], classes: Sequence[str], columns: int = 4, tile: int = 240
-) -> Image.Image:
-    """Photos with their boxes, ``columns`` a row: what a training sees, augmentation included.
-
-    Args:
-        samples: image float [3,H,W] in [0, 1] and target, as an `Example` has them; classes: of the labels 1..K.
-        tile: width of a photo and its largest height, pixels.
-    """
-    rows = -(-len(samples) // columns)
-    picture = Image.new("RGB", (GAP + columns * (tile + GAP), GAP + rows * (tile + GAP)), BACKGROUND)
-    for place, (image, target) in enumerate(samples):
-        row, column = divmod(place, columns)
-        photo = _tiles(Example(image, target, ()), classes, 0.0, tile)[0]
-        picture.paste(photo, (GAP + column * (tile + GAP), GAP + row * (tile + GAP)))
+def photo_grid(samples: Sequence[tuple[Tensor, Mapping[str, Tensor]]], classes: Sequence[str]) -> Image.Image:
+    """Draw augmented training photos with their boxes. ``samples`` are pairs of image and target, as in `Example`, and
+    ``classes`` the names of the labels 1..K."""
+    rows, step = math.ceil(len(samples) / PHOTO_COLUMNS), PHOTO_TILE + GAP
+    picture = Image.new("RGB", (GAP + PHOTO_COLUMNS * step, GAP + rows * step), BACKGROUND)
+    for index, (image, target) in enumerate(samples):
+        row, column = divmod(index, PHOTO_COLUMNS)
+        photo = _tiles(Example(image, target, ()), classes, 0.0, PHOTO_TILE)[0]
+        picture.paste(photo, (GAP + column * step, GAP + row * step))
     return picture
 
 
 def choose_examples(chosen: Sequence[int], empty: Sequence[bool], count: int, seed: int = 0) -> list[int]:
-    """Indices of up to ``count`` photos that show every exit taken (``chosen``), a quarter of them without an object
-    (``empty``); ``seed`` is of the shuffle that picks among the photos of an exit."""
+    """Choose up to ``count`` photos, in a random order of this ``seed``, so that every exit of ``chosen`` (the exit of
+    each photo) is shown and a quarter has no object (``empty``). Return their indices."""
     order = np.random.default_rng(seed).permutation(len(chosen)).tolist()
     with_object = _in_turns([index for index in order if not empty[index]], chosen)
     without = _in_turns([index for index in order if empty[index]], chosen)
@@ -371,13 +352,13 @@ def _in_turns(indices: Sequence[int], chosen: Sequence[int]) -> list[int]:
 
 
 def as_picture(image: Tensor) -> Image.Image:
-    """A photo, float [3, H, W] in [0, 1], in 8 bits."""
+    """Convert a photo, float [3, H, W] in [0, 1], to 8 bits."""
     pixels = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
     return Image.fromarray(np.ascontiguousarray(pixels))
 
 
 def _tiles(example: Example, classes: Sequence[str], score: float, tile: int) -> list[Image.Image]:
-    """The photo with its ground truth, then with what each exit found."""
+    """Return the photo with its ground truth, then with the detections of each exit."""
     photo = as_picture(example.image)
     scale = tile / max(photo.size)
     width, height = (max(round(side * scale), 1) for side in photo.size)
@@ -392,7 +373,7 @@ def _tiles(example: Example, classes: Sequence[str], score: float, tile: int) ->
 
     target = example.target or {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
     labels = target["labels"].tolist()
-    ignored = target["iscrowd"].tolist() if "iscrowd" in target else [0] * len(labels)
+    ignored = target.get("iscrowd", torch.zeros_like(target["labels"])).tolist()
     colors = [IGNORED if skip else color_of(label) for label, skip in zip(labels, ignored, strict=True)]
     tiles = [drawn(target["boxes"], list(map(name, labels)), colors)]
     for found in example.detections:

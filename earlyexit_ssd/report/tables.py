@@ -1,11 +1,10 @@
-"""What a calibration and an evaluation found, as text and tables, and the files that they write."""
+"""Texts and tables of the results of a calibration or an evaluation, and the files that hold them."""
 
 from __future__ import annotations
 
 import csv
 import io
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from PIL import Image
@@ -21,16 +20,17 @@ from earlyexit_ssd.report.pictures import accuracy_against_cost, reliability_dia
 
 
 def figure(value: float | None, digits: int = 3) -> str:
-    """Rounded; a dash where there is none."""
+    """Return the rounded value, or a dash for None."""
     return "-" if value is None else f"{value:.{digits}f}"
 
 
 def share(value: float | None) -> str:
+    """Return a share in percent, or a dash for None."""
     return "-" if value is None else f"{100 * value:.1f} %"
 
 
 def columns() -> dict[str, Callable[[Row], str]]:
-    """Heading -> text of a cell; the first column is aligned left, the others right."""
+    """Return heading -> function that formats a row's cell."""
 
     def cell(name: str, digits: int) -> Callable[[Row], str]:
         return lambda row: figure(row.number(name), digits)
@@ -46,14 +46,19 @@ def columns() -> dict[str, Callable[[Row], str]]:
     }
 
 
-def _cells(results: Results) -> list[list[str]]:
-    rows, cells = [*exit_rows(results), *static_rows(results)], columns()
-    return [list(cells), *[[cell(row) for cell in cells.values()] for row in rows]]
+def table_cells(rows: Iterable[Row], columns: Mapping[str, Callable[[Row], str]]) -> list[list[str]]:
+    """Return the headings, then the cells of each row."""
+    return [list(columns), *([format_cell(row) for format_cell in columns.values()] for row in rows)]
+
+
+def _result_cells(results: Results) -> list[list[str]]:
+    return table_cells([*exit_rows(results), *static_rows(results)], columns())
 
 
 def text_table(results: Results) -> str:
-    """Exits, routed, without exits and rivals, one row each, columns aligned; undefined figures are "-"."""
-    rows = _cells(results)
+    """Return a table with aligned columns. Its rows are the exits, the routed detector, the detector without exits and
+    the rivals. Undefined figures are "-"."""
+    rows = _result_cells(results)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for name, *cells in rows:
@@ -63,29 +68,30 @@ def text_table(results: Results) -> str:
 
 
 def markdown_table(results: Results) -> str:
-    """The same table in Markdown."""
-    header, *rows = _cells(results)
+    """Return the table of `text_table` in Markdown."""
+    header, *rows = _result_cells(results)
     lines = [header, [":--", *["--:"] * (len(header) - 1)], *rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def text_report(results: Results) -> str:
-    """What was evaluated, the table and the verdict, for the terminal and table.txt."""
+    """Return a description of the evaluation, the table and the verdict, for the terminal and table.txt."""
     context = results.context
     by = "" if context.labelled else " by the full path; nobody labelled them"
-    other = any(row.other_runtime for row in static_rows(results))
-    ms = f"ms of one image in {timing_title(results)}" + ("; ORT: in ONNX Runtime, not to be compared" if other else "")
     lines = [f"{data_title(results)}, {context.empty_images} of them without an object{by}"]
     if not context.labelled:
         lines.append("P to loc.err: agreement with what the full path finds; AP is not known")
+    ms = f"ms of one image in {timing_title(results)}"
+    if any(row.other_runtime for row in static_rows(results)):
+        ms += "; ORT: in ONNX Runtime, not to be compared"
     lines += [f"P to loc.err at score {context.score:g} and IoU {context.iou:g}; {ms}", "", text_table(results), ""]
     return "\n".join(lines + (verdict_lines(results.verdict) if results.verdict else []))
 
 
 def verdict_lines(verdict: Verdict) -> list[str]:
-    """The verdict, its reasons, and apart from them what was found besides."""
-    vetoes = [f"  - veto: {one.line}" for one in verdict.findings if one.veto]
-    others = [f"  - {one.line}" for one in verdict.findings if not one.veto]
+    """Return the verdict, the vetoes and the other findings, one a line."""
+    vetoes = [f"  - veto: {finding.line}" for finding in verdict.findings if finding.veto]
+    others = [f"  - {finding.line}" for finding in verdict.findings if not finding.veto]
     if verdict.ship:
         return [f"verdict: ship {'the exits' if verdict.what == 'routed' else verdict.what}", *others]
     besides = ["found besides:", *others] if others else []
@@ -93,7 +99,7 @@ def verdict_lines(verdict: Verdict) -> list[str]:
 
 
 def write_calibration(folder: Path, certificate: Certificate, temperatures: Sequence[FittedTemperature]) -> None:
-    """certificate.json, calibration.txt and, for exits with a branch, reliability.png, each complete or not at all."""
+    """Write certificate.json and calibration.txt, and reliability.png if there are exits with a branch."""
     write_text(folder / "calibration.txt", calibration_report(certificate, temperatures) + "\n")
     if temperatures:
         write_image(folder / "reliability.png", reliability_diagram(temperatures))
@@ -101,23 +107,23 @@ def write_calibration(folder: Path, certificate: Certificate, temperatures: Sequ
 
 
 def calibration_report(certificate: Certificate, temperatures: Sequence[FittedTemperature]) -> str:
-    """A line per exit, and what is promised."""
+    """Return a line per exit, and the lines of `promise`."""
     measured, costs, router = certificate.measured, certificate.cost_model, certificate.router
-    left_out = {"copies": measured.equal_photos, "photos that look equal": measured.near_equal_photos}
-    left_out = " and ".join(f"{count} {what}" for what, count in left_out.items() if count)
-    left_out = f" ({left_out} left out: each photo counts once)" if left_out else ""
+    counts = {"copies": measured.equal_photos, "photos that look equal": measured.near_equal_photos}
+    names = " and ".join(f"{count} {name}" for name, count in counts.items() if count)
+    left_out = f" ({names} left out: each photo counts once)" if names else ""
     lines = [
         f"policy {router['policy']}, {measured.photos} calibration photos{left_out}",
         "",
         f"{'exit':8} {'threshold':>10} {'share':>8} {costs.unit:>9} {'temperature':>12} {'fitted':>7} {'ECE at 1':>9} "
         f"{'fitted':>7}",
     ]
-    by_name = {fitted.exit_name: fitted for fitted in temperatures}
+    fits = {fitted.exit_name: fitted for fitted in temperatures}  # exits with a branch
     early = zip(measured.exit_share.items(), router["thresholds"], router["temperatures"], costs.exits, strict=False)
-    for (name, left), threshold, temperature, cost in early:
-        shown = "closed" if threshold >= CLOSED else f"{threshold:.4f}"
-        line = f"{name:8} {shown:>10} {100 * left:6.1f} % {cost:9.1f}"
-        if fitted := by_name.get(name):  # an exit with a branch
+    for (name, leave), threshold, temperature, cost in early:
+        text = "closed" if threshold >= CLOSED else f"{threshold:.4f}"
+        line = f"{name:8} {text:>10} {100 * leave:6.1f} % {cost:9.1f}"
+        if fitted := fits.get(name):
             line += f" {temperature:12.2f} {fitted.temperature:7.2f} {fitted.before.expected_error:9.3f}"
             line += f" {fitted.after.expected_error:7.3f}"
         lines.append(line)
@@ -126,29 +132,28 @@ def calibration_report(certificate: Certificate, temperatures: Sequence[FittedTe
 
 
 def promise(certificate: Certificate) -> list[str]:
-    """What is measured on the calibration photos, and what is promised, a sentence a line."""
+    """Return the figures on the calibration photos and the guarantee, one sentence a line."""
     measured, target, unit = certificate.measured, certificate.target, certificate.cost_model.unit
-    against = "what the full path says" if target.reference == "full" else "the labels"
+    reference = "what the full path says" if target.reference == "full" else "the labels"
     accuracy = "nobody labelled these photos, so AP is not known"
     if measured.labelled is not False:
         accuracy = f"AP50 {figure(measured.AP50)}, full path {figure(measured.AP50_full)}"
-    lines = [f"{accuracy}; loss per photo {measured.loss:.4f} against {against}"]
-    if found := measured.agreement:
-        line = f"agreement with the full path at score {target.score:g}: {found['kept']} of its {found['objects']}"
-        line += f" objects kept, {found['added']} added"
-        if found["same_photos"] is not None:
-            line += f"; the same answer for {100 * found['same_photos']:.1f} % of the photos"
+    lines = [f"{accuracy}; loss per photo {measured.loss:.4f} against {reference}"]
+    if agreement := measured.agreement:
+        line = f"agreement with the full path at score {target.score:g}: {agreement['kept']} of its"
+        line += f" {agreement['objects']} objects kept, {agreement['added']} added"
+        if agreement["same_photos"] is not None:
+            line += f"; the same answer for {100 * agreement['same_photos']:.1f} % of the photos"
         lines.append(line)
     times = f"{measured.speedup:.2f} times as fast as the detector without exits"
     lines.append(f"mean cost {measured.cost:.1f} {unit}, {times}")
-    draws, drawn = "the calibration photos", "photo"
+    draws, draw = "the calibration photos", "photo"
     if target.block:
-        drawn = f"block of {target.block}"
-        draws = f"the {measured.blocks} blocks of {target.block} calibration photos"
+        draws, draw = f"the {measured.blocks} blocks of {target.block} calibration photos", f"block of {target.block}"
     if target.kind == "risk" and certificate.closed:
         lines.append("every exit stays closed: nothing is lost, nothing gained")
     elif target.kind == "risk":
-        line = f"with probability {1 - target.delta:g} over the draw of {draws} the expected loss per {drawn}"
+        line = f"with probability {1 - target.delta:g} over the draw of {draws} the expected loss per {draw}"
         lines.append(f"{line} is at most {target.epsilon:g} (bound {measured.loss_bound:.4f}, {target.bound})")
     elif target.kind == "ap_drop":
         line = f"in {1 - target.delta:.0%} of bootstrap draws of {draws} at most {measured.AP50_lost_bound:.4f} AP50"
@@ -159,34 +164,18 @@ def promise(certificate: Certificate) -> list[str]:
 
 
 def write_results(
-    out_dir: str | os.PathLike[str],
-    results: Results,
-    pictures: Mapping[str, Image.Image] | None = None,
-    photos: Sequence[PhotoRow] = (),
-) -> list[Path]:
-    """Write what an evaluation found; each file appears complete or not at all.
-
-    Args:
-        out_dir: made if missing; files of an earlier evaluation are replaced.
-        results: of `earlyexit_ssd.evaluation.evaluate.evaluate_exits`.
-        pictures: name of a file without suffix -> picture, written as PNG.
-        photos: rows of photos.csv, `earlyexit_ssd.evaluation.matches.photo_list`; without one there is no file.
-
-    Returns:
-        the paths written: metrics.json, table.txt, table.md, photos.csv, ap_against_cost.png and the pictures.
-    """
-    folder = Path(out_dir)
+    folder: Path, results: Results, pictures: Mapping[str, Image.Image], photos: Sequence[PhotoRow] = ()
+) -> None:
+    """Write metrics.json, table.txt, table.md, ap_against_cost.png, a PNG file for each of the ``pictures`` (name ->
+    picture), and photos.csv if there are rows (see `earlyexit_ssd.evaluation.matches.photo_list`)."""
     write_json(folder / "metrics.json", results.to_json())
-    texts = {"table.txt": text_report(results) + "\n", "table.md": markdown_table(results) + "\n"}
+    write_text(folder / "table.txt", text_report(results) + "\n")
+    write_text(folder / "table.md", markdown_table(results) + "\n")
     if photos:
         rows = io.StringIO()
         writer = csv.DictWriter(rows, list(photos[0]), lineterminator="\n")
         writer.writeheader()
-        writer.writerows(photos)  # None is an empty field
-        texts["photos.csv"] = rows.getvalue()
-    for name, text in texts.items():
-        write_text(folder / name, text)
-    images = {"ap_against_cost": accuracy_against_cost(results), **(pictures or {})}
-    for name, image in images.items():
-        write_image(folder / f"{name}.png", image)
-    return [folder / name for name in ("metrics.json", *texts, *(f"{name}.png" for name in images))]
+        writer.writerows(photos)  # None becomes an empty field
+        write_text(folder / "photos.csv", rows.getvalue())
+    for name, picture in {"ap_against_cost": accuracy_against_cost(results), **pictures}.items():
+        write_image(folder / f"{name}.png", picture)

@@ -1,4 +1,4 @@
-"""Metrics as the evaluation gives them, with figures made up."""
+"""The content of a metrics.json with invented figures."""
 
 from __future__ import annotations
 
@@ -31,16 +31,9 @@ def metrics() -> dict:
     routed = exit_row("routed", 0, 0.65, 30.0, exit_share={"exit8": 0.5, "exit12": 0.25, "full": 0.25})
     for key in ("name", "layer", "confidence", "ms_interval"):
         del routed[key]
+    settings = {"score": 0.5, "iou": 0.5, "device": "cpu", "threads": 1}
     return {
-        "context": {
-            "splits": ["toy_test"],
-            "images": 614,
-            "empty_images": 0,
-            "score": 0.5,
-            "iou": 0.5,
-            "device": "cpu",
-            "threads": 1,
-        },
+        "context": {"splits": ["toy_test"], "images": 614, "empty_images": 0, **settings},
         "exits": [
             exit_row("exit8", 8, 0.55, 22.0, false_positives_per_empty_image=None),
             exit_row("exit12", 12, 0.66, 35.0),
@@ -58,7 +51,7 @@ def metrics() -> dict:
 
 @pytest.fixture
 def with_rivals(metrics) -> dict:
-    """A smaller plain net, and a foreign one whose milliseconds are of another runtime and whose MMACs nobody knows."""
+    """The metrics with two rivals: a smaller plain detector, and an ONNX file in another runtime with unknown MMACs."""
     small = exit_row("plain 256", 16, 0.64, 33.0, kind="plain", source=None, runtime="eager")
     foreign = exit_row("yolox_nano", 16, 0.71, 15.0, kind="onnx", source="nano.onnx", runtime="onnxruntime")
     for row in (small, foreign):

@@ -1,4 +1,4 @@
-"""The report page: what is written into it, and what a browser makes of it."""
+"""The report page: its content, and its behaviour in a browser."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from earlyexit_ssd.evaluation.results import Results
 from earlyexit_ssd.modeling import Architecture
 from earlyexit_ssd.report.page import (
     Page,
+    Tile,
     evaluation_page,
     never_failing,
     search_page,
@@ -47,7 +48,7 @@ COSTS = [
     OpenCosts((False, True), (8.0, 18.0, 41.0)),
     OpenCosts((False, False), (8.0, 16.0, 38.0)),
 ]
-EVIL = "<script>window.evil = 1</script><img src=x onerror='window.evil = 1'>.jpg"
+EVIL = "<Script>window.evil = 1</Script><img src=x onerror='window.evil = 1'>.jpg"
 
 
 def page_photos(truth, detections, confidences, thresholds=(0.5, 0.5), **more) -> PagePhotos:
@@ -58,7 +59,7 @@ def page_photos(truth, detections, confidences, thresholds=(0.5, 0.5), **more) -
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory) -> PagePhotos:
-    """40 photos with objects and detections at random; the first has a file, and a name that would run as markup."""
+    """40 photos with random objects and detections. Photo 1 has a file; the name of photo 2 is a script in HTML."""
     (truth, first), (_, second), (_, third) = (build_random_case(seed, images=40) for seed in (1, 2, 3))
     folder = tmp_path_factory.mktemp("photos")
     for image_id, image in truth.imgs.items():
@@ -71,8 +72,8 @@ def photos(tmp_path_factory) -> PagePhotos:
     return page_photos(truth, [second, deeper, first], confidences)
 
 
-def test_a_photo_by_hand():
-    """Two cats; the first exit finds one, and sees a dog and a cat that are not there; the full path finds both."""
+def test_content_of_a_photo():
+    """Two cats. The first exit finds one, and two false positives (a dog, a cat). The full path finds both cats."""
     box, far = (10, 10, 110, 110), (300, 300, 500, 600)
     truth = build_ground_truth(2, [(1, 1, box), (1, 1, far)])
     shallow = {
@@ -87,15 +88,23 @@ def test_a_photo_by_hand():
     assert content["found"][0][0] == shown
     assert content["found"][0][2] == [[10, 10, 110, 110, 0, 90, 1], [300, 300, 500, 600, 0, 80, 1]]
     assert content["truth"] == [[[10, 10, 110, 110, 0, 0], [300, 300, 500, 600, 0, 0]], []]
-    groups = {one["title"]: {bin["label"]: bin["photos"] for bin in one["bins"]} for one in content["groups"]}
+    groups = {group["title"]: {bin["label"]: bin["photos"] for bin in group["bins"]} for group in content["groups"]}
     assert groups["number of objects"] == {"0": [1], "2": [0]} and groups["class shown"] == {"cat": [0]}
     assert groups["crowding: largest IoU of two objects"] == {"under 0.01": [0]}
     # sides of 100 and sqrt(60000) = 245 pixels in a photo of 640: the median is 0.27
     assert groups["typical size of an object, share of the side"] == {"20% to 40%": [0]}
-    assert content["curve"][0]["AP50"] == 1.0  # the dearest is the full path
+    assert content["curve"][0]["AP50"] == 1.0  # the full path: the point with the highest cost
 
 
-def test_the_verdict_in_a_sentence(metrics):
+def test_detector_without_early_exits_has_no_curve():
+    truth, found = build_random_case(0, images=3)
+    matches = exit_matches(truth, [found])
+    photos = PagePhotos(truth, [found], matches, ("full",), np.array([]), (), [OpenCosts((), (38.0,))], None, None, 0.4)
+    content = photos_json(photos)
+    assert content["curve"] == content["confidences"] == [] and np.shape(content["hits"]) == (3, 1)
+
+
+def test_verdict_sentence_names_what_to_ship(metrics):
     assert verdict_sentence(Results.from_json(metrics)) == (
         "Ship the exits: 1.43 times as fast as the detector without exits, AP50 0.650 against 0.720."
     )
@@ -104,13 +113,18 @@ def test_the_verdict_in_a_sentence(metrics):
     assert verdict_sentence(Results.from_json(metrics)) == "Do not ship the routed detector. Ship instead: plain 256."
 
 
-def test_first_screen(with_rivals):
+def tiles_of(page: Page) -> dict[str, Tile]:
+    return {tile.name: tile for tile in page.tiles}
+
+
+def test_first_screen_of_an_evaluation(with_rivals):
+    with_rivals["exits"][0]["ms"] = None
     page = evaluation_page(Results.from_json(with_rivals))
-    tiles = {tile.name: tile for tile in page.tiles}
+    tiles = tiles_of(page)
     assert tiles["speed-up"].value == "1.43×" and tiles["photos leave early"].value == "75.0 %"
     assert tiles["target of the calibration"].value == "none"
-    assert [row[0] for row in page.table[1:]] == [*EXITS, "routed", "without exits", "plain 256", "yolox_nano"]
-    assert [point.name for point in page.points if point.other_runtime] == ["yolox_nano"]
+    names = [*EXITS, "routed", "without exits", "plain 256", "yolox_nano"]
+    assert [row[0] for row in page.table[1:]] == names and [point.name for point in page.points] == names[1:]
 
 
 @pytest.mark.parametrize(
@@ -123,35 +137,27 @@ def test_first_screen(with_rivals):
         ("speedup", 1.5, [1.2, 1.3], False, "not kept"),
     ],
 )
-def test_a_target_that_only_part_of_the_interval_keeps(with_rivals, kind, value, interval, kept, words):
+def test_target_tile_compares_the_target_with_the_interval(with_rivals, kind, value, interval, kept, words):
     target = {"kind": kind, "value": value, "delta": 0.05}
     with_rivals["certificate"] = {"target": target, "measured": sum(interval) / 2, "interval": interval, "kept": kept}
-    tiles = {tile.name: tile for tile in evaluation_page(Results.from_json(with_rivals)).tiles}
-    assert tiles["target of the calibration"].note.rpartition(": ")[2] == words
+    tile = tiles_of(evaluation_page(Results.from_json(with_rivals)))["target of the calibration"]
+    assert tile.note.rpartition(": ")[2] == words and tile.good == kept
 
 
-def test_a_search_is_held_against_the_user_s_own_detector(with_rivals):
+def test_search_is_compared_with_the_user_s_own_detector(with_rivals):
     with_rivals["rivals"][0] |= {"source": "base.pth", "ms": 3 * with_rivals["routed"]["ms"], "AP50": 0.75}
     page = search_page((), None, "ship it. reasons", True, Results.from_json(with_rivals), "base.pth")
-    tiles = {tile.name: tile for tile in page.tiles}
+    tiles = tiles_of(page)
     assert tiles["speed-up"].value == "3.00×" and tiles["AP50"].note == "your detector 0.750"
     assert tiles["photos leave early"].value == "75.0 %" and page.good
 
 
-def test_training_counts_epochs_on_and_names_what_failed():
+def test_training_page_numbers_epochs_across_phases_and_names_the_failed_checks():
+    losses = {"loss": 3.0, "loss/a": 1.0}
+    measured = {"AP50/full": 0.5, "AP50/exit8": 0.25, "temperature/exit8": 3.0}
     logs = {
         "baseline": [{"step": 1, "epoch": 1.0, "loss": 5.0, "AP50/full": 0.5}],
-        "exits": [
-            {
-                "step": 1,
-                "epoch": 2.0,
-                "loss": 3.0,
-                "loss/a": 1.0,
-                "AP50/full": 0.5,
-                "AP50/exit8": 0.25,
-                "temperature/exit8": 3.0,
-            }
-        ],
+        "exits": [{"step": 1, "epoch": 2.0, **losses, **measured}],
     }
     check = {"name": "exit8 AP50", "value": 0.25, "limit": 0.3, "of": "", "passed": False}
     gates = [{"phase": "exits", "passed": False, "forced": False, "checks": [check]}]
@@ -165,16 +171,16 @@ def test_training_counts_epochs_on_and_names_what_failed():
     assert training_page(section, gates, "toy").verdict == "The gate of phase exits failed: exit8 AP50 0.250 < 0.300."
 
 
-def test_a_page_that_cannot_be_made_ends_no_run(tmp_path, caplog):
+def test_error_in_a_page_is_a_warning(tmp_path, caplog):
     with never_failing(tmp_path / "report.html"):
         raise KeyError("thumbnail")
     assert "report.html is not written (KeyError: 'thumbnail'); all other results are" in caplog.text
 
 
-def test_nothing_is_fetched_and_no_name_is_markup(photos, tmp_path):
+def test_page_fetches_nothing_and_escapes_names(photos, tmp_path):
     write_page(tmp_path / "report.html", Page("</title><b>", "<script>", photos=photos))
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert "<title>&lt;/title&gt;&lt;b&gt;</title>" in text and "evil" not in text
+    assert "<title>&lt;/title&gt;&lt;b&gt;</title>" in text and ">&lt;script&gt;</h1>" in text and "evil" not in text
     assert not re.search(r"(src|href)=\"(http|//|file)", text) and "default-src 'none'" in text
     packed = re.search(r'id="data">([^<]*)<', text)[1]
     content = json.loads(gzip.decompress(base64.b64decode(packed)))
@@ -202,7 +208,7 @@ def browser():
 
 @pytest.fixture(scope="module")
 def shown(browser, photos, tmp_path_factory):
-    """The page in a window of 400 pixels, and what its console says."""
+    """The page in a window of 400 pixels, and a list of its errors and requests."""
     path, errors = tmp_path_factory.mktemp("page") / "report.html", []
     section = training_section({"exits": [{"step": 1, "epoch": 1.0, "loss": 5.0, "AP50/exit8": 0.5}]}, [])
     write_page(path, Page("toy", "Ship it.", True, photos=photos, sections=(section,), command="calibrate {target}"))
@@ -221,7 +227,7 @@ def value(tab, key):
 
 
 @pytest.mark.parametrize("thresholds", [(0.5, 0.5), (0.9, 0.2), (2.0, 0.731), (0.0, 0.3), (2.0, 2.0), (0.25, 2.0)])
-def test_the_explorer_shows_what_python_computes(shown, photos, thresholds):
+def test_explorer_shows_the_figures_that_python_computes(shown, photos, thresholds):
     tab, _ = shown
     for name, threshold in zip(EXITS[:2], thresholds, strict=True):
         box = tab.get_by_label(f"threshold of {name}, number")
@@ -236,15 +242,14 @@ def test_the_explorer_shows_what_python_computes(shown, photos, thresholds):
     assert value(tab, "found") == hits[every, choice].sum()
     assert value(tab, "lost") == np.maximum(hits[:, -1] - hits[every, choice], 0).sum()
     assert value(tab, "added") == np.maximum(false[every, choice] - false[:, -1], 0).sum()
-    opened = tuple(one < 2 for one in thresholds)
-    costs = next(one for one in COSTS if one.opened == opened)
+    opened = tuple(threshold < 2 for threshold in thresholds)
+    costs = next(costs for costs in COSTS if costs.opened == opened)
     assert value(tab, "mmacs") == pytest.approx(np.array(costs.mmacs)[choice].mean(), rel=1e-12)
-    ms = None if costs.ms is None else pytest.approx(np.array(costs.ms)[choice].mean(), rel=1e-12)
-    assert value(tab, "ms") == ms
+    assert value(tab, "ms") == (costs.ms and pytest.approx(np.array(costs.ms)[choice].mean(), rel=1e-12))
     assert value(tab, "changed") == (choice != choose(photos.confidences, (0.5, 0.5))).sum()
 
 
-def test_it_works_by_keyboard_on_a_telephone(shown, photos):
+def test_page_works_by_keyboard_in_a_narrow_window_and_prints(shown, photos):
     tab, errors = shown
     tab.get_by_role("button", name="as evaluated").press("Enter")
     before = value(tab, "share/exit8")
@@ -264,8 +269,8 @@ def test_it_works_by_keyboard_on_a_telephone(shown, photos):
     assert errors == []
 
 
-def test_many_photos_answer_at_once(browser, photos, tmp_path):
-    """5,000 photos with 100 detections each at every exit: the size of the file, and the time of an answer."""
+def test_5000_photos_make_a_small_file_and_fast_answers(browser, photos, tmp_path):
+    """Each photo has 100 detections at every exit."""
     generator, repeats = np.random.default_rng(0), MANY // 40
     count = len(EXITS) * MANY * 100
     scores = np.sort(generator.random(count) ** 4)[::-1]
@@ -281,11 +286,9 @@ def test_many_photos_answer_at_once(browser, photos, tmp_path):
         image["file_name"] = f"photo{image_id}.jpg"
     confidences = generator.random((2, MANY)).astype(np.float32)
     nothing = {image_id: build_found() for image_id in truth.imgs}
-    large = dataclasses.replace(
-        photos, matches=matches, ground_truth=truth, confidences=confidences, detections=[nothing] * 3
-    )
+    content = {"matches": matches, "ground_truth": truth, "confidences": confidences, "detections": [nothing] * 3}
     path = tmp_path / "report.html"
-    write_page(path, Page("many", "", photos=large))
+    write_page(path, Page("many", "", photos=dataclasses.replace(photos, **content)))
     assert os.path.getsize(path) < 25e6
     tab = browser.new_page()
     tab.goto(path.as_uri())
@@ -309,15 +312,14 @@ def model():
 
 def test_every_exit_with_a_head_has_a_map(model):
     maps = attention_maps(model, torch.rand(3, 60, 80))
-    assert {name: method for name, (method, _) in maps.items()} == {
-        "exit4": CHANNELS, "exit8": GRADIENTS, "full": GRADIENTS,
-    }  # fmt: skip
+    methods = {name: method for name, (method, _) in maps.items()}
+    assert methods == {"exit4": CHANNELS, "exit8": GRADIENTS, "full": GRADIENTS}
     for _, values in maps.values():
         assert values.dim() == 2 and values.min() >= 0 and values.max() == pytest.approx(1.0, abs=1e-5)
-    assert all(one.grad is None for one in model.parameters())
+    assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_channel_attention_weights_the_tap(model):
+def test_map_of_a_light_branch_is_its_weighted_tap(model):
     image = torch.rand(3, 96, 96)
     branch, taps = model.branches["exit4"], []
     hook = branch.attention.register_forward_hook(lambda _, inputs, output: taps.append(output))
@@ -327,7 +329,7 @@ def test_channel_attention_weights_the_tap(model):
     torch.testing.assert_close(values, expected / expected.max())
 
 
-def test_pictures_have_the_shape_of_the_photo(model):
+def test_attention_pictures_have_the_shape_of_the_photo(model):
     (first, *_), photo = attention_pictures(model, [(7, torch.rand(3, 200, 480))]), torch.rand(3, 10, 10)
     assert first.photo == 7 and first.picture.size == (240, 100)
     assert len(attention_pictures(model, [(0, photo), (1, photo)])) == 6
