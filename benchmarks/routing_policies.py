@@ -228,14 +228,11 @@ def msdnet_shares(exits: int, q: float) -> np.ndarray:
 
 
 def thresholds_for_shares(confidences: Sequence[np.ndarray], shares: Sequence[float]) -> np.ndarray:
-    """Return thresholds [early exits] at which the shares of photos leave, the most confident photos first.
+    """Return thresholds [early exits] at which ``shares`` [exits] of the photos leave, the most confident first.
 
     Photos with equal confidence leave together, so an exit may get more than its share and the next exit less. MSDNet
     computes the thresholds on a validation set, DynamicDet (Lin et al. 2023, section 3.4) on the test photos.
-
-    Args:
-        confidences: per early exit [n], below 0 for photos that cannot leave.
-        shares: [exits], the full path last, with the sum 1.
+    ``confidences`` are [n] for each early exit, below 0 for photos that cannot leave.
     """
     left = np.arange(len(confidences[0]))
     thresholds = []
@@ -277,21 +274,13 @@ class _Call(nn.Module):
 
 @dataclass(frozen=True)
 class Throughput:
-    """Photos per second of the network, fused for inference, in batches, without resizing and post-processing.
+    """Photos per second of the network, fused for inference, in batches, without resizing and post-processing."""
 
-    Attributes:
-        batch: photos in a batch.
-        mixed: with photos that leave at different exits.
-        ideal: if every photo took as long as in a batch whose photos all leave at its exit.
-        plain: speed of the detector without exits.
-        share_of_ideal: mixed / ideal.
-    """
-
-    batch: int
-    mixed: float
-    ideal: float
-    plain: float
-    share_of_ideal: float
+    batch: int  # number of photos in a batch
+    mixed: float  # photos leave at different exits
+    ideal: float  # if every photo took as long as in a batch whose photos all leave at its exit
+    plain: float  # the detector without exits
+    share_of_ideal: float  # mixed / ideal
 
 
 class Planned(nn.Module):
@@ -386,16 +375,12 @@ class Study:
 
 @dataclass(frozen=True)
 class Compared:
-    """A router on a split, with the coin and oracles at its cost.
+    """A router on a split, with the coin and oracles at its cost."""
 
-    Attributes:
-        choice: exits of the router, [n].
-        oracles: exits [n] and line of ``oracle`` (smallest error) and ``best_oracle`` (highest AP50).
-    """
-
-    choice: np.ndarray
+    choice: np.ndarray  # exits of the router, [n]
     router: Line
     chance: Line
+    # exits [n] and line of ``oracle`` (smallest error) and ``best_oracle`` (highest AP50)
     oracles: dict[str, tuple[np.ndarray, Line]]
 
     def leads(self, oracle: str, key: str = "AP50") -> tuple[float, float]:

@@ -36,6 +36,10 @@ def test_oracle_spends_the_budget_where_errors_fall_most(budget, choice):
     assert oracle_choice(errors[:, :1], COSTS[:1], budget).tolist() == [0, 0, 0, 0]  # one exit
 
 
+def test_oracle_spends_the_rest_of_the_budget_on_some_of_equal_photos():
+    assert oracle_choice(np.array([[1.0, 0.0]] * 3), COSTS[:2], 1.7).tolist() == [1, 1, 0]
+
+
 @pytest.mark.parametrize("seed", range(8))
 def test_oracle_error_is_within_one_photo_of_the_best_choice(seed):
     generator = np.random.default_rng(seed)
@@ -107,8 +111,8 @@ def test_pooled_gap_in_resamples(random_case):
 
 
 def test_pooled_gap_by_hand():
-    """0.01 of 0.04 and 0.02 of 0.02 give 0.03 of 0.06, not the mean of 0.25 and 1."""
-    assert pooled_gap([(0.01, 0.04), (0.02, 0.02)]) == pytest.approx(0.5)
+    """0.01 of 0.04 and 0.02 of 0.03 give 0.03 of 0.07, not the mean of two gaps."""
+    assert pooled_gap([(0.01, 0.04), (0.02, 0.03)]) == pytest.approx(3 / 7)
     draws = pooled_gap([np.array([[0.01, 0.02], [0.04, 0.0]]), np.array([[0.02, 0.0], [0.02, -0.01]])])
     assert draws[0] == pytest.approx(0.5) and np.isnan(draws[1])
 
