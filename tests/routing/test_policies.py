@@ -271,6 +271,7 @@ def test_router_of_learned_gain_goes_through_json():
     router = ExitRouter(**json.loads(json.dumps(settings)))
     assert not any(parameter.requires_grad for parameter in router.parameters())
     signals = ExitSignals(torch.randn(5, 30, 3), torch.rand(5, 12))
+    assert gain_inputs(signals, 6)[:, NUM_STATISTICS:].equal(signals.tap[:, :6])  # the means, not the maxima
     for exit_index, model in enumerate(models):
         expected = torch.sigmoid(-model(gain_inputs(signals, model.tap_channels)))
         torch.testing.assert_close(router.confidence(signals, exit_index), expected)
