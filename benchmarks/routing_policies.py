@@ -454,7 +454,7 @@ def _figures(study: Study, compared: Compared, thresholds: np.ndarray) -> dict[s
     routed, kept = bootstrap_choices(matches, [choice, np.full(len(choice), full)], seed=study.seed)
     shares = np.bincount(choice, minlength=full + 1) / len(choice)
     return {
-        "thresholds": [float(value) for value in thresholds],
+        "thresholds": thresholds.tolist(),
         **asdict(compared.router),
         "AP50_interval": interval(routed.AP50),
         "AP50_below_full_interval": interval(kept.AP50 - routed.AP50),

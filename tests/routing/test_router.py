@@ -126,14 +126,7 @@ def test_misspelt_keyword():
 
 
 def test_numbers_of_any_type_are_one_value_per_exit():
-    for value in (
-        0.75,
-        np.float32(0.75),
-        torch.tensor(0.75),
-        [0.75] * 2,
-        torch.tensor([0.75] * 2),
-        (np.float64(0.75),),
-    ):
+    for value in (0.75, np.float32(0.75), torch.tensor(0.75), [0.75] * 2, torch.full([2], 0.75), (np.float64(0.75),)):
         router = ExitRouter(2, thresholds=value, temperatures=value)
         assert router.thresholds.tolist() == router.temperatures.tolist() == [0.75, 0.75]
 
