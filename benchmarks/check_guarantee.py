@@ -41,26 +41,16 @@ With the --out folder of benchmarks/routing_policies.py, its recordings are used
 
 @dataclass(frozen=True)
 class Resplits:
-    """Results over many random splits into calibration and test photos.
-
-    Attributes:
-        epsilon, delta: of the certificates.
-        splits: number of splits.
-        exceeded: share of the splits in which the mean loss of the test photos was above epsilon.
-        tolerance: the 97.5 % quantile of binomial(splits, delta) / splits, which ``exceeded`` can reach by chance.
-        opened: share of the splits in which any exit was opened.
-        speedup: compared with the detector without exits, on the test photos, mean over the splits.
-        best_speedup: the same for thresholds chosen on the test photos: the cheapest step of the path whose loss there
-            is at most epsilon.
-    """
+    """Results over many random splits into calibration and test photos."""
 
     epsilon: float
     delta: float
     splits: int
-    exceeded: float
-    tolerance: float
-    opened: float
-    speedup: float
+    exceeded: float  # share of the splits in which the mean loss of the test photos was above epsilon
+    tolerance: float  # 97.5 % quantile of binomial(splits, delta) / splits, which ``exceeded`` can reach by chance
+    opened: float  # share of the splits in which any exit was opened
+    speedup: float  # compared with the detector without exits, on the test photos, mean over the splits
+    # the same for thresholds chosen on the test photos: the cheapest step of the path with a loss of at most epsilon
     best_speedup: float
 
 
@@ -144,23 +134,19 @@ def check_guarantee(
     router, on_train = fit_router(cfg, cfg.ROUTING.POLICY, temperatures, train, cross_fit=False)
     costs = measure_cost_model(cfg, model, router)
     path = threshold_path(on_train, train.losses(reference), costs.of_each)
-    confidences = [
-        np.concatenate(pair) for pair in zip(calib.confidences(router), test.confidences(router), strict=True)
-    ]
+    pairs = zip(calib.confidences(router), test.confidences(router), strict=True)
+    confidences = [np.concatenate(pair) for pair in pairs]
     losses = np.concatenate([calib.losses(reference), test.losses(reference)])
-    settings = {"calibration": len(calib.recording), "delta": delta, "method": cfg.CALIBRATION.BOUND, "splits": splits}
-    resplits = [
-        check_certificates(
-            path, confidences, losses, costs.of_each(path), costs.plain, epsilon=epsilon, seed=cfg.SEED, **settings
-        )
-        for epsilon in EPSILONS
-    ]
+    bound, photos = cfg.CALIBRATION.BOUND, len(calib.recording)
+    settings = {"calibration": photos, "delta": delta, "method": bound, "splits": splits, "seed": cfg.SEED}
+    arguments = (path, confidences, losses, costs.of_each(path), costs.plain)
+    resplits = [check_certificates(*arguments, epsilon=epsilon, **settings) for epsilon in EPSILONS]
     context = {
         "policy": cfg.ROUTING.POLICY,
-        "bound": cfg.CALIBRATION.BOUND,
+        "bound": bound,
         "reference": reference,
         "photos": len(losses),
-        "calibration_photos": len(calib.recording),
+        "calibration_photos": photos,
         "seed": cfg.SEED,
         "cost_model": asdict(costs.certified()),
     }

@@ -87,13 +87,8 @@ def compare_recipes(
     """Train the branches with every recipe and seed on a frozen full path, and evaluate all exits on the calib split.
 
     Taps are computed once for all recipes with the same photos, views and layers. Results in ``out_dir`` with the same
-    settings are not trained again, so a comparison can be stopped, continued and extended.
-
-    Args:
-        config, overrides: configuration that every recipe changes; its DATA, EXITS, LOSS and EXITS_PHASE are used.
-        recipes: see :func:`read_recipes`.
-        seeds: every recipe is trained with each seed.
-        out_dir: folder for recipes.json, the table and the taps.
+    settings are not trained again, so a comparison can be stopped, continued and extended. ``out_dir`` gets
+    recipes.json, the table and the taps.
 
     Returns:
         A dict per recipe and seed: ``recipe``, ``seed``, ``settings``, ``minutes`` (training steps only), ``threads``
@@ -123,7 +118,9 @@ def _train_all(trials: Sequence[tuple[str, int, CfgNode, Path]], out_dir: Path) 
         photos = f"{cfg.DATA} {cfg.SEED}"  # the seed selects photos
         if photos not in contents:
             contents[photos] = _photo_contents(cfg)
-        settings = {**_settings(cfg), "SHA256": {**_weights_contents(cfg), **contents[photos]}}
+        # torchvision's weights are identified by their name
+        weights = {"WEIGHTS": sha256(cfg.MODEL.WEIGHTS)} if Path(cfg.MODEL.WEIGHTS).is_file() else {}
+        settings = {**_settings(cfg), "SHA256": {**weights, **contents[photos]}}
         row = _stored(folder, settings)
         if "AP50" not in row:
             row |= {"recipe": name, "seed": seed, **_train(cfg, folder, out_dir / "taps", row)}
@@ -167,11 +164,6 @@ def _settings(cfg: CfgNode) -> dict[str, Any]:
         settings["DATA"].pop(key)
     settings["MODEL"]["WEIGHTS"] = Path(cfg.MODEL.WEIGHTS).name
     return settings
-
-
-def _weights_contents(cfg: CfgNode) -> dict[str, str]:
-    """Return the hash of MODEL.WEIGHTS if it is a file. torchvision's weights are identified by their name."""
-    return {"WEIGHTS": sha256(cfg.MODEL.WEIGHTS)} if Path(cfg.MODEL.WEIGHTS).is_file() else {}
 
 
 def _photo_contents(cfg: CfgNode) -> dict[str, str]:
@@ -235,29 +227,19 @@ def recipe_table(rows: Sequence[Mapping[str, Any]]) -> str:
     exits = list(dict.fromkeys(name for row in rows for name in row["parameters"]))
     figures = [f"{name} {what}" for name in exits for what in ("AP50", "MMAC", "M param.")]
     heads = ["recipe", "seeds", "minutes", *figures]
-    lines = [_line(heads), _line(["---"] * len(heads))]
+    lines = [heads, ["---"] * len(heads)]
     for recipe, trials in by_recipe.items():
         cells = [recipe, str(len(trials)), f"{mean(trial['minutes'] for trial in trials):.1f}"]
+        parameters, mmacs = trials[0]["parameters"], trials[0]["mmacs"]
         for name in exits:
-            cells += _exit_cells(trials, name)
-        lines.append(_line(cells))
-    return "\n".join(lines)
-
-
-def _exit_cells(trials: Sequence[Mapping[str, Any]], name: str) -> list[str]:
-    if name not in trials[0]["parameters"]:
-        return ["-", "-", "-"]
-    values = [trial["AP50"][name] or 0.0 for trial in trials]
-    spread = f" ({min(values):.3f} to {max(values):.3f})" if len(values) > 1 else ""
-    return [
-        f"{mean(values):.3f}{spread}",
-        f"{trials[0]['mmacs'][name]:.0f}",
-        f"{trials[0]['parameters'][name] / 1e6:.2f}",
-    ]
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+            if name not in parameters:
+                cells += ["-", "-", "-"]
+                continue
+            values = [trial["AP50"][name] or 0.0 for trial in trials]
+            spread = f" ({min(values):.3f} to {max(values):.3f})" if len(values) > 1 else ""
+            cells += [f"{mean(values):.3f}{spread}", f"{mmacs[name]:.0f}", f"{parameters[name] / 1e6:.2f}"]
+        lines.append(cells)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -28,19 +28,12 @@ examples:
 
 @dataclass(frozen=True)
 class Row:
-    """State of the process after a number of frames.
+    """State of the process after a number of frames."""
 
-    Attributes:
-        frames: frames that were run so far.
-        memory_mb: resident memory, MB.
-        files: number of open files.
-        changed: frames whose detections differ from those of the first run of the same frame.
-    """
-
-    frames: int
-    memory_mb: float
-    files: int
-    changed: int
+    frames: int  # frames that were run so far
+    memory_mb: float  # resident memory, MB
+    files: int  # number of open files
+    changed: int  # frames whose detections differ from those of the first run of the same frame
 
 
 def long_run(predictor: Predictor, images: Sequence[np.ndarray], frames: int, rows: int = 10) -> Iterator[Row]:

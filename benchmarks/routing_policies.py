@@ -34,13 +34,7 @@ from earlyexit_ssd.calibration.thresholds import best_within, choose, learn_open
 from earlyexit_ssd.command_line import run_tool
 from earlyexit_ssd.config import CLOSED, load_config
 from earlyexit_ssd.evaluation.cost import PlainPath, Timing, time_modules
-from earlyexit_ssd.evaluation.matches import (
-    ExitMatches,
-    ap_of_choice,
-    bootstrap_choices,
-    interval,
-    photo_counts,
-)
+from earlyexit_ssd.evaluation.matches import ExitMatches, ap_of_choice, bootstrap_choices, interval, photo_counts
 from earlyexit_ssd.files import locks_folder, write_image, write_json, write_text
 from earlyexit_ssd.modeling import EarlyExitSSDLite
 from earlyexit_ssd.modeling.detector import fuse_for_inference, route
@@ -114,11 +108,10 @@ def tosses(choice: np.ndarray, count: int, seed: int) -> list[np.ndarray]:
 def coin(matches: ExitMatches, choice: np.ndarray, costs: np.ndarray, seed: int = 0) -> Line:
     """Return the mean line of `COIN_TOSSES` random permutations of ``choice`` [n]."""
     metrics = [ap_of_choice(matches, toss) for toss in tosses(choice, COIN_TOSSES, seed)]
-    values = [
-        None if any(value is None for value in figures) else float(np.mean(figures))
-        for figures in ([toss.AP for toss in metrics], [toss.AP50 for toss in metrics])
-    ]
-    return Line(float(costs[choice].mean()), *values)
+    cost = float(costs[choice].mean())
+    if metrics[0].AP50 is None:  # no labelled object
+        return Line(cost, None, None)
+    return Line(cost, float(np.mean([toss.AP for toss in metrics])), float(np.mean([toss.AP50 for toss in metrics])))
 
 
 def errors_against_labels(matches: ExitMatches, score: float) -> np.ndarray:
@@ -143,14 +136,12 @@ def oracle_choice(errors: np.ndarray, costs: np.ndarray, budget: float) -> np.nd
         costs: [exits], the cheapest first.
         budget: at least the cheapest cost.
     """
-    if len(costs) == 1:
-        return np.zeros(len(errors), dtype=np.int64)
     scale = costs / costs.max()
 
     def choose_at(price: float) -> np.ndarray:
         return (errors + price * scale).argmin(1)  # argmin returns the first of equal values
 
-    low, high = 0.0, 1.0 + float(np.ptp(errors)) / max(float(np.diff(np.sort(scale)).min()), 1e-9)
+    low, high = 0.0, 1.0 + float(np.ptp(errors)) / max(float(np.diff(np.sort(scale)).min(initial=1.0)), 1e-9)
     if costs[choose_at(low)].mean() <= budget:
         return choose_at(low)
     for _ in range(60):
@@ -175,11 +166,8 @@ def oracle_over_exits(
     It tries `ORACLE_BUDGETS` mean costs up to ``budget`` and every set of open exits, because a closed exit makes
     deeper exits cheaper. So it is at least as good as any single exit at this cost.
 
-    Args:
-        errors: [n, exits].
-        costs_with: function from thresholds of the early exits (0 or `CLOSED`) to costs [exits].
-        budget: largest mean cost.
-        value: function from exits [n] to a value such as AP50.
+    ``errors`` are [n, exits], and ``costs_with`` is a function from thresholds of the early exits (0 or `CLOSED`) to
+    costs [exits]. ``value`` is a function from exits [n] to a number such as AP50.
     """
     best, best_value = None, (-np.inf, -np.inf)
     budget *= 1 + 1e-9  # tolerance for the rounding of means
@@ -195,23 +183,12 @@ def oracle_over_exits(
     return best
 
 
-def gap_closed(router: Line, chance: Line, oracle: Line) -> float | None:
-    """Return (router - coin) / (oracle - coin) in AP50, or None if the oracle gains nothing."""
-    if None in (router.AP50, chance.AP50, oracle.AP50) or oracle.AP50 - chance.AP50 < 1e-6:
-        return None
-    return (router.AP50 - chance.AP50) / (oracle.AP50 - chance.AP50)
-
-
 def pooled_gap(leads: Sequence[np.ndarray | Sequence[float]]) -> np.ndarray:
-    """Return the pooled gap of several budgets: the sum of the router's leads over the sum of the oracle's leads.
+    """Return the gap closed at some budgets: the sum of the router's leads over the sum of the oracle's leads.
 
-    The mean of the gaps would give large weight to budgets where the oracle gains little.
-
-    Args:
-        leads: per budget (router - coin, oracle - coin) in AP50, [2] or, for bootstrap draws, [2, resamples].
-
-    Returns:
-        A scalar or [resamples], NaN if the oracle gains nothing.
+    The mean of the gaps would give large weight to budgets where the oracle gains little. ``leads`` are for each budget
+    (router - coin, oracle - coin), [2] or, for bootstrap draws, [2, resamples]. The gap is a scalar or [resamples], and
+    NaN if the oracle gains nothing.
     """
     router, oracle = np.sum(np.asarray(leads, dtype=float), axis=0)
     return router / np.where(oracle < 1e-6, np.nan, oracle)
@@ -221,11 +198,7 @@ def resampled_leads(
     matches: ExitMatches, choice: np.ndarray, oracles: Sequence[np.ndarray], resamples: int = 200, seed: int = 0
 ) -> list[np.ndarray]:
     """Return the leads in AP50 of router and oracle over the coin in bootstrap draws, [2, resamples] for each oracle.
-
-    Args:
-        choice: exits of the router, [n].
-        oracles: exits of each oracle, [n].
-    """
+    ``choice`` and each of ``oracles`` are exits [n]."""
     compared = [choice, *tosses(choice, BOOTSTRAP_TOSSES, seed), *oracles]
     router, *others = (draws.AP50 for draws in bootstrap_choices(matches, compared, resamples, seed))
     chance = np.mean(others[:BOOTSTRAP_TOSSES], axis=0)
@@ -255,14 +228,11 @@ def msdnet_shares(exits: int, q: float) -> np.ndarray:
 
 
 def thresholds_for_shares(confidences: Sequence[np.ndarray], shares: Sequence[float]) -> np.ndarray:
-    """Return thresholds [early exits] at which the shares of photos leave, the most confident photos first.
+    """Return thresholds [early exits] at which ``shares`` [exits] of the photos leave, the most confident first.
 
     Photos with equal confidence leave together, so an exit may get more than its share and the next exit less. MSDNet
     computes the thresholds on a validation set, DynamicDet (Lin et al. 2023, section 3.4) on the test photos.
-
-    Args:
-        confidences: per early exit [n], below 0 for photos that cannot leave.
-        shares: [exits], the full path last, with the sum 1.
+    ``confidences`` are [n] for each early exit, below 0 for photos that cannot leave.
     """
     left = np.arange(len(confidences[0]))
     thresholds = []
@@ -304,21 +274,13 @@ class _Call(nn.Module):
 
 @dataclass(frozen=True)
 class Throughput:
-    """Photos per second of the network, fused for inference, in batches, without resizing and post-processing.
+    """Photos per second of the network, fused for inference, in batches, without resizing and post-processing."""
 
-    Attributes:
-        batch: photos in a batch.
-        mixed: with photos that leave at different exits.
-        ideal: if every photo took as long as in a batch whose photos all leave at its exit.
-        plain: speed of the detector without exits.
-        share_of_ideal: mixed / ideal.
-    """
-
-    batch: int
-    mixed: float
-    ideal: float
-    plain: float
-    share_of_ideal: float
+    batch: int  # number of photos in a batch
+    mixed: float  # photos leave at different exits
+    ideal: float  # if every photo took as long as in a batch whose photos all leave at its exit
+    plain: float  # the detector without exits
+    share_of_ideal: float  # mixed / ideal
 
 
 class Planned(nn.Module):
@@ -391,27 +353,11 @@ def mixed_throughput(
 
 
 @dataclass(frozen=True)
-class Split:
-    """A recorded split, and `errors_against_labels` of its photos, [n, exits]."""
-
-    replay: Replay
-    errors: np.ndarray
-
-    @classmethod
-    def of(cls, replay: Replay) -> Split:
-        return cls(replay, errors_against_labels(replay.matches, replay.score))
-
-    @property
-    def matches(self) -> ExitMatches:
-        return self.replay.matches
-
-
-@dataclass(frozen=True)
 class Study:
     """The calib split (for thresholds), the test split (for figures), the costs, and which early exits are empty."""
 
-    calib: Split
-    test: Split
+    calib: Replay
+    test: Replay
     costs: CostModel
     exit_names: tuple[str, ...]
     empty: tuple[bool, ...]
@@ -429,16 +375,12 @@ class Study:
 
 @dataclass(frozen=True)
 class Compared:
-    """A router on a split, with the coin and oracles at its cost.
+    """A router on a split, with the coin and oracles at its cost."""
 
-    Attributes:
-        choice: exits of the router, [n].
-        oracles: exits [n] and line of ``oracle`` (smallest error) and ``best_oracle`` (highest AP50).
-    """
-
-    choice: np.ndarray
+    choice: np.ndarray  # exits of the router, [n]
     router: Line
     chance: Line
+    # exits [n] and line of ``oracle`` (smallest error) and ``best_oracle`` (highest AP50)
     oracles: dict[str, tuple[np.ndarray, Line]]
 
     def leads(self, oracle: str, key: str = "AP50") -> tuple[float, float]:
@@ -448,29 +390,29 @@ class Compared:
         return router - chance, best - chance
 
 
-def compare(study: Study, split: Split, confidences: list[np.ndarray], thresholds: Sequence[float]) -> Compared:
+def compare(study: Study, split: Replay, confidences: list[np.ndarray], thresholds: Sequence[float]) -> Compared:
     """Compare a router with the coin and oracles on a split. ``confidences`` is [n] for each early exit."""
-    costs = study.costs.per_exit(thresholds)
+    matches, costs = split.matches, study.costs.per_exit(thresholds)
     choice = choose(confidences, thresholds).astype(np.int64)
-    router = line_of(split.matches, choice, costs)
-    rows = np.arange(len(choice))
+    router = line_of(matches, choice, costs)
+    rows, errors = np.arange(len(choice)), errors_against_labels(matches, split.score)
     values = {
-        "oracle": lambda exits: 1 - split.errors[rows, exits].mean(),
-        "best_oracle": lambda exits: ap_of_choice(split.matches, exits, ap50_only=True).AP50,
+        "oracle": lambda exits: 1 - errors[rows, exits].mean(),
+        "best_oracle": lambda exits: ap_of_choice(matches, exits, ap50_only=True).AP50,
     }
     oracles = {}
     for name, value in values.items():
-        exits, exit_costs = oracle_over_exits(split.errors, study.costs.per_exit, router.cost, value)
-        oracles[name] = exits, line_of(split.matches, exits, exit_costs)
-    return Compared(choice, router, coin(split.matches, choice, costs, study.seed), oracles)
+        exits, exit_costs = oracle_over_exits(errors, study.costs.per_exit, router.cost, value)
+        oracles[name] = exits, line_of(matches, exits, exit_costs)
+    return Compared(choice, router, coin(matches, choice, costs, study.seed), oracles)
 
 
 def evaluate_policy(study: Study, router: ExitRouter, name: str) -> tuple[dict[str, Any], list[Compared]]:
     """Return the entry of a policy in routing.json, and its comparison on the test photos at each budget."""
-    calib, test = (split.replay.confidences(router) for split in (study.calib, study.test))
+    calib, test = (split.confidences(router) for split in (study.calib, study.test))
     grid = threshold_grid(calib)
     mean_costs = grid.mean_cost(study.costs.of_each(grid.thresholds))
-    ap50 = study.calib.replay.ap50_of(grid.choices, f"thresholds of {name}")
+    ap50 = study.calib.ap50_of(grid.choices, f"thresholds of {name}")
     budgets, on_test, on_calib = [], [], []
     for budget in study.budgets():
         thresholds = grid.thresholds[best_within(mean_costs, -ap50, budget)]
@@ -512,28 +454,25 @@ def _figures(study: Study, compared: Compared, thresholds: np.ndarray) -> dict[s
     routed, kept = bootstrap_choices(matches, [choice, np.full(len(choice), full)], seed=study.seed)
     shares = np.bincount(choice, minlength=full + 1) / len(choice)
     return {
-        "thresholds": [float(value) for value in thresholds],
+        "thresholds": thresholds.tolist(),
         **asdict(compared.router),
         "AP50_interval": interval(routed.AP50),
         "AP50_below_full_interval": interval(kept.AP50 - routed.AP50),
         "coin": asdict(compared.chance),
         **{name: asdict(line) for name, (_, line) in compared.oracles.items()},
-        "gap_closed": gap_closed(compared.router, compared.chance, compared.oracles["oracle"][1]),
+        "gap_closed": _number(pooled_gap([compared.leads("oracle")])),
         "speedup": study.costs.speedup(choice, thresholds),
-        "loss": float(study.test.replay.losses("full")[np.arange(len(choice)), choice].mean()),
+        "loss": float(study.test.losses("full")[np.arange(len(choice)), choice].mean()),
         "exit_share": dict(zip(study.exit_names, shares.tolist(), strict=True)),
     }
 
 
 def _pooled_gaps(study: Study, budgets: Sequence[Compared]) -> dict[str, dict[str, Any]]:
     """Return for each oracle the pooled gap of all budgets and its bootstrap interval."""
-    resampled = [
-        resampled_leads(
-            study.test.matches, compared.choice, [exits for exits, _ in compared.oracles.values()], seed=study.seed
-        )
-        for compared in budgets
-    ]
-    pooled = {}
+    resampled, pooled = [], {}
+    for compared in budgets:
+        oracles = [exits for exits, _ in compared.oracles.values()]
+        resampled.append(resampled_leads(study.test.matches, compared.choice, oracles, seed=study.seed))
     for name, draws in zip(budgets[0].oracles, zip(*resampled, strict=True), strict=True):
         value = _number(pooled_gap([compared.leads(name) for compared in budgets]))
         pooled[name] = {"value": value, "interval": None if value is None else interval(pooled_gap(draws))}
@@ -604,18 +543,18 @@ def evaluate_routing(cfg: CfgNode, weights: str | Path, out: Path, policies: Seq
     scoring_ms = _scoring_ms(cfg, routers, test)
     # one cost model for all policies, so that their budgets are equal
     costs = measure_cost_model(cfg, model, routers[names[0]])
-    study = Study(Split.of(calib), Split.of(test), costs, model.exit_names, tuple(model.empty), cfg.SEED)
+    study = Study(calib, test, costs, model.exit_names, tuple(model.empty), cfg.SEED)
     entries, compared = {}, {}
     for name, router in routers.items():
         entries[name], compared[name] = evaluate_policy(study, router, name)
-    best = best_policy(entries)
+    best, errors = best_policy(entries), errors_against_labels(test.matches, test.score)
     for name in {best, REFERENCE_POLICY} & set(entries):
         _add_intervals(study, entries[name], compared[name])
     results = {
         "context": _context(cfg, study),
         "exits": _exits(study),
         "throughput": _throughput(cfg, model, routers[best], entries[best]["budgets"]),
-        "overthinking": dict(zip(model.exit_names, overthinking(study.test.errors), strict=False)),
+        "overthinking": dict(zip(model.exit_names, overthinking(errors), strict=False)),
         "scoring_ms": scoring_ms,
         "best": best,
         "policies": entries,
@@ -631,8 +570,8 @@ def _context(cfg: CfgNode, study: Study) -> dict[str, Any]:
     return {
         "calib": list(cfg.DATA.CALIB),
         "test": list(cfg.DATA.TEST),
-        "calib_photos": len(study.calib.errors),
-        "images": len(study.test.errors),
+        "calib_photos": study.calib.matches.photos,
+        "images": study.test.matches.photos,
         "score": cfg.EVAL.SCORE,
         "iou": cfg.EVAL.IOU,
         "seed": cfg.SEED,
@@ -650,11 +589,8 @@ def _ap_intervals(study: Study, choices: Sequence[np.ndarray]) -> list[dict[str,
 def _add_intervals(study: Study, policy: dict[str, Any], budgets: Sequence[Compared]) -> None:
     """Add the intervals of router, a toss of the coin and oracles to every budget of a ``policy`` entry."""
     for entry, compared in zip(progress(policy["budgets"], desc="intervals"), budgets, strict=True):
-        choices = [
-            compared.choice,
-            tosses(compared.choice, 1, study.seed)[0],
-            *(exits for exits, _ in compared.oracles.values()),
-        ]
+        oracles = [exits for exits, _ in compared.oracles.values()]
+        choices = [compared.choice, *tosses(compared.choice, 1, study.seed), *oracles]
         rows = [entry, entry["coin"], *(entry[name] for name in compared.oracles)]
         for row, intervals in zip(rows, _ap_intervals(study, choices), strict=True):
             row.update(intervals)
@@ -662,7 +598,7 @@ def _add_intervals(study: Study, policy: dict[str, Any], budgets: Sequence[Compa
 
 def _exits(study: Study) -> list[dict[str, Any]]:
     """Return the figures of every exit alone, with the exits before it closed."""
-    choices = [np.full(len(study.test.errors), index) for index in range(len(study.exit_names))]
+    choices = [np.full(study.test.matches.photos, index) for index in range(len(study.exit_names))]
     entries = []
     for index, (name, intervals) in enumerate(zip(study.exit_names, _ap_intervals(study, choices), strict=True)):
         only = [CLOSED] * index + [0.0] * (len(study.exit_names) - 1 - index)
@@ -684,22 +620,19 @@ def _throughput(
     cfg: CfgNode, model: EarlyExitSSDLite, router: ExitRouter, budgets: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
     """Return the throughput of mixed batches with the exit shares of each budget, in eager PyTorch."""
-    threads, timed = cfg.EVAL.TIMING_THREADS, []
-    router = ExitRouter(**router.to_dict()).to(
-        next(model.parameters()).device
-    )  # a copy, because `.to` moves the router
+    threads, device, timed = cfg.EVAL.TIMING_THREADS, next(model.parameters()).device, []
+    router = ExitRouter(**router.to_dict()).to(device)  # a copy, because `.to` moves the router
     for entry in progress(budgets, desc="batches"):
-        speed = mixed_throughput(model, router, list(entry["exit_share"].values()), threads=threads)
-        timed.append(
-            {"budget": entry["budget"], "exit_share": entry["exit_share"], "threads": threads, **asdict(speed)}
-        )
+        shares = entry["exit_share"]
+        speed = mixed_throughput(model, router, list(shares.values()), threads=threads)
+        timed.append({"budget": entry["budget"], "exit_share": shares, "threads": threads, **asdict(speed)})
     return timed
 
 
 def _with_learnt_thresholds(cfg: CfgNode, study: Study, router: ExitRouter) -> list[dict[str, Any]]:
     """Return the figures at the same budgets with thresholds learnt by gradient descent instead of a search."""
-    calib, test = (split.replay.confidences(router) for split in (study.calib, study.test))
-    costs_with, losses = study.costs.per_exit, study.calib.replay.losses(cfg.CALIBRATION.REFERENCE)
+    calib, test = (split.confidences(router) for split in (study.calib, study.test))
+    costs_with, losses = study.costs.per_exit, study.calib.losses(cfg.CALIBRATION.REFERENCE)
     entries = []
     for budget in progress(study.budgets(), desc="learnt thresholds"):
         thresholds = learn_open_exits(calib, losses, costs_with, budget)
@@ -761,12 +694,8 @@ def _policies_table(results: Mapping[str, Any]) -> str:
 
 
 def published_rules_table(policies: Mapping[str, Any], best: str, unit: str) -> str:
-    """Return a table of AP50 at the mean costs of the policy ``best``, interpolated, "-" outside a curve.
-
-    Args:
-        policies: entries of routing.json by name, with ``budgets``, ``msdnet`` and ``leak``.
-        unit: unit of the costs.
-    """
+    """Return a table of AP50 at the mean costs of the policy ``best``, interpolated, "-" outside a curve. ``policies``
+    are the entries of routing.json by name, and ``unit`` is the unit of the costs."""
     entries, leaks = policies[best]["budgets"], policies[best]["leak"]
     costs = [entry["cost"] for entry in entries]
     rows = [(f"{best}, searched thresholds", [entry["AP50"] for entry in entries])]
@@ -823,19 +752,15 @@ def gap_cells(policy: Mapping[str, Any]) -> list[str]:
     pooled = []
     for gap in (policy["pooled_gap"], policy["pooled_gap_of_best_oracle"]):
         bounds = gap["interval"]  # None if no bootstrap draw of few photos has a gap
-        pooled.append(_two_digits(gap["value"]) + (f" [{bounds[0]:.2f}, {bounds[1]:.2f}]" if bounds else ""))
-    others = [_two_digits(policy[key]) for key in ("pooled_gap_by_AP", "calib_pooled_gap")]
-    return [_two_digits(policy["gap_closed"]), *pooled, *others]
+        pooled.append(figure(gap["value"], 2) + (f" [{bounds[0]:.2f}, {bounds[1]:.2f}]" if bounds else ""))
+    others = [figure(policy[key], 2) for key in ("pooled_gap_by_AP", "calib_pooled_gap")]
+    return [figure(policy["gap_closed"], 2), *pooled, *others]
 
 
 def with_interval(entry: Mapping[str, Any], key: str) -> str:
     """Return a figure with its interval, such as ``0.713 [0.678, 0.751]``, or without it if there is none."""
     bounds = entry[f"{key}_interval"]
     return figure(entry[key]) + (f" [{bounds[0]:.3f}, {bounds[1]:.3f}]" if bounds else "")
-
-
-def _two_digits(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
 
 
 def _cell(entry: Mapping[str, Any]) -> str:
@@ -851,7 +776,8 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -
 def routing_chart(results: Mapping[str, Any]) -> Image.Image:
     """Draw AP50 against mean cost for policies, coin, oracles and each exit alone."""
 
-    def draw(axes: Axes) -> None:
+    def draw(all_axes: np.ndarray) -> None:
+        axes = all_axes[0, 0]
         policies, cost_model = results["policies"], results["context"]["cost_model"]
         for color, (name, policy) in zip(COLORS * 3, policies.items(), strict=False):
             _draw_line(axes, policy["budgets"], color=color, marker="o", markersize=4, linewidth=1.2, label=name)
@@ -867,7 +793,7 @@ def routing_chart(results: Mapping[str, Any]) -> Image.Image:
         axes.set_ylabel("AP50")
         axes.legend(frameon=False, fontsize=8)
 
-    return draw_charts(lambda all_axes: draw(all_axes[0, 0]))
+    return draw_charts(draw)
 
 
 def _draw_line(axes: Axes, entries: Sequence[Mapping[str, Any]], **style: Any) -> None:

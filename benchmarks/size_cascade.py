@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import sys
 from collections.abc import Sequence
 
@@ -55,38 +56,29 @@ def job(args: argparse.Namespace) -> None:
             return list(zip(image_ids, detected, scores, strict=True))
 
         loader = build_loader(dataset, 16, cfg.DATA.WORKERS, False, cfg.SEED)
-        rows = sorted(
-            (row for batch in over_batches(model, loader, of_batch, f"{size} px") for row in batch),
-            key=lambda row: row[0],
-        )
+        rows = itertools.chain.from_iterable(over_batches(model, loader, of_batch, f"{size} px"))
+        rows = sorted(rows, key=lambda row: row[0])
         detections.append({image_id: detected for image_id, detected, _ in rows})
         for index, rule in enumerate(RULES):
             confidences[rule].append(np.array([scores[index] for *_, scores in rows]))
     matches = exit_matches(to_coco(dataset), detections)
     alone = [ap_of_choice(matches, np.full(len(dataset), index)) for index in range(len(sizes))]
-    print(
-        f"{len(dataset)} photos of {', '.join(cfg.DATA.CALIB)}\n\n| sizes | policy | leave | MMAC | AP50 | AP |\n"
-        + "|---" * 6
-        + "|"
-    )
+    print(f"{len(dataset)} photos of {', '.join(cfg.DATA.CALIB)}\n")
+    print("| sizes | policy | leave | MMAC | AP50 | AP |\n|---|---|---|---|---|---|")
     for size, cost, metrics in zip(sizes, costs, alone, strict=True):
         print(f"| {size} | - | - | {cost:.0f} | {metrics.AP50:.3f} | {metrics.AP:.3f} |")
-    for rule in RULES:
-        for small in range(len(sizes)):
-            order = np.argsort(-confidences[rule][small], kind="stable")
-            for large in range(small + 1, len(sizes)):
-                for share in SHARES:
-                    choice = np.full(len(dataset), large)
-                    choice[order[: round(share * len(order))]] = small
-                    metrics, cost = ap_of_choice(matches, choice), costs[small] + (1 - share) * costs[large]
-                    cells = []
-                    for key in ("AP50", "AP"):
-                        value = getattr(metrics, key)
-                        single = np.interp(cost, costs, [getattr(other, key) for other in alone])
-                        cells.append(f"{value:.3f} ({value - single:+.3f})")
-                    print(
-                        f"| {sizes[small]}, {sizes[large]} | {rule} | {share:.0%} | {cost:.0f} | {' | '.join(cells)} |"
-                    )
+    pairs = itertools.combinations(range(len(sizes)), 2)
+    for rule, (small, large), share in itertools.product(RULES, pairs, SHARES):
+        order = np.argsort(-confidences[rule][small], kind="stable")
+        choice = np.full(len(dataset), large)
+        choice[order[: round(share * len(order))]] = small
+        metrics, cost = ap_of_choice(matches, choice), costs[small] + (1 - share) * costs[large]
+        cells = []
+        for key in ("AP50", "AP"):
+            value = getattr(metrics, key)
+            single = np.interp(cost, costs, [getattr(other, key) for other in alone])
+            cells.append(f"{value:.3f} ({value - single:+.3f})")
+        print(f"| {sizes[small]}, {sizes[large]} | {rule} | {share:.0%} | {cost:.0f} | {' | '.join(cells)} |")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -54,21 +54,13 @@ class OnlyClasses:
 
 @dataclass(frozen=True)
 class Row:
-    """Figures of the second half, each with its 95 % bootstrap interval over blocks: (value, low, high).
-
-    Attributes:
-        frames: number of frames.
-        speedup: compared with the detector on every frame, with the time of the frame comparison.
-        agreement: share of frames with the detections of the detector.
-        gain: agreement minus the agreement of every n-th frame at the same cost.
-        events: number of changes of the detections.
-    """
+    """Figures of the second half, three of them with a 95 % bootstrap interval over blocks: (value, low, high)."""
 
     frames: int
-    speedup: tuple[float, float, float]
-    agreement: tuple[float, float, float]
-    gain: tuple[float, float, float]
-    events: int
+    speedup: tuple[float, float, float]  # over the detector on every frame; comparing frames counts as time
+    agreement: tuple[float, float, float]  # share of frames with the detections of the detector
+    gain: tuple[float, float, float]  # agreement minus the agreement of every n-th frame at the same cost
+    events: int  # number of changes of the detections
 
     def __str__(self) -> str:
         figures = (self.speedup, self.agreement, self.gain)
@@ -113,12 +105,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--share", type=float, default=0.02, help="largest share of frames with other detections; 0.02")
     parser.add_argument("--delta", type=float, help="probability that the guarantee may fail; no guarantee by default")
     parser.add_argument("--block", type=int, default=30, help="frames of a block, which is treated as independent; 30")
-    parser.add_argument(
-        "--most-repeats",
-        type=int,
-        default=MOST_REPEATS,
-        help=f"largest number of repeated detections in a row; {MOST_REPEATS}",
-    )
+    repeats = f"largest number of repeated detections in a row; {MOST_REPEATS}"
+    parser.add_argument("--most-repeats", type=int, default=MOST_REPEATS, help=repeats)
     args = parser.parse_intermixed_args(arguments)
 
     def job() -> None:

@@ -1,7 +1,7 @@
-"""The nine attempts of the history, as switches of one training, and the two parts that the package lacks: the
-assignment of default boxes to objects at random, and the confidence that is halved for missing objects.
+"""The nine attempts of the history as settings of one training, and two functions that the package lacks: the random
+assignment of default boxes to objects, and the confidence that is halved for missing objects.
 
-The history names the parts of each attempt and its figures. It does not give the constants: `ATTEMPTS` has ours.
+The history gives the parts and figures of each attempt, but no constants. The constants here are ours.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from earlyexit_ssd.modeling.losses import Assignment
 
 EXITS = ("exit8", "exit12", "full")
 SURE = 0.5
-"""Least foreground probability of a default box that the gate counts as an object."""
+"""Lowest foreground probability of a default box that the gate counts as an object."""
 WANTED_SHARES = (0.4, 0.3, 0.3)
-"""Shares of the photos that the distribution loss wants at each exit."""
+"""Target shares of the photos at each exit, for the distribution loss."""
 SOFTNESS = 0.05
 """Width of the soft threshold in the distribution loss."""
 ALL = 1e6
-"""Negatives per positive that stand for every default box."""
+"""Negatives per positive that include every default box."""
 
 
 @dataclass(frozen=True)
 class Published:
-    """Figures of an attempt in the history: percent of the photos per exit, milliseconds, confidence per exit."""
+    """Figures of an attempt in the history. Shares are percent of the photos, by exit."""
 
     shares: tuple[int, int, int]
     ms: float
@@ -38,50 +38,34 @@ class Published:
 
 @dataclass(frozen=True)
 class Detector:
-    """What the heads of an attempt are trained with; the routing does not reach them.
+    """Settings of the heads."""
 
-    Attributes:
-        negatives: negatives of the classification loss per positive.
-        attention, cascade: whether the branches have squeeze-excitation, and read the exit before.
-    """
-
-    negatives: float = 1.0
-    attention: bool = True
-    cascade: bool = True
+    negatives: float = 1.0  # per positive, in the classification loss
+    attention: bool = True  # whether the branches have squeeze-excitation
+    cascade: bool = True  # whether a branch reads the features of the exit before it
 
     @property
     def name(self) -> str:
-        """In tables and files."""
+        """Name in tables and files."""
         parts = {"squeeze-excitation": self.attention, "cascade": self.cascade}
-        return "light" + "".join(f" without {name}" for name, there in parts.items() if not there)
+        return "light" + "".join(f" without {name}" for name, used in parts.items() if not used)
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """The routing of one attempt; every switch has its usual value by default.
+    """Settings of the routing of one attempt."""
 
-    Attributes:
-        name: number in the history.
-        threshold: least confidence of a photo that leaves, for both exits; the start if it is learned.
-        learned_thresholds: the thresholds follow `distribution_loss`.
-        temperatures: ``fixed`` at 1, ``bounded`` to [0.5, 3], or ``free``.
-        minimum: objects that the gate wants in a photo; 0 for no gate.
-        warm_up: epochs before the gate is switched on.
-        detector: how the heads are trained.
-        published: figures of the history.
-    """
-
-    name: str
-    threshold: float = 0.6
-    learned_thresholds: bool = False
-    temperatures: str = "fixed"
-    minimum: int = 0
-    warm_up: int = 0
+    name: str  # number in the history
+    threshold: float = 0.6  # of both early exits; the initial value if thresholds are learned
+    learned_thresholds: bool = False  # whether thresholds are trained with `distribution_loss`
+    temperatures: str = "fixed"  # ``fixed`` at 1, ``bounded`` to [0.5, 3], or ``free``
+    minimum: int = 0  # number of objects that the gate expects in a photo; 0: no gate
+    warm_up: int = 0  # number of epochs without the gate
     detector: Detector = Detector()
     published: Published | None = None
 
     def minimum_in(self, epoch: int) -> int:
-        """Objects that the gate wants in ``epoch`` (from 1 on): none in the warm-up, a third in the next epoch."""
+        """Return ``minimum`` in ``epoch`` (from 1): 0 in the warm-up, a third of it in the next epoch."""
         if epoch <= self.warm_up:
             return 0
         return self.minimum // 3 if self.warm_up and epoch == self.warm_up + 1 else self.minimum
@@ -123,21 +107,20 @@ ATTEMPTS = (
 )
 
 LIGHT = tuple(Detector(3.0, attention, cascade) for attention in (True, False) for cascade in (True, False))
-"""The detector as the package trains it, with branches of kind ``light``, with and without two of their parts."""
+"""The package's detector with branches of kind ``light``, with and without attention and cascade."""
 PLAIN = Attempt("plain")
-"""The routing of `LIGHT`: the history's confidence and threshold, and nothing else."""
+"""The routing of `LIGHT`: the history's confidence and threshold only."""
 
 
 def round_robin(
     targets: Sequence[dict[str, Tensor]], anchors: Tensor, orders: Sequence[Tensor], box_coder: BoxCoder
 ) -> Assignment:
-    """Assign default boxes to objects in turns, wherever they lie: box ``order[k]`` to object k modulo the objects.
+    """Assign default boxes to objects in turns, wherever they are: box ``order[k]`` to object k modulo the objects.
 
     Args:
         targets: per image ``boxes`` [n, 4] xyxy in network pixels and ``labels`` [n] in 1..K.
         anchors: default boxes [A, 4] xyxy in network pixels.
-        orders: per image the indices of the default boxes that become positives; empty in an image without objects.
-        box_coder: torchvision's ``BoxCoder``.
+        orders: per image the indices of the positive default boxes; empty in an image without objects.
     """
     labels = torch.zeros(len(targets), len(anchors), dtype=torch.int64)
     regression = torch.zeros(len(targets), len(anchors), 4)
@@ -150,26 +133,22 @@ def round_robin(
 
 
 def mean_foreground(logits: Tensor) -> Tensor:
-    """The history's confidence: the mean foreground probability over all default boxes. [N, A, C] to [N]."""
+    """Return the history's confidence [N]: the mean foreground probability of logits [N, A, C] over the boxes."""
     return (1 - logits.softmax(-1)[..., 0]).mean(-1)
 
 
 def gated_confidence(logits: Tensor, minimum: int) -> Tensor:
-    """`mean_foreground`, halved once for each object that is missing: default boxes with a foreground probability of
-    at least `SURE` count as objects, and ``minimum`` of them are wanted. [N, A, C] to [N]."""
+    """Return `mean_foreground` [N], halved for each object below ``minimum``. Default boxes with a foreground
+    probability of at least `SURE` count as objects."""
     objects = (1 - logits.softmax(-1)[..., 0] >= SURE).sum(-1)
     return mean_foreground(logits) * 0.5 ** (minimum - objects).clamp(min=0)
 
 
 def distribution_loss(confidences: Sequence[Tensor], thresholds: Tensor) -> Tensor:
-    """Cross-entropy of the shares of the photos that leave at each exit with `WANTED_SHARES`, a scalar.
+    """Return the cross-entropy between `WANTED_SHARES` and the shares of the photos that leave at each exit, a scalar.
 
-    A photo leaves with the probability sigmoid((confidence - threshold) / `SOFTNESS`), so that the thresholds have a
-    gradient. Confidences get none.
-
-    Args:
-        confidences: per early exit [N].
-        thresholds: [early exits].
+    A photo leaves with the probability sigmoid((confidence - threshold) / `SOFTNESS`), so ``thresholds`` [early exits]
+    have a gradient. ``confidences``, [N] for each early exit, have none.
     """
     stays, shares = torch.ones_like(confidences[0]), []
     for confidence, threshold in zip(confidences, thresholds, strict=True):

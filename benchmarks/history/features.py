@@ -1,4 +1,4 @@
-"""The outputs of a frozen trunk for every photo of a split, computed once: the taps and the full path's maps."""
+"""Taps and maps of a frozen trunk for every photo of a split, computed once and stored."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from earlyexit_ssd.modeling.trunk import evaluating
 from earlyexit_ssd.progress import progress
 
 BATCH = 32
-"""Photos per step, in training and elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,7 @@ class FeatureBatch:
         maps: input of the full path's head, fine to coarse.
         targets: per photo ``boxes`` [n, 4] xyxy in network pixels, ``labels`` [n], ``image_id`` and ``photo_size``
             (height, width) in pixels.
-        seed: of the random numbers of this batch.
+        seed: seed of the random numbers of this batch.
     """
 
     taps: list[Tensor]
@@ -41,21 +40,18 @@ class FeatureBatch:
     seed: tuple[int, ...] = ()
 
     def heads(self, model: EarlyExitSSDLite) -> list[Head]:
-        """The outputs of every exit, the full path last."""
+        """Return the outputs of every exit, the full path last."""
         return [*model.branch_heads(self.taps), model.head(self.maps)]
 
 
 class Features:
-    """The stored outputs of the trunk for the photos of a split, in order and without augmentation.
+    """The stored outputs of the trunk of ``model`` for the photos of a split, in order and without augmentation.
 
-    Args:
-        folder: of the store; it is written if it is missing, or of other photos or weights.
-        model: whose trunk is run.
-        dataset: the photos.
+    The store in ``folder`` is written if it is missing, or if it is for other photos or weights.
 
     Attributes:
         key: identifies photos and weights.
-        truth: the objects.
+        truth: the labelled objects.
     """
 
     def __init__(self, folder: Path, model: EarlyExitSSDLite, dataset: DetectionDataset) -> None:
@@ -74,15 +70,15 @@ class Features:
         with evaluating(model):
             taps, maps = model.trunk_maps(images)
         named = {f"tap{index}": tap for index, tap in enumerate(taps)}
-        return named | {f"map{index}": one for index, one in enumerate(maps)}
+        return named | {f"map{index}": values for index, values in enumerate(maps)}
 
     def _write(self, model: EarlyExitSSDLite) -> None:
         self._store.create(f"features of {self.photos} photos", "set DATA.LIMIT lower")
         self._store.open()
         targets: list[dict[str, Tensor]] = []
-        for images, found in progress(build_loader(self.dataset, BATCH, 0, False, 0), desc="features"):
+        for images, labels in progress(build_loader(self.dataset, BATCH, 0, False, 0), desc="features"):
             sizes = [torch.tensor(image.shape[-2:]) for image in images]
-            batch, scaled = model.transform(images, found)
+            batch, scaled = model.transform(images, labels)
             for name, values in self._compute(model, batch.tensors).items():
                 self._store.arrays[name][len(targets) : len(targets) + len(images)] = values.numpy()
             for target, size in zip(scaled, sizes, strict=True):
@@ -92,22 +88,22 @@ class Features:
         self._store.finish(targets)
 
     def rows(self, rows: np.ndarray, seed: tuple[int, ...] = ()) -> FeatureBatch:
-        """A batch of photos, by their indices."""
-        rows = np.sort(rows)  # of a file on disk
-        values = {name: torch.from_numpy(one[rows].astype(np.float32)) for name, one in self._store.arrays.items()}
+        """Return a batch of the photos with these indices."""
+        rows = np.sort(rows)  # the arrays are read from disk
+        values = {name: torch.from_numpy(array[rows].astype(np.float32)) for name, array in self._store.arrays.items()}
         taps = [values[name] for name in values if name.startswith("tap")]
         maps = [values[name] for name in values if name.startswith("map")]
         return FeatureBatch(taps, maps, [self.targets[row] for row in rows], seed)
 
     def batches(self, photos: int | None = None) -> Iterator[FeatureBatch]:
-        """The first ``photos`` photos in order, all by default."""
+        """Yield the first ``photos`` photos in order, all by default."""
         photos = min(photos or self.photos, self.photos)
         for start in range(0, photos, BATCH):
             yield self.rows(np.arange(start, min(start + BATCH, photos)))
 
 
 class FeatureLoader:
-    """Batches of stored features for a `Trainer`; an incomplete batch at the end of an epoch is dropped."""
+    """Batches of stored features for a `Trainer`. An incomplete last batch of an epoch is dropped."""
 
     def __init__(self, features: Features, seed: int) -> None:
         self.features, self.batch_size, self.seed = features, min(BATCH, features.photos), seed
@@ -116,7 +112,7 @@ class FeatureLoader:
         return self.features.photos // self.batch_size
 
     def epoch(self, epoch: int, start: int) -> Iterator[FeatureBatch]:
-        """The batches of ``epoch`` from number ``start`` on."""
+        """Yield the batches of ``epoch`` from number ``start``."""
         order = np.random.default_rng([self.seed, epoch]).permutation(self.features.photos)
         for batch in range(start, len(self)):
             rows = order[batch * self.batch_size : (batch + 1) * self.batch_size]

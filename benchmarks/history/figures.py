@@ -1,4 +1,4 @@
-"""What the history measured of an attempt, and what it never looked at: AP50, scores, boxes, and the doctor."""
+"""Figures of an attempt: those of the history, and AP50, scores, boxes and findings of the doctor."""
 
 from __future__ import annotations
 
@@ -23,95 +23,65 @@ from earlyexit_ssd.modeling.trunk import evaluating
 RULE = 0.6
 """The history's threshold for its confidence, the mean foreground probability."""
 COINS = 20
-"""Random choices of the photos that leave."""
+"""Number of random choices of the photos that leave."""
 
 
 @dataclass(frozen=True)
 class ExitFigures:
-    """Figures of one exit on the test photos.
-
-    Attributes:
-        AP50, AP50_interval: with a 95 % bootstrap interval over the photos.
-        scores: 5th, 50th and 95th percentile of the foreground probability over all default boxes.
-        score_auc: probability that a default box that overlaps an object has a larger score than one that does not.
-        large_deltas: share of the box deltas outside [-5, 5].
-        overlap: mean IoU of the box with the largest score and its nearest object, over the photos with objects.
-    """
+    """Figures of one exit on the test photos."""
 
     AP50: float
-    AP50_interval: list[float]
-    scores: list[float]
-    score_auc: float
-    large_deltas: float
-    overlap: float
+    AP50_interval: list[float]  # 95 %, bootstrap over the photos
+    scores: list[float]  # 5th, 50th and 95th percentile of the foreground probability over all default boxes
+    score_auc: float  # probability that a box that overlaps an object has a larger score than a box that does not
+    large_deltas: float  # share of the box deltas outside [-5, 5]
+    overlap: float  # IoU of the box with the largest score and its nearest object, mean over the photos with objects
 
 
 @dataclass(frozen=True)
 class ForegroundRule:
-    """What the mean foreground, at temperature 1 and without a gate, decides at an early exit.
+    """The mean foreground at temperature 1, without a gate, as the confidence of an early exit.
 
-    Attributes:
-        share: of the photos with a mean foreground of at least `RULE`.
-        largest: mean foreground of any photo.
-        highest, lowest, coin: AP50 if half of the photos leave here and the others take the full path: those with the
-            highest mean foreground, with the lowest, and chosen at random (mean of `COINS`).
+    ``highest``, ``lowest`` and ``coin`` are AP50 if half of the photos leave here and the others take the full path.
     """
 
-    share: float
-    largest: float
-    highest: float
-    lowest: float
-    coin: float
+    share: float  # of the photos with a mean foreground of at least `RULE`
+    largest: float  # mean foreground of any photo
+    highest: float  # the photos with the highest mean foreground leave
+    lowest: float  # the photos with the lowest mean foreground leave
+    coin: float  # random photos leave, mean of `COINS` choices
 
 
 @dataclass(frozen=True)
 class AttemptFigures:
-    """Figures of the routing of one attempt on the test photos.
-
-    Attributes:
-        shares: of the photos, per exit.
-        confidences, ungated: per exit the mean over the photos, with and without the gate.
-        temperatures: per exit.
-        thresholds: per early exit.
-        routed_AP50: of the detector with this routing.
-        curve: of the training.
-        findings: what the doctor says, the checks in their order.
-    """
+    """Figures of the routing of one attempt on the test photos. Lists have a value per exit."""
 
     attempt: str
-    shares: list[float]
-    confidences: list[float]
-    ungated: list[float]
+    shares: list[float]  # of the photos
+    confidences: list[float]  # mean over the photos
+    ungated: list[float]  # the same without the gate
     temperatures: list[float]
-    thresholds: list[float]
+    thresholds: list[float]  # of the early exits
     routed_AP50: float
-    curve: list[CurvePoint]
-    findings: list[str]
+    curve: list[CurvePoint]  # a point per epoch of the training
+    findings: list[str]  # of the doctor, in the order of its checks
 
 
 @dataclass(frozen=True)
 class Trial:
-    """The result of one training.
-
-    Attributes:
-        detector, matching, seed: what was trained.
-        photos: of the test split.
-        exits: figures of exit 8, exit 12 and the full path.
-        rule: per early exit.
-        attempts: whose routing was learned in this training.
-    """
+    """The result of one training."""
 
     detector: str
     matching: str
     seed: int
-    photos: int
-    exits: list[ExitFigures]
-    rule: list[ForegroundRule]
-    attempts: list[AttemptFigures]
+    photos: int  # of the test split
+    exits: list[ExitFigures]  # exit 8, exit 12 and the full path
+    rule: list[ForegroundRule]  # of the early exits
+    attempts: list[AttemptFigures]  # those with routing learned in this training
 
 
 def measure(losses: HeadLosses, features: Features, curves: Sequence[list[CurvePoint]], name: str, seed: int) -> Trial:
-    """All figures of trained heads on the test photos; ``name`` is the detector's."""
+    """Return all figures of trained heads on the test photos. ``name`` is the name of the detector."""
     predictions = predict(losses, features)
     matches = exit_matches(features.truth, detect(losses, predictions))
     alone = [np.full(matches.photos, index) for index in range(len(EXITS))]
@@ -130,8 +100,8 @@ def measure(losses: HeadLosses, features: Features, curves: Sequence[list[CurveP
                 overlap=likeliest_overlap(losses, foreground, deltas, predictions.targets),
             )
         )
-    place = {int(target["image_id"]): row for row, target in enumerate(predictions.targets)}
-    order = [place[image_id] for image_id in matches.image_ids]  # photos as the matches have them
+    rows = {int(target["image_id"]): row for row, target in enumerate(predictions.targets)}
+    order = [rows[image_id] for image_id in matches.image_ids]  # the photos in the order of the matches
     rule = [foreground_rule(matches, foregrounds[index].mean(-1).numpy()[order], index) for index in range(2)]
     attempts = []
     for routing, curve in zip(losses.routings, curves, strict=True):
@@ -144,8 +114,8 @@ def measure(losses: HeadLosses, features: Features, curves: Sequence[list[CurveP
             AttemptFigures(
                 routing.attempt.name,
                 shares,
-                [one.mean().item() for one in gated],
-                [one.mean().item() for one in ungated],
+                [confidence.mean().item() for confidence in gated],
+                [confidence.mean().item() for confidence in ungated],
                 temperatures,
                 thresholds,
                 ap50(matches, chosen.numpy()[order]),
@@ -157,31 +127,31 @@ def measure(losses: HeadLosses, features: Features, curves: Sequence[list[CurveP
 
 
 def detect(losses: HeadLosses, predictions: Predictions) -> list[dict[int, dict[str, Tensor]]]:
-    """Per exit: image id -> detections, boxes in the photo's pixels."""
+    """Return for each exit: image id -> detections, boxes in the photo's pixels."""
     model = losses.model
     ids = [int(target["image_id"]) for target in predictions.targets]
     sizes = [tuple(target["photo_size"].tolist()) for target in predictions.targets]
     width, height = model.transform.fixed_size
-    found: list[dict[int, dict[str, Tensor]]] = [{} for _ in predictions.heads]
+    of_exits: list[dict[int, dict[str, Tensor]]] = [{} for _ in predictions.heads]
     for start in range(0, len(ids), BATCH):
         part = slice(start, start + BATCH)
         heads = tuple({key: value[part] for key, value in head.items()} for head in predictions.heads)
         photos = len(ids[part])
         network = [(height, width)] * photos
         outputs = ExitOutputs(heads, (), [losses.anchors] * photos, network, sizes[part], model.empty)
-        for index in range(len(found)):
-            with evaluating(model):  # a model in training would leave boxes in network pixels
-                found[index] |= dict(zip(ids[part], model.detections(outputs, index), strict=True))
-    return found
+        with evaluating(model):  # in training mode the boxes would stay in network pixels
+            for index, detections in enumerate(of_exits):
+                detections |= dict(zip(ids[part], model.detections(outputs, index), strict=True))
+    return of_exits
 
 
 def ap50(matches: ExitMatches, choice: np.ndarray) -> float:
-    """AP50 where photo i takes exit ``choice[i]``; 0 without objects."""
+    """Return AP50 if photo i takes exit ``choice[i]``; 0 without objects."""
     return ap_of_choice(matches, choice, ap50_only=True).AP50 or 0.0
 
 
 def foreground_rule(matches: ExitMatches, confidence: np.ndarray, exit_index: int) -> ForegroundRule:
-    """``confidence`` [n] is the mean foreground at the early exit ``exit_index``, in the order of the matches."""
+    """Return the figures of an early exit. ``confidence`` [n] is its mean foreground, in the order of the matches."""
     full = matches.exits - 1
     rank = confidence.argsort(kind="stable").argsort(kind="stable")
     generator, half = np.random.default_rng(0), matches.photos // 2
@@ -202,12 +172,12 @@ def foreground_rule(matches: ExitMatches, confidence: np.ndarray, exit_index: in
 def likeliest_overlap(
     losses: HeadLosses, foreground: Tensor, deltas: Tensor, targets: Sequence[dict[str, Tensor]]
 ) -> float:
-    """See `ExitFigures.overlap`; foreground [n, A], deltas [n, A, 4]."""
+    """Return `ExitFigures.overlap`. ``foreground`` is [n, A], and ``deltas`` are [n, A, 4]."""
     best = foreground.argmax(1)
     rows = torch.arange(len(best))
     boxes = losses.model.box_coder.decode_single(deltas[rows, best], losses.anchors[best])
     pairs = zip(boxes, targets, strict=True)
-    values = [box_iou(box[None], one["boxes"]).max().item() for box, one in pairs if len(one["boxes"])]
+    values = [box_iou(box[None], target["boxes"]).max().item() for box, target in pairs if len(target["boxes"])]
     return float(np.mean(values))
 
 
@@ -219,7 +189,7 @@ def findings(
     shares: Sequence[float],
     exits: Sequence[ExitFigures],
 ) -> list[str]:
-    """What the doctor finds, one line each."""
+    """Return the findings of the doctor, a line each."""
     gated, tempered = (curve if used else () for used in (attempt.minimum, attempt.temperatures != "fixed"))
     evidence = ModelEvidence(
         exits=[
@@ -229,8 +199,9 @@ def findings(
         default_boxes=losses.anchors,
         objects=[target["boxes"] for target in predictions.targets],
         shares=dict(zip(EXITS, shares, strict=True)),
-        temperatures={name: [one.temperatures[index] for one in tempered] for index, name in enumerate(EXITS)},
-        confidences={name: [one.confidences[index] for one in gated] for index, name in enumerate(EXITS)},
-        ap50=dict(zip(EXITS, [one.AP50 for one in exits], strict=True)),
+        temperatures={name: [point.temperatures[index] for point in tempered] for index, name in enumerate(EXITS)},
+        confidences={name: [point.confidences[index] for point in gated] for index, name in enumerate(EXITS)},
+        ap50={name: figures.AP50 for name, figures in zip(EXITS, exits, strict=True)},
     )
-    return [f"{one.check} ({one.subject}): {one.figure:.3g}" for one in diagnose(MODEL_CHECKS, evidence).bad]
+    bad = diagnose(MODEL_CHECKS, evidence).bad
+    return [f"{finding.check} ({finding.subject}): {finding.figure:.3g}" for finding in bad]

@@ -1,6 +1,7 @@
 #!/usr/bin/env python
-"""Reproduce the nine attempts of the history, small: each with the history's assignment of default boxes, and with the
-package's. The trunk is that of the shipped weights, frozen; all heads are new in every attempt.
+"""Reproduce the nine attempts of the history in small, with its assignment of default boxes and with the package's.
+
+The trunk has the package's weights and is frozen. All heads are new in every attempt.
 """
 
 from __future__ import annotations
@@ -28,12 +29,7 @@ from benchmarks.history.report import (  # noqa: E402
     rule_table,
     scores_table,
 )
-from benchmarks.history.training import (  # noqa: E402
-    CurvePoint,
-    HeadLosses,
-    build_heads,
-    train_heads,
-)
+from benchmarks.history.training import CurvePoint, HeadLosses, build_heads, train_heads  # noqa: E402
 from earlyexit_ssd.command_line import run_tool  # noqa: E402
 from earlyexit_ssd.config import load_config  # noqa: E402
 from earlyexit_ssd.data import load_dataset  # noqa: E402
@@ -51,47 +47,37 @@ DATA = {
     ),
     "voc_animals": (ROOT / "configs" / "voc_animals.yaml", ["DATA.LIMIT", "800", "MODEL.IMAGE_SIZE", "224"]),
 }
-"""Name -> configuration that the photos come from, and keys in its place."""
+"""Name -> configuration file of the photos, and keys that replace its keys."""
 EXAMPLES = """
 examples:
   python benchmarks/history/run.py --out output/history
       rendered rooms; about 20 minutes on one core
   python benchmarks/history/run.py --out output/history --data voc_animals --parts attempts -- DATA.ROOT path/to/photos
-      the attempts on 800 photos of VOC, not the branches
+      the attempts on 800 photos of VOC, without the branches
 
-Stop it at any time: the same command goes on with the first training that is missing.
+You can stop the command at any time. The same command continues with the first missing training.
 """
 PARTS = ("attempts", "branches")
-SEEDS = (0, 1, 2)
-"""Of the branches with and without their parts."""
-SHOWN = "1.2"
-"""Attempt whose detections are drawn."""
+SEEDS = (0, 1, 2)  # for the branches with and without their parts
+SHOWN = "1.2"  # the attempt whose detections are drawn
 EPOCHS, LR = 10, 0.003
-"""Of a training of the heads."""
 TIMING_RUNS = 100
 
 
 @dataclass(frozen=True)
 class Splits:
-    """The stored features of the three splits, and how heads for them are built.
-
-    Attributes:
-        train, calib, test: the heads are trained on ``train``; the curves come from ``calib``; the rest from ``test``.
-        trunk: detector whose trunk is frozen.
-        size: side of the input, pixels.
-        classes: names of the labels 1..K.
-    """
+    """The stored features of the three splits, and what new heads for them are built from."""
 
     train: Features
-    calib: Features
-    test: Features
-    trunk: EarlyExitSSDLite
-    size: int
-    classes: tuple[str, ...]
+    calib: Features  # for the curves
+    test: Features  # for all other figures
+    trunk: EarlyExitSSDLite  # the detector whose trunk is used
+    size: int  # side of the input, pixels
+    classes: tuple[str, ...]  # names of the labels 1..K
 
     @classmethod
     def load(cls, data: str, overrides: Sequence[str], folder: Path) -> Splits:
-        """Read the photos of ``data`` and run the trunk on them, unless ``folder`` has its outputs."""
+        """Read the photos of ``data``, and run the trunk on them unless ``folder`` has its outputs."""
         path, own = DATA[data]
         cfg = load_config(path, [*own, *overrides])
         torch.set_num_threads(cfg.THREADS or 1)
@@ -105,7 +91,7 @@ class Splits:
         return cls(**features, trunk=trunk, size=size, classes=classes)
 
     def build(self, training: Training) -> HeadLosses:
-        """Untrained heads."""
+        """Return untrained heads."""
         model = build_heads(self.trunk, training.detector, self.size, self.classes, training.seed)
         return HeadLosses(model, training.detector, training.matching, training.attempts)
 
@@ -121,82 +107,79 @@ class Training:
 
     @property
     def name(self) -> str:
-        """Of its files."""
+        """Name of its files."""
         return f"{self.detector.name} {self.detector.negatives:g} {self.matching} {self.seed}".replace(" ", "_")
 
     def heads(self, splits: Splits, folder: Path) -> tuple[HeadLosses, list[list[CurvePoint]], bool]:
-        """The trained heads, the curves, and whether ``folder`` had them already."""
+        """Return the trained heads, the curves, and whether ``folder`` had them already."""
         losses, path = splits.build(self), folder / f"{self.name}.pth"
         settings = repr((self, EPOCHS, LR, splits.train.key))
         stored = torch.load(path, weights_only=True) if path.is_file() else {}
-        known = stored.get("settings") == settings
-        if not known:
+        is_stored = stored.get("settings") == settings
+        if not is_stored:
             curves = train_heads(losses, splits.train, splits.calib, self.seed, EPOCHS, LR)
             points = [[dataclasses.asdict(point) for point in curve] for curve in curves]
             stored = {"settings": settings, "state": losses.state_dict(), "curves": points}
             write_torch(path, stored)
         losses.load_state_dict(stored["state"])
-        return losses, [[CurvePoint(**point) for point in curve] for curve in stored["curves"]], known
+        return losses, [[CurvePoint(**point) for point in curve] for curve in stored["curves"]], is_stored
 
     def result(self, splits: Splits, folder: Path) -> Trial:
         """Train and measure, unless ``folder`` has the result."""
-        losses, curves, known = self.heads(splits, folder)
+        losses, curves, is_stored = self.heads(splits, folder)
         path = folder / f"{self.name}.json"
-        if not (known and path.is_file()):
+        if not (is_stored and path.is_file()):
             trial = measure(losses, splits.test, curves, self.detector.name, self.seed)
             write_json(path, dataclasses.asdict(trial))
         return build(Trial, read_json(path, "result", "delete it"))
 
 
-def trainings(parts: Sequence[str] = PARTS) -> list[Training]:
-    """The attempts with either assignment of default boxes, then the branches with and without their parts."""
-    found = []
-    for detector in dict.fromkeys(one.detector for one in ATTEMPTS) if "attempts" in parts else ():
-        attempts = tuple(one for one in ATTEMPTS if one.detector == detector)
-        found += [Training(detector, matching, 0, attempts) for matching in ("random", "iou")]
-    seeds = SEEDS if "branches" in parts else ()
-    return found + [Training(detector, "iou", seed, (PLAIN,)) for seed in seeds for detector in LIGHT]
+def trainings(parts: Sequence[str]) -> list[Training]:
+    """Return the attempts with both assignments of default boxes, then the branches with and without their parts."""
+    planned = []
+    if "attempts" in parts:
+        for detector in dict.fromkeys(attempt.detector for attempt in ATTEMPTS):
+            attempts = tuple(attempt for attempt in ATTEMPTS if attempt.detector == detector)
+            planned += [Training(detector, matching, 0, attempts) for matching in ("random", "iou")]
+    if "branches" in parts:
+        planned += [Training(detector, "iou", seed, (PLAIN,)) for seed in SEEDS for detector in LIGHT]
+    return planned
 
 
 def milliseconds(splits: Splits, training: Training) -> list[float]:
-    """Of the network to each exit for one photo, branches before it included, in ONNX Runtime on one thread."""
+    """Time the network to each exit for one photo, with the earlier branches, in ONNX Runtime on one thread."""
     model = splits.build(training).model.eval()
     paths = [AllOutputs(PathToExit(model, index)) for index in range(len(EXITS))]
     examples = [example_input(model)] * len(paths)
-    return [one.ms for one in time_in_runtime(paths, examples, "onnxruntime", TIMING_RUNS, 1)]
+    return [timing.ms for timing in time_in_runtime(paths, examples, "onnxruntime", TIMING_RUNS, 1)]
 
 
 @locks_folder("out")
 def reproduce(data: str, out: Path, parts: Sequence[str], overrides: Sequence[str]) -> str:
-    """Do what is missing in ``out``, and write results, tables and pictures there.
+    """Run the missing trainings, write results, tables and pictures to ``out``, and return the tables.
 
-    Args:
-        data: key of `DATA`.
-        parts: some of `PARTS`.
-        overrides: keys and values of the configuration.
-
-    Returns:
-        the tables.
+    ``data`` is a key of `DATA`, and ``parts`` are some of `PARTS`.
     """
     folder, planned = out / data, trainings(parts)
     splits = Splits.load(data, overrides, folder)
-    trials = [one.result(splits, folder) for one in progress(planned, desc=f"trainings on {data}")]
-    known = folder / "ms.json"
-    if not known.is_file():
-        write_json(known, milliseconds(splits, planned[0]))
-    ms = read_json(known, "list of milliseconds", "delete it")
-    write_json(out / f"{data}.json", {"ms": ms, "trials": [dataclasses.asdict(one) for one in trials]})
+    trials = [training.result(splits, folder) for training in progress(planned, desc=f"trainings on {data}")]
+    times = folder / "ms.json"
+    if not times.is_file():
+        write_json(times, milliseconds(splits, planned[0]))
+    ms = read_json(times, "list of milliseconds", "delete it")
+    write_json(out / f"{data}.json", {"ms": ms, "trials": [dataclasses.asdict(trial) for trial in trials]})
     tables = "\n\n".join([attempts_table(trials, ms), scores_table(trials), light_table(trials), rule_table(trials)])
     write_text(out / f"{data}.md", tables + "\n")
     if "attempts" in parts:
         write_image(out / f"{data}_curves.png", curves_picture(trials))
-        shown = {one.matching: one.heads(splits, folder)[0] for one in planned if one.attempts[0].name == SHOWN}
-        write_image(out / f"{data}_detections.png", detections_picture(shown, splits.test, splits.classes))
+        shown = [training for training in planned if training.attempts[0].name == SHOWN]
+        losses = {training.matching: training.heads(splits, folder)[0] for training in shown}
+        write_image(out / f"{data}_detections.png", detections_picture(losses, splits.test, splits.classes))
     return tables
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Parse, reproduce, print the tables."""
+    """Parse the arguments, reproduce the attempts and print the tables. Return the exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -209,7 +192,7 @@ def main(arguments: list[str] | None = None) -> int:
     def job() -> None:
         print(reproduce(args.data, args.out, args.parts, args.overrides))
 
-    return run_tool(job, after_a_stop="the same command goes on")
+    return run_tool(job, after_a_stop="the same command continues")
 
 
 if __name__ == "__main__":

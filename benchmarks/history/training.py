@@ -1,6 +1,6 @@
-"""Train the heads of a detector on stored features, and with them the routing of every attempt that has this detector.
+"""Train the heads of a detector on stored features, and the routing of all attempts with this detector.
 
-The routing learns from the outputs of the heads and does not reach them, so that the attempts can share a training.
+No gradient of the routing reaches the heads, so the attempts can share a training.
 """
 
 from __future__ import annotations
@@ -27,20 +27,15 @@ from earlyexit_ssd.routing import ExitRouter
 
 BOUNDS = {"fixed": (0.5, 3.0), "bounded": (0.5, 3.0), "free": (1e-3, 1e6)}
 """Bounds of the temperatures."""
-LR_FACTORS = {"routings.": 30.0}
-"""Temperatures and thresholds move far in few steps."""
+LR_FACTORS = {"routings.": 30.0}  # temperatures and thresholds must change much in few steps
 CURVE_PHOTOS = 100
 
 
 def build_heads(
     trunk: EarlyExitSSDLite, detector: Detector, size: int, classes: Sequence[str], seed: int
 ) -> EarlyExitSSDLite:
-    """A detector with the trunk of ``trunk``, frozen, and untrained heads: two branches and the full path's.
-
-    Args:
-        size: side of the input, pixels.
-        seed: of the new weights.
-    """
+    """Return a detector with the frozen trunk of ``trunk`` and untrained heads: two branches and the full path's.
+    ``size`` is the side of the input in pixels."""
     torch.manual_seed(seed)
     exits = describe_exits((8, 12), branch="light", channels=64, context=detector.cascade)
     model = Architecture(tuple(classes), image_size=size, exits=exits).build()
@@ -58,18 +53,18 @@ class Routing(nn.Module):
     def __init__(self, attempt: Attempt) -> None:
         super().__init__()
         self.attempt, learn = attempt, attempt.temperatures != "fixed"
-        # the history has a temperature for the full path too
+        # in the history the full path has a temperature, too
         self.router = ExitRouter(len(EXITS), temperature_bounds=BOUNDS[attempt.temperatures], learn_temperatures=learn)
         start = torch.full((len(EXITS) - 1,), attempt.threshold)
         self.thresholds = nn.Parameter(start, requires_grad=attempt.learned_thresholds)
 
     def confidences(self, heads: Sequence[Head], minimum: int) -> list[Tensor]:
-        """Per exit the confidence [N] of each photo, without gradient; ``minimum`` objects are wanted."""
+        """Return the confidence [N] at each exit, without gradient, see `gated_confidence`."""
         tempered = (self.router.tempered(head["cls_logits"].detach(), index) for index, head in enumerate(heads))
-        return [gated_confidence(one, minimum) for one in tempered]
+        return [gated_confidence(logits, minimum) for logits in tempered]
 
     def losses(self, heads: Sequence[Head], assignment: Assignment) -> dict[str, Tensor]:
-        """Of what the attempt learns: temperatures by likelihood, thresholds by the shares of the photos."""
+        """Return the losses of learned temperatures (likelihood) and thresholds (shares of the photos)."""
         losses = {}
         for index, (name, head) in enumerate(zip(EXITS, heads, strict=True)):
             value = self.router.temperature_loss(head["cls_logits"].detach(), assignment, index)
@@ -82,31 +77,26 @@ class Routing(nn.Module):
 
 
 class HeadLosses(nn.Module):
-    """The losses of the heads, and of the routings.
+    """The losses of the heads of ``model`` (from `build_heads`) and of the routing of ``attempts``.
 
-    Args:
-        model: of `build_heads`.
-        detector: its switches.
-        matching: ``iou`` (the package's) or ``random`` (the history's): as many positives in every photo, but other
-            default boxes.
-        attempts: whose routing is learned.
+    ``matching`` assigns default boxes to objects: ``iou`` is the package's. ``random`` is the history's, with as many
+    positives in every photo, but other default boxes.
     """
 
     def __init__(self, model: EarlyExitSSDLite, detector: Detector, matching: str, attempts: Sequence[Attempt]) -> None:
         super().__init__()
         self.branches, self.head = model.branches, model.head
-        self.routings = nn.ModuleList(Routing(one) for one in attempts)
+        self.routings = nn.ModuleList(map(Routing, attempts))
         self.matching, self.anchors = matching, default_boxes_of_image(model, torch.device("cpu"))
         self._settings = LossSettings(neg_to_pos_ratio=detector.negatives)
-        self._model = [model]  # in a list: its trunk is not trained
+        self._model = [model]  # in a list, so that the trunk is not registered and trained
 
     @property
     def model(self) -> EarlyExitSSDLite:
-        """The detector."""
         return self._model[0]
 
     def forward(self, batch: FeatureBatch) -> dict[str, Tensor]:
-        """The losses of every exit and routing."""
+        """Return the losses of every exit and routing."""
         heads, assignment = batch.heads(self.model), self.assign(batch)
         losses = full_path_losses(heads[-1], assignment, self._settings)
         losses |= early_exit_losses(dict(enumerate(EXITS[:-1])), heads, assignment, self._settings)
@@ -115,7 +105,7 @@ class HeadLosses(nn.Module):
         return losses
 
     def assign(self, batch: FeatureBatch) -> Assignment:
-        """Default boxes of the batch with their objects, by the matching of this training."""
+        """Assign default boxes to objects by the matching of this training."""
         matched = self.matched(batch)
         if self.matching == "iou":
             return matched
@@ -125,14 +115,13 @@ class HeadLosses(nn.Module):
         return round_robin(batch.targets, self.anchors, orders, self.model.box_coder)
 
     def matched(self, batch: FeatureBatch) -> Assignment:
-        """Default boxes of the batch with the objects that they overlap."""
+        """Assign default boxes to the objects that they overlap."""
         return self.model.assign(batch.targets, [self.anchors] * len(batch.targets))
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """Outputs of every exit for n photos: ``heads`` hold [n, A, C] and [n, A, 4]; ``matched`` are the default boxes
-    that overlap an object."""
+    """Outputs of every exit for n photos: ``heads`` with [n, A, C] and [n, A, 4], and the `HeadLosses.matched`."""
 
     heads: list[Head]
     matched: Assignment
@@ -140,7 +129,7 @@ class Predictions:
 
 
 def predict(losses: HeadLosses, features: Features, photos: int | None = None) -> Predictions:
-    """Outputs for the first ``photos`` photos, all by default."""
+    """Return the outputs for the first ``photos`` photos, all by default."""
     heads, labels, regression = [], [], []
     with evaluating(losses):
         for batch in features.batches(photos):
@@ -148,30 +137,29 @@ def predict(losses: HeadLosses, features: Features, photos: int | None = None) -
             matched = losses.matched(batch)
             labels.append(matched.labels)
             regression.append(matched.regression)
-    joined = [{key: torch.cat([one[key] for one in exit]) for key in exit[0]} for exit in zip(*heads, strict=True)]
+    joined = [{key: torch.cat([head[key] for head in exit]) for key in exit[0]} for exit in zip(*heads, strict=True)]
     matched = Assignment(torch.cat(labels), torch.cat(regression))
     return Predictions(joined, matched, features.targets[: len(matched.labels)])
 
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """An attempt after an epoch, on calibration photos: per exit mean confidence, share of the photos, temperature."""
+    """An attempt after an epoch, on calibration photos. Lists have a value per exit."""
 
     epoch: int
-    confidences: list[float]
-    shares: list[float]
+    confidences: list[float]  # mean over the photos
+    shares: list[float]  # of the photos
     temperatures: list[float]
 
 
 class Curves(Hook):
-    """Measures a `CurvePoint` of every routing after every epoch; ``points`` are by routing."""
+    """Hook that measures a `CurvePoint` of every routing after every epoch. ``points`` are by routing."""
 
     def __init__(self, losses: HeadLosses, features: Features) -> None:
         self.losses, self.features = losses, features
         self.points: list[list[CurvePoint]] = [[] for _ in losses.routings]
 
     def after_step(self, trainer: Trainer) -> None:
-        """See `Hook`."""
         epoch, rest = divmod(trainer.step, len(trainer.loader))
         if rest:
             return
@@ -179,14 +167,14 @@ class Curves(Hook):
         for points, routing in zip(self.points, self.losses.routings, strict=True):
             confidences = routing.confidences(heads, routing.attempt.minimum_in(epoch))
             shares = exit_share(choose_exits(confidences, routing.thresholds.tolist()), EXITS)
-            means = [one.mean().item() for one in confidences]
+            means = [confidence.mean().item() for confidence in confidences]
             points.append(CurvePoint(epoch, means, list(shares.values()), routing.router.temperatures.tolist()))
 
 
 def train_heads(
     losses: HeadLosses, features: Features, calib: Features, seed: int, epochs: int, lr: float
 ) -> list[list[CurvePoint]]:
-    """Train all heads and routings; returns the points of each routing's curve."""
+    """Train all heads and routings. Return the curve of each routing."""
     curves = Curves(losses, calib)
 
     def clamp(_: Trainer) -> None:

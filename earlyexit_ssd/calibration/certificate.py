@@ -87,24 +87,18 @@ def plain_part(part: CertifiedTarget | Measured | CertifiedCosts | Reference) ->
 
 @dataclass(frozen=True)
 class Certificate:
-    """The calibrated routing of one model, and its figures on the calibration photos.
+    """The calibrated routing of one model, and its figures on the calibration photos."""
 
-    Attributes:
-        router: settings of an `ExitRouter`: policy with its parameters, thresholds, temperatures.
-        weights_sha256: see `weights_hash`.
-        photos_sha256: the first 16 hexadecimal digits of the SHA-256 of each calibration photo's file, sorted.
-        photo_list_sha256: SHA-256 of these digits, joined.
-        drift: exits and confidences of the calibration photos, for a `DriftMonitor`.
-    """
-
-    router: RouterSettings
+    router: RouterSettings  # settings of an `ExitRouter`: policy with its parameters, thresholds, temperatures
     target: CertifiedTarget
     measured: Measured
     cost_model: CertifiedCosts
-    weights_sha256: str
-    photos_sha256: tuple[str, ...]
-    photo_list_sha256: str
-    drift: Reference
+    weights_sha256: str  # see `weights_hash`
+    photos_sha256: tuple[
+        str, ...
+    ]  # first 16 hexadecimal digits of the SHA-256 of each calibration photo's file, sorted
+    photo_list_sha256: str  # SHA-256 of these digits, joined
+    drift: Reference  # exits and confidences of the calibration photos, for a `DriftMonitor`
     versions: dict[str, str]
 
     @property
@@ -126,9 +120,8 @@ class Certificate:
             raise EarlyExitError(f"{hashes}; calibrate again with tools/calibrate.py")
         calibrated, present = (", ".join(names[:-1]) for names in (self.drift.exit_names, model.exit_names))
         if calibrated != present:  # exits without a branch have no weights, so the hash does not cover them
-            raise EarlyExitError(
-                f"the certificate is for the exits {calibrated}, the model has {present}; calibrate again"
-            )
+            names = f"the certificate is for the exits {calibrated}, the model has {present}"
+            raise EarlyExitError(f"{names}; calibrate again")
         try:
             router = make_router(model, self.router)
         except EarlyExitError as error:
@@ -146,10 +139,10 @@ class Certificate:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content of the certificate's file as plain JSON types. `parse_certificate` is the inverse."""
-        parts = {
-            name: plain_part(part) if dataclasses.is_dataclass(part) else part for name, part in vars(self).items()
-        }
-        content = json.loads(json.dumps({"format": FORMAT, **parts}))
+        content: dict[str, Any] = {"format": FORMAT}
+        for name, part in vars(self).items():
+            content[name] = plain_part(part) if dataclasses.is_dataclass(part) else part
+        content = json.loads(json.dumps(content))
         return {**content, CHECKSUM: _checksum(content)}
 
     def save(self, path: str | os.PathLike[str]) -> None:

@@ -44,10 +44,8 @@ def threshold_path(
     Pareto-optimal in mean loss and mean cost on the training photos, by rising loss. No calibration photo influences
     the order, so every step is tested at level delta.
 
-    Args:
-        confidences, losses: of the training photos.
-        costs: a function from thresholds [M, early exits] to the costs of the exits [M, exits].
-        grid: combinations of thresholds on the training photos; None: `threshold_grid`.
+    ``confidences`` and ``losses`` are of the training photos. ``costs`` is a function from thresholds [M, early exits]
+    to the costs of the exits [M, exits]. ``grid`` is by default the `threshold_grid` of the training photos.
     """
     grid = grid or threshold_grid(confidences)
     path = pareto_path(grid.mean(losses), grid.mean_cost(costs(grid.thresholds)))

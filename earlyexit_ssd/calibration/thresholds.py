@@ -176,8 +176,8 @@ def learn_thresholds(
 ) -> np.ndarray:
     """Learn thresholds [early exits] of mean cost at most ``budget`` by gradient descent (Bolukbasi et al. 2017).
 
-    Adam minimises the mean over the photos of sum_e p_e (loss_e + weight * cost_e / max cost). The sums are over the
-    exits e, and p_e are the `exit_probabilities`. Bisection finds the smallest weight at which the mean cost is within
+    Adam minimises the mean over the photos of sum_e p_e (loss_e + weight * cost_e / max cost), where p_e is the
+    probability of exit e (`exit_probabilities`). Bisection finds the smallest weight at which the mean cost is within
     the budget. If there is no such weight, all photos leave at the first exit. Confidences are replaced by their ranks
     in [0, 1], so that one width of the sigmoid fits every policy. All exits are open.
     """
@@ -281,11 +281,11 @@ def fit_temperature(logits: Tensor, labels: Tensor, bounds: tuple[float, float])
     [M, C] (temperature scaling, Guo et al. 2017, section 4.2). 1 if there is no box."""
     if not len(logits):
         return 1.0
-    minimum = minimize_scalar(
-        lambda temperature: F.cross_entropy(logits / temperature, labels).item(), bounds=bounds, method="bounded",
-        options={"xatol": 1e-3},
-    )  # fmt: skip
-    return float(minimum.x)
+
+    def negative_likelihood(temperature: float) -> float:
+        return F.cross_entropy(logits / temperature, labels).item()
+
+    return float(minimize_scalar(negative_likelihood, bounds=bounds, method="bounded", options={"xatol": 1e-3}).x)
 
 
 def stopped_by(temperature: float, bounds: tuple[float, float]) -> float | None:

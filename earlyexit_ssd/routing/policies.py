@@ -31,15 +31,10 @@ CANDIDATES, FEWER_CANDIDATES = 512, 128
 
 
 class RecordedPhotos(Protocol):
-    """Recorded outputs of n photos, for fitting a policy. Rows are photos, in the same order in every method.
+    """Recorded outputs of n photos, for fitting a policy. Rows are photos, in the same order in every method."""
 
-    Attributes:
-        temperatures: one per early exit.
-        seed: seed of random draws in a fit.
-    """
-
-    temperatures: Sequence[float]
-    seed: int
+    temperatures: Sequence[float]  # one per early exit
+    seed: int  # of random draws in a fit
 
     def signals(self, exit_index: int, boxes: int | None = None) -> Iterator[ExitSignals]:
         """Yield the signals of an early exit in batches, as the policy gets them. The logits are divided by the
@@ -60,20 +55,13 @@ class FittedPolicy(nn.Module):
 
     ``__init__(parameters)`` takes the value of ``fit`` after it was written to JSON and read. ``forward(signals,
     exit_index)`` returns confidences [N] in [0, 1], also for the full path, whose index is the number of early exits.
-
-    Attributes:
-        boxes: number of default boxes per image that the policy gets, set by ``register_policy``; None: all boxes.
-        reads_taps: whether the policy reads the tap. Only then it works at an exit without a branch.
-        needs_training_photos: whether ``fit`` needs training photos. Otherwise it gets calibration photos.
-        cross_fits: whether the policy has ``cross_fit``.
-        expected: description of the parameters, for messages.
     """
 
-    boxes: int | None = None
-    reads_taps = False
-    needs_training_photos = True
-    cross_fits = False
-    expected = "the value of its fit()"
+    boxes: int | None = None  # set by ``register_policy``: number of default boxes per image; None: all boxes
+    reads_taps = False  # whether the policy reads the tap. Only then it works at an exit without a branch.
+    needs_training_photos = True  # whether ``fit`` needs training photos. Otherwise it gets calibration photos.
+    cross_fits = False  # whether the policy has ``cross_fit``
+    expected = "the value of its fit()"  # description of the parameters, for messages
 
     @classmethod
     def fit(cls, photos: RecordedPhotos) -> Any:
@@ -82,14 +70,10 @@ class FittedPolicy(nn.Module):
 
     @classmethod
     def cross_fit(cls, train: RecordedPhotos, calib: RecordedPhotos, folds: Tensor) -> tuple[Any, list[Tensor]]:
-        """Fit on training and calibration photos, without boxes.
+        """Fit on training and calibration photos. ``folds`` [n] is the index of each calibration photo's fold, from 0.
 
-        Args:
-            folds: index of the fold of each calibration photo, from 0, [n].
-
-        Returns:
-            the parameters of the fit on all photos, and for each early exit the confidences of the calibration photos,
-            [n]. The confidence of a photo comes from a fit without the photos of its fold.
+        Return the parameters of the fit on all photos, and for each early exit the confidences of the calibration
+        photos, [n]. The confidence of a photo comes from a fit without the photos of its fold.
         """
         raise NotImplementedError  # abstract: every policy with ``cross_fits`` defines it
 
@@ -277,14 +261,10 @@ def where_ambiguous(probability: Tensor) -> Tensor:
 
 
 class FastSoftmax:
-    """Softmax of logits [N, A, C]. For few classes it is five times as fast as PyTorch's.
-
-    Attributes:
-        ratios: p(class) / p(background) = exp(logit - background logit), [N, A, C].
-        total: sum of the ratios of a default box, [N, A]. So p(class) is ratio / total.
-    """
+    """Softmax of logits [N, A, C]. For few classes it is five times as fast as PyTorch's."""
 
     def __init__(self, logits: Tensor) -> None:
+        # [N, A, C]: p(class) / p(background) = exp(logit - background logit), and their sums [N, A]
         self.ratios = exp_(_minus_background(logits))
         self.total = self.ratios.sum(-1)
 

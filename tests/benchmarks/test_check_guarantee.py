@@ -1,18 +1,17 @@
 import json
-from dataclasses import asdict
 
 import numpy as np
 import pytest
 
 from benchmarks import check_guarantee
-from benchmarks.check_guarantee import Resplits, check_certificates, guarantee_report
-from earlyexit_ssd.calibration.risk import threshold_path
+from benchmarks.check_guarantee import check_certificates, guarantee_report
+from earlyexit_ssd.calibration import risk
 from tests.calibration.test_risk import COSTS, photos, same_costs
 
 
 @pytest.fixture(scope="module")
 def case():
-    return threshold_path(*photos(400, 0), same_costs), *photos(900, 1)
+    return risk.threshold_path(*photos(400, 0), same_costs), *photos(900, 1)
 
 
 def check(case, **changes):
@@ -32,9 +31,7 @@ def test_guarantee_holds_and_speedup_is_near_the_best(case):
 
 def test_invalid_bound_exceeds_the_tolerance(case, monkeypatch):
     """The p-value uses the mean only, so the test photos exceed epsilon in about half of the splits."""
-    from earlyexit_ssd.calibration import risk as certify
-
-    monkeypatch.setitem(certify.BOUNDS, "naive", lambda losses, epsilon: float(losses.mean() > epsilon))
+    monkeypatch.setitem(risk.BOUNDS, "naive", lambda losses, epsilon: float(losses.mean() > epsilon))
     assert check(case, method="naive").exceeded > 2 * check(case).tolerance
 
 
@@ -48,10 +45,8 @@ def test_no_exit_opens_if_epsilon_is_nearly_0(case):
 def test_report_has_a_line_per_epsilon():
     context = {"policy": "entropy", "bound": "betting", "reference": "full", "calibration_photos": 40, "photos": 100}
     fields = {"epsilon": 0.05, "exceeded": 0.034, "tolerance": 0.064, "opened": 1.0, "speedup": 1.08}
-    resplits = Resplits(
-        **{**dict.fromkeys(Resplits.__dataclass_fields__, 0), **fields, "best_speedup": 1.17, "splits": 1000}
-    )
-    lines = guarantee_report({"context": {**context, "seed": 3}, "resplits": [asdict(resplits)]}).splitlines()
+    resplits = {**fields, "best_speedup": 1.17, "delta": 0.05, "splits": 1000}
+    lines = guarantee_report({"context": {**context, "seed": 3}, "resplits": [resplits]}).splitlines()
     assert "40 of 100 photos calibrate" in lines[0] and "1000 random splits, seed 3" in lines[0]
     assert lines[-1] == "| 0.05 | 3.4 % | 6.4 % | 100 % | 1.08 | 1.17 |"
 

@@ -23,50 +23,54 @@ def command(tiny, trained, tmp_path):
     return arguments
 
 
-def test_recipes_share_taps_and_finished_trials_are_kept(command, tmp_path, capsys):
-    assert compare_recipes.main(command("plain: {}\n", "0")) == 0
+@pytest.fixture
+def compare(command, tmp_path):
+    """Return a function that compares recipes and returns the rows of recipes.json."""
+
+    def rows(recipes: str, *seeds: str, weights: object = None) -> list[dict]:
+        changed = ["MODEL.WEIGHTS", str(weights)] if weights else []
+        assert compare_recipes.main([*command(recipes, *seeds), *changed]) == 0
+        return json.loads((tmp_path / "out" / "recipes.json").read_text())
+
+    return rows
+
+
+def test_recipes_share_taps_and_finished_trials_are_kept(compare, tmp_path, capsys):
+    compare("plain: {}\n", "0")
     first = tmp_path / "out" / "plain" / "seed0" / "result.json"
     written = first.stat().st_mtime_ns
     both = "_ALL_: {EXITS.DEPTH: 1}\nplain: {}\nthin tail: {EXITS.DEPTH: 0, LOSS.CLASSIFICATION: focal}\n"
-    assert compare_recipes.main(command(both, "0", "1")) == 0
-    rows = json.loads((tmp_path / "out" / "recipes.json").read_text())
-    assert [(row["recipe"], row["seed"]) for row in rows] == [
-        ("plain", 0),
-        ("plain", 1),
-        ("thin tail", 0),
-        ("thin tail", 1),
-    ]
+    rows = compare(both, "0", "1")
+    trials = [("plain", 0), ("plain", 1), ("thin tail", 0), ("thin tail", 1)]
+    assert [(row["recipe"], row["seed"]) for row in rows] == trials
     assert first.stat().st_mtime_ns == written
     assert len(list((tmp_path / "out" / "taps").iterdir())) == 2  # one per seed, shared by the recipes
     plain, thin = rows[0], rows[2]
-    assert thin["parameters"]["exit8"] < plain["parameters"]["exit8"]
-    assert thin["mmacs"]["exit8"] < plain["mmacs"]["exit8"]
+    assert all(thin[key]["exit8"] < plain[key]["exit8"] for key in ("parameters", "mmacs"))
     assert thin["settings"]["LOSS"]["CLASSIFICATION"] == "focal"
     assert thin["settings"]["MODEL"]["WEIGHTS"] == "model.pth"  # no path of this machine
     assert all(0 <= value <= 1 for row in rows for value in row["AP50"].values())
     assert "| thin tail | 2 |" in capsys.readouterr().out
 
 
-def test_trial_with_changed_settings_is_trained_again(command, tmp_path):
+def test_trial_with_changed_settings_is_trained_again(compare):
     for depth in (1, 0):
-        assert compare_recipes.main(command(f"one: {{EXITS.DEPTH: {depth}}}\n", "0")) == 0
-    (row,) = json.loads((tmp_path / "out" / "recipes.json").read_text())
-    assert row["settings"]["EXITS"]["DEPTH"] == [0]
+        (row,) = compare(f"one: {{EXITS.DEPTH: {depth}}}\n", "0")
+        assert row["settings"]["EXITS"]["DEPTH"] == [depth]
 
 
-def test_trial_with_other_weights_of_the_same_name_is_trained_again(command, trained, tmp_path):
+def test_trial_with_other_weights_of_the_same_name_is_trained_again(compare, trained, tmp_path):
     stored = []
     for folder in ("baseline", ".", "."):
-        weights = ["MODEL.WEIGHTS", str(trained[0] / "run" / folder / "model.pth")]
-        assert compare_recipes.main([*command("one: {}\n", "0"), *weights]) == 0
+        compare("one: {}\n", "0", weights=trained[0] / "run" / folder / "model.pth")
         stored.append((tmp_path / "out" / "one" / "seed0" / "result.json").stat().st_mtime_ns)
     assert stored[0] < stored[1] == stored[2]
 
 
-def test_result_has_the_hash_of_the_weights(command, trained, tmp_path):
+def test_result_has_the_hash_of_the_weights(compare, trained):
     other = trained[0] / "run" / "model.pth"
-    assert compare_recipes.main(command(f"one: {{}}\ntwo: {{MODEL.WEIGHTS: {other}}}\n", "0")) == 0
-    one, two = (row["settings"] for row in json.loads((tmp_path / "out" / "recipes.json").read_text()))
+    rows = compare(f"one: {{}}\ntwo: {{MODEL.WEIGHTS: {other}}}\n", "0")
+    one, two = (row["settings"] for row in rows)
     assert one["MODEL"] == two["MODEL"] and one["SHA256"]["TRAIN"] == two["SHA256"]["TRAIN"]
     assert one["SHA256"]["WEIGHTS"] != two["SHA256"]["WEIGHTS"] == sha256(other)
 
@@ -91,16 +95,13 @@ def test_invalid_recipes_are_one_line_errors_before_training(command, tmp_path, 
     assert not (tmp_path / "out").exists()
 
 
-def test_minutes_include_interrupted_sessions(command, tmp_path):
+def test_minutes_include_interrupted_sessions(compare, tmp_path):
     """The result of an interrupted trial has its seconds."""
-    assert compare_recipes.main(command("plain: {}\n", "0")) == 0
+    (row,) = compare("plain: {}\n", "0")
     path = tmp_path / "out" / "plain" / "seed0" / "result.json"
-    row = json.loads(path.read_text())
-    minutes = row["minutes"]
     write_json(path, {"settings": row["settings"], "seconds": 600.0})
-    assert compare_recipes.main(command("plain: {}\n", "0")) == 0
-    again = json.loads(path.read_text())
-    assert 10 < again["minutes"] < 10 + 10 * minutes + 1
+    (again,) = compare("plain: {}\n", "0")
+    assert 10 < again["minutes"] < 10 + 10 * row["minutes"] + 1
     assert "seconds" not in again
 
 
@@ -112,15 +113,9 @@ def test_recipes_of_the_project_are_valid(path):
 
 
 def trial(recipe, seed, ap50, **more):
-    return {
-        "recipe": recipe,
-        "seed": seed,
-        "minutes": 3.0 + seed,
-        "AP50": {"exit8": ap50, "full": 0.7},
-        "mmacs": {"exit8": 250.4, "full": 600.0},
-        "parameters": {"exit8": 1_234_567},
-        **more,
-    }
+    ap50, mmacs, parameters = {"exit8": ap50, "full": 0.7}, {"exit8": 250.4, "full": 600.0}, {"exit8": 1_234_567}
+    figures = {"AP50": ap50, "mmacs": mmacs, "parameters": parameters}
+    return {"recipe": recipe, "seed": seed, "minutes": 3.0 + seed, **figures, **more}
 
 
 def test_table_has_a_row_per_recipe():

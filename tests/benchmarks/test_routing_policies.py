@@ -10,32 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import routing_policies
-from benchmarks.routing_policies import (
-    Compared,
-    Line,
-    Planned,
-    Study,
-    best_policy,
-    coin,
-    errors_against_labels,
-    gap_cells,
-    gap_closed,
-    line_of,
-    mixed_throughput,
-    msdnet_shares,
-    oracle_choice,
-    oracle_over_exits,
-    overthinking,
-    pooled_gap,
-    published_rules_table,
-    reference_lines_table,
-    resampled_leads,
-    routing_table,
-    thresholds_for_shares,
-    time_scoring,
-    with_interval,
-)
+from benchmarks import routing_policies as study
+from benchmarks.routing_policies import Compared, Line, Planned, Study, coin, line_of, oracle_choice, pooled_gap
 from earlyexit_ssd.calibration import thresholds as soft_exit
 from earlyexit_ssd.calibration.thresholds import choose
 from earlyexit_ssd.config import CLOSED
@@ -46,19 +22,22 @@ from earlyexit_ssd.pipeline.replay import CostModel
 from earlyexit_ssd.routing import ExitRouter
 from tools import train_net
 
-RESULTS = Path(routing_policies.__file__).parent / "results"
+RESULTS = Path(study.__file__).parent / "results"
 COSTS = np.array([1.0, 2.0, 4.0])
 
 
-def test_oracle_spends_the_budget_where_errors_fall_most():
+@pytest.mark.parametrize(
+    ("budget", "choice"),
+    [(2.0, [0, 1, 2, 0]), (1.3, [0, 1, 0, 0]), (1.0, [0, 0, 0, 0])],  # mean cost (1 + 2 + 4 + 1) / 4 of the first
+)
+def test_oracle_spends_the_budget_where_errors_fall_most(budget, choice):
     errors = np.array([[0.0, 0.0, 0.0], [1.0, 0.0, 0.0], [1.0, 1.0, 0.0], [0.5, 1.0, 1.0]])
-    assert oracle_choice(errors, COSTS, 2.0).tolist() == [0, 1, 2, 0]  # mean cost (1 + 2 + 4 + 1) / 4
-    assert oracle_choice(errors, COSTS, 1.3).tolist() == [0, 1, 0, 0]
-    assert oracle_choice(errors, COSTS, 1.0).tolist() == [0, 0, 0, 0]
+    assert oracle_choice(errors, COSTS, budget).tolist() == choice
+    assert oracle_choice(errors[:, :1], COSTS[:1], budget).tolist() == [0, 0, 0, 0]  # one exit
 
 
-def test_oracle_with_one_exit():
-    assert oracle_choice(np.ones((3, 1)), COSTS[:1], 1.0).tolist() == [0, 0, 0]
+def test_oracle_spends_the_rest_of_the_budget_on_some_of_equal_photos():
+    assert oracle_choice(np.array([[1.0, 0.0]] * 3), COSTS[:2], 1.7).tolist() == [1, 1, 0]
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -74,24 +53,20 @@ def test_oracle_error_is_within_one_photo_of_the_best_choice(seed):
         assert errors[np.arange(6), choice].mean() <= best + 1 / 6
 
 
+def two_exits(random_case):
+    """Matches of 60 photos. The first exit has the detections of other photos, so it has no hits."""
+    truth, detections = random_case(1, images=60)
+    return exit_matches(truth, [random_case(2, images=60)[1], detections])
+
+
 def test_router_and_coin_have_equal_cost(random_case):
-    truth, shallow = random_case(1, images=60)
-    _, other = random_case(2, images=60)
-    matches = exit_matches(truth, [other, shallow])  # detections of other photos, so the first exit has no hits
-    choice = np.array([0, 1] * 30)
-    router, chance = line_of(matches, choice, COSTS[:2]), coin(matches, choice, COSTS[:2])
+    matches, costs = two_exits(random_case), COSTS[:2]
+    choice, second = np.array([0, 1] * 30), np.ones(60, int)
+    router, chance = line_of(matches, choice, costs), coin(matches, choice, costs)
     assert router.cost == chance.cost == 1.5
-    assert 0 < chance.AP50 < line_of(matches, np.ones(60, int), COSTS[:2]).AP50
-    assert coin(matches, choice, COSTS[:2], seed=0) == chance != coin(matches, choice, COSTS[:2], seed=1)
-    constant = np.ones(60, int)
-    assert pytest.approx(line_of(matches, constant, COSTS[:2]).AP50) == coin(matches, constant, COSTS[:2]).AP50
-
-
-def test_gap_closed_by_hand():
-    lines = [Line(1.0, None, value) for value in (0.69, 0.65, 0.72)]
-    assert gap_closed(*lines) == pytest.approx(4 / 7)
-    assert gap_closed(lines[0], lines[1], lines[1]) is None
-    assert gap_closed(Line(1.0, None, None), lines[1], lines[2]) is None
+    assert 0 < chance.AP50 < line_of(matches, second, costs).AP50
+    assert coin(matches, choice, costs, seed=0) == chance != coin(matches, choice, costs, seed=1)
+    assert pytest.approx(line_of(matches, second, costs).AP50) == coin(matches, second, costs).AP50
 
 
 def test_oracle_closes_exits_that_cost_more_than_they_gain():
@@ -103,49 +78,48 @@ def test_oracle_closes_exits_that_cost_more_than_they_gain():
     def accuracy(choice):
         return 1 - errors[[0, 1], choice].mean()
 
-    choice, costs = oracle_over_exits(errors, costs_with, 3.0, accuracy)
-    assert choice.tolist() == [2, 1] and costs.tolist() == [1.0, 2.0, 4.0]
-    choice, costs = oracle_over_exits(errors, costs_with, 1.0, accuracy)
-    assert choice.tolist() == [0, 0] and costs.tolist() == [1.0, 3.0, 5.0]
+    for budget, expected in ((3.0, ([2, 1], [1.0, 2.0, 4.0])), (1.0, ([0, 0], [1.0, 3.0, 5.0]))):
+        choice, costs = study.oracle_over_exits(errors, costs_with, budget, accuracy)
+        assert (choice.tolist(), costs.tolist()) == expected
 
 
-def test_oracle_may_spend_less_than_the_budget():
-    """The smallest error would send photo 0 to the full path. The score counts photos at the first exit."""
+@pytest.mark.parametrize(
+    "value", [lambda exits: float((exits == 0).sum()), lambda exits: None], ids=["AP50", "no AP50"]
+)
+def test_oracle_may_spend_less_than_the_budget(value):
+    """The smallest error would send photo 0 to the full path, but the value is highest at the first exit. Without a
+    value the cheapest exit is taken."""
     errors = np.array([[0.1, 0.0], [0.0, 0.5]])
-    choice, _ = oracle_over_exits(errors, lambda _: np.array([1.0, 2.0]), 2.0, lambda exits: float((exits == 0).sum()))
-    assert choice.tolist() == [0, 0]
-    choice, _ = oracle_over_exits(errors, lambda _: np.array([1.0, 2.0]), 2.0, lambda exits: None)  # undefined score
-    assert choice.tolist() == [0, 0]  # the cheapest
+    assert study.oracle_over_exits(errors, lambda _: COSTS[:2], 2.0, value)[0].tolist() == [0, 0]
 
 
 def test_pooled_gap_in_resamples(random_case):
     """The oracle closes the whole gap in every resample. A coin closes nothing on average, but varies."""
-    truth, shallow = random_case(1, images=60)
-    matches = exit_matches(truth, [random_case(2, images=60)[1], shallow])
-    oracle = np.zeros(60, int)
+    matches = two_exits(random_case)
+
+    def gaps(choice, oracle):
+        return pooled_gap(study.resampled_leads(matches, choice, [oracle]))
+
+    oracle, second = np.zeros(60, int), np.ones(60, int)
     oracle[np.argsort(-matches.objects)[:30]] = 1
-    own = pooled_gap([resampled_leads(matches, oracle, [oracle])[0]])
+    own = gaps(oracle, oracle)
     assert len(own) == 200 and own[~np.isnan(own)] == pytest.approx(1.0)
     assert np.isnan(own).mean() < 0.2  # undefined if a coin is as good
-    toss = np.random.default_rng(5).permutation(oracle)
-    low, high = np.nanquantile(pooled_gap([resampled_leads(matches, toss, [oracle])[0]]), [0.025, 0.975])
+    low, high = np.nanquantile(gaps(np.random.default_rng(5).permutation(oracle), oracle), [0.025, 0.975])
     assert low < 0 < high < 1
-    everywhere = np.ones(60, int)
-    assert np.isnan(
-        pooled_gap([resampled_leads(matches, everywhere, [everywhere])[0]])
-    ).all()  # a coin makes the same choice
+    assert np.isnan(gaps(second, second)).all()  # a coin makes the same choice
 
 
 def test_pooled_gap_by_hand():
-    """0.01 of 0.04 and 0.02 of 0.02 give 0.03 of 0.06, not the mean of 0.25 and 1."""
-    assert pooled_gap([(0.01, 0.04), (0.02, 0.02)]) == pytest.approx(0.5)
+    """0.01 of 0.04 and 0.02 of 0.03 give 0.03 of 0.07, not the mean of two gaps."""
+    assert pooled_gap([(0.01, 0.04), (0.02, 0.03)]) == pytest.approx(3 / 7)
     draws = pooled_gap([np.array([[0.01, 0.02], [0.04, 0.0]]), np.array([[0.02, 0.0], [0.02, -0.01]])])
     assert draws[0] == pytest.approx(0.5) and np.isnan(draws[1])
 
 
 def test_overthinking_by_hand():
     errors = np.array([[0.0, 0.2, 0.5], [0.0, 0.0, 0.0], [0.1, 0.0, 0.1], [0.3, 0.3, 0.0]])
-    assert overthinking(errors) == [0.25, 0.25]
+    assert study.overthinking(errors) == [0.25, 0.25]
 
 
 def test_errors_against_labels_by_hand(ground_truth, found):
@@ -154,77 +128,54 @@ def test_errors_against_labels_by_hand(ground_truth, found):
     truth = ground_truth(3, [(1, 1, here), (1, 2, there), (2, 1, far)])
     early = {1: found((1, 0.9, here), (1, 0.8, far), (2, 0.3, there)), 2: found((1, 0.2, far)), 3: found()}
     full = {1: found((1, 0.9, here), (2, 0.9, there)), 2: found((1, 0.7, far)), 3: found((1, 0.6, here))}
-    errors = errors_against_labels(exit_matches(truth, [early, full]), 0.5)
-    assert errors.tolist() == [
-        [2 / 3, 0.0],
-        [1.0, 0.0],
-        [0.0, 1.0],
-    ]
+    errors = study.errors_against_labels(exit_matches(truth, [early, full]), 0.5)
+    assert errors.tolist() == [[2 / 3, 0.0], [1.0, 0.0], [0.0, 1.0]]
 
 
 def test_errors_against_labels_are_in_0_to_1(random_case):
-    truth, detections = random_case(5, images=40)
-    errors = errors_against_labels(exit_matches(truth, [random_case(6, images=40)[1], detections]), 0.3)
-    assert errors.shape == (40, 2) and (errors >= 0).all() and (errors <= 1).all()
-    assert np.ptp(errors[:, 0]) > 0
+    errors = study.errors_against_labels(two_exits(random_case), 0.3)
+    assert errors.shape == (60, 2) and (errors >= 0).all() and (errors <= 1).all()
+    assert np.ptp(errors[:, 1]) > 0
 
 
-def test_budgets_lie_between_the_first_exit_with_a_branch_and_the_full_path():
-    costs = CostModel(
-        "mmacs",
-        {
-            (): 4.0,
-            (True,): 6.0,
-            (False,): 5.0,
-            (True, True): 14.0,
-            (False, True): 13.0,
-            (True, False): 12.0,
-            (False, False): 10.0,
-        },
-        2,
-        9.0,
-        {},
-    )
-    names = ("exit8", "exit12", "full")
-    assert Study(None, None, costs, names, (False, False), 0).budgets() == pytest.approx([5, 6, 7, 8, 9])
-    assert Study(None, None, costs, names, (True, False), 0).budgets()[0] == pytest.approx(6 + 4 / 6)
-    assert Study(None, None, costs, names, (True, True), 0).budgets()[0] == pytest.approx(5)
+@pytest.mark.parametrize(("empty", "first"), [((False, False), 4), ((True, False), 6), ((True, True), 4)])
+def test_budgets_lie_between_the_first_exit_with_a_branch_and_the_full_path(empty, first):
+    early = {(): 4.0, (True,): 6.0, (False,): 5.0}
+    deeper = {(True, True): 14.0, (False, True): 13.0, (True, False): 12.0, (False, False): 10.0}
+    budgets = Study(None, None, CostModel("mmacs", early | deeper, 2, 9.0, {}), (), empty, 0).budgets()
+    assert budgets == pytest.approx(np.linspace(first, 10, 7)[1:-1])
 
 
-def test_msdnet_shares_by_hand():
-    assert msdnet_shares(3, 1.0).tolist() == pytest.approx([1 / 3] * 3)
-    assert msdnet_shares(3, 0.5).tolist() == pytest.approx([4 / 7, 2 / 7, 1 / 7])
+@pytest.mark.parametrize(("q", "shares"), [(1.0, [1 / 3] * 3), (0.5, [4 / 7, 2 / 7, 1 / 7])])
+def test_msdnet_shares_by_hand(q, shares):
+    assert study.msdnet_shares(3, q) == pytest.approx(shares)
 
 
-def test_thresholds_let_the_most_confident_photos_leave():
-    confidences = [np.array([0.9, 0.1, 0.5, 0.3]), np.array([1.0, 0.2, 0.8, 0.6])]
-    thresholds = thresholds_for_shares(confidences, [0.25, 0.5, 0.25])
-    assert thresholds.tolist() == pytest.approx([0.7, 0.4])
-    assert choose(confidences, thresholds).tolist() == [0, 2, 1, 1]
+@pytest.mark.parametrize(
+    ("confidences", "shares", "thresholds", "choice"),
+    [
+        ([[0.9, 0.1, 0.5, 0.3], [1.0, 0.2, 0.8, 0.6]], [0.25, 0.5, 0.25], [0.7, 0.4], [0, 2, 1, 1]),
+        # photos of equal confidence leave together
+        ([[1.0, 1.0, 1.0, 0.2, 0.1], [0.9, 0.8, 0.7, 0.6, 0.5]], [0.2, 0.2, 0.6], [1.0, 0.55], [0, 0, 0, 1, 2]),
+        # share 0 closes the exit
+        ([[0.5, 1.0]], [0.0, 1.0], [CLOSED], [1, 1]),
+        # a photo with a confidence below 0 never leaves
+        ([[-1.0] * 4] * 2, [0.5, 0.25, 0.25], [CLOSED, CLOSED], [2, 2, 2, 2]),
+        ([[0.5, -1.0, 0.7, -1.0]], [1.0, 0.0], [0.5], [0, 1, 0, 1]),
+    ],
+)
+def test_thresholds_let_the_most_confident_photos_leave(confidences, shares, thresholds, choice):
+    confidences = list(np.array(confidences))
+    found = study.thresholds_for_shares(confidences, shares)
+    assert found == pytest.approx(thresholds)
+    assert choose(confidences, found).tolist() == choice
 
 
 @pytest.mark.parametrize("shares", [(0.2, 0.3, 0.5), (0.0, 1.0, 0.0), (1.0, 0.0, 0.0), (0.0, 0.0, 1.0)])
 def test_thresholds_give_the_wanted_shares(shares):
     confidences = list(np.random.default_rng(0).random((2, 1000)))
-    choice = choose(confidences, thresholds_for_shares(confidences, shares))
-    assert (np.bincount(choice, minlength=3) / 1000).tolist() == pytest.approx(shares, abs=0.002)
-
-
-def test_photos_of_equal_confidence_leave_together():
-    confidences = [np.array([1.0, 1.0, 1.0, 0.2, 0.1]), np.array([0.9, 0.8, 0.7, 0.6, 0.5])]
-    thresholds = thresholds_for_shares(confidences, [0.2, 0.2, 0.6])
-    assert choose(confidences, thresholds).tolist() == [0, 0, 0, 1, 2]
-
-
-def test_share_0_closes_the_exit():
-    assert thresholds_for_shares([np.array([0.5, 1.0])], [0.0, 1.0]).tolist() == [CLOSED]
-
-
-def test_photos_with_confidence_below_0_never_leave():
-    nowhere, partly = np.full(4, -1.0), np.array([0.5, -1.0, 0.7, -1.0])
-    assert thresholds_for_shares([nowhere, nowhere], [0.5, 0.25, 0.25]).tolist() == [CLOSED, CLOSED]
-    thresholds = thresholds_for_shares([partly], [1.0, 0.0])
-    assert choose([partly], thresholds).tolist() == [0, 1, 0, 1]
+    choice = choose(confidences, study.thresholds_for_shares(confidences, shares))
+    assert np.bincount(choice, minlength=3) / 1000 == pytest.approx(shares, abs=0.002)
 
 
 class Spy:
@@ -238,22 +189,16 @@ class Spy:
         return torch.ones(len(signals.logits))
 
 
-def test_time_scoring_passes_one_photo_with_logits_and_tap():
-    spy, other = Spy(), Spy()
-    signals = ExitSignals(torch.rand(4, 7, 3), torch.rand(4, 6))
-    timings = time_scoring([spy, other], signals, 1, runs=5)
+@pytest.mark.parametrize("empty", [False, True])
+def test_time_scoring_passes_one_photo(empty):
+    spies = Spy(), Spy()
+    signals = ExitSignals(torch.rand(4, 7, 3), None if empty else torch.rand(4, 6), empty)
+    timings = study.time_scoring(spies, signals, 1, runs=5)
     assert len(timings) == 2 and min(timing.ms for timing in timings) > 0
-    assert len(spy.calls) == len(other.calls) >= 5
-    signals, exit_index = spy.calls[-1]
-    assert exit_index == 1 and signals.logits.shape == (1, 7, 3)
-    assert signals.tap.shape == (1, 6) and not signals.empty
-
-
-def test_time_scoring_of_an_empty_exit():
-    spy = Spy()
-    time_scoring([spy], ExitSignals(torch.rand(2, 7, 3), empty=True), 0, runs=2)
-    signals, _ = spy.calls[0]
-    assert signals.tap is None and signals.empty
+    assert len(spies[0].calls) == len(spies[1].calls) >= 5
+    passed, exit_index = spies[0].calls[-1]
+    assert exit_index == 1 and passed.logits.shape == (1, 7, 3) and passed.empty == empty
+    assert passed.tap is None if empty else passed.tap.shape == (1, 6)
 
 
 def test_planned_exits_are_taken_in_every_call(small_model):
@@ -268,17 +213,15 @@ def test_branch_of_an_exit_with_share_0_is_not_computed(small_model, monkeypatch
     computed = []
     for name, branch in small_model.eval().branches.items():
         branch.register_forward_hook(lambda *_, name=name: computed.append(name))
-    monkeypatch.setattr(routing_policies, "time_modules", lambda modules, images, *_: run_once(modules[:1], images))
-    with pytest.raises(RuntimeError, match="run once"):
-        mixed_throughput(small_model, ExitRouter(2), [0.0, 0.5, 0.5], batch=4)
+
+    def time_first(modules, images, *_):
+        with torch.inference_mode():
+            modules[0](images)
+        return [Timing(1.0, [])] * len(modules)
+
+    monkeypatch.setattr(study, "time_modules", time_first)
+    study.mixed_throughput(small_model, ExitRouter(2), [0.0, 0.5, 0.5], batch=4)
     assert computed == [list(small_model.branches)[1]]
-
-
-def run_once(modules, images):
-    with torch.inference_mode():
-        for module in modules:
-            module(images)
-    raise RuntimeError("run once")
 
 
 def test_throughput_figures_by_hand(small_model, monkeypatch):
@@ -290,24 +233,18 @@ def test_throughput_figures_by_hand(small_model, monkeypatch):
         # mixed, plain, and batches that leave together at exits 0, 1 and 2
         return [Timing(ms, [ms, ms]) for ms in (10.0, 12.0, 4.0, 8.0, 16.0)]
 
-    monkeypatch.setattr(routing_policies, "time_modules", times)
-    found = mixed_throughput(small_model, ExitRouter(2), [0.5, 0.25, 0.25], batch=4)
+    monkeypatch.setattr(study, "time_modules", times)
+    found = study.mixed_throughput(small_model, ExitRouter(2), [0.5, 0.25, 0.25], batch=4)
     assert plans == [[0, 0, 1, 2]]
     assert found.ideal == pytest.approx(4000 / ((4 + 4 + 8 + 16) / 4))
     assert found.mixed == pytest.approx(400) and found.plain == pytest.approx(4000 / 12)
     assert found.share_of_ideal == pytest.approx(0.8)
 
 
-def test_throughput_of_a_small_model(small_model):
-    found = mixed_throughput(small_model, ExitRouter(2), [0.5, 0.0, 0.5], batch=4, runs=2)
-    assert min(found.mixed, found.ideal, found.plain) > 0
-
-
 def test_best_policy_is_chosen_on_the_calibration_split():
-    flattered = {"gap_closed": 0.9, "pooled_gap": 0.9, "calib_pooled_gap": 0.2}
-    chosen = {"gap_closed": 0.1, "pooled_gap": 0.1, "calib_pooled_gap": 0.4}
-    unknown = {"gap_closed": 0.95, "pooled_gap": 0.9, "calib_pooled_gap": None}
-    assert best_policy({"a": flattered, "b": chosen, "c": unknown}) == "b"
+    gaps = {"a": (0.9, 0.2), "b": (0.1, 0.4), "c": (0.95, None)}  # on test photos, on calibration photos
+    entries = {name: {"pooled_gap": test, "calib_pooled_gap": calib} for name, (test, calib) in gaps.items()}
+    assert study.best_policy(entries) == "b"
 
 
 def test_leads_over_a_coin_in_ap50_and_in_ap():
@@ -316,7 +253,7 @@ def test_leads_over_a_coin_in_ap50_and_in_ap():
     assert lines.leads("best_oracle") == pytest.approx((0.04, 0.07))
     assert lines.leads("best_oracle", "AP") == pytest.approx((0.04, 0.05))
     undefined = Compared(np.zeros(1, int), Line(1.0, None, None), lines.chance, lines.oracles)
-    assert np.isnan(undefined.leads("best_oracle", "AP")[0])
+    assert np.isnan(undefined.leads("best_oracle", "AP")[0]) and np.isnan(pooled_gap([undefined.leads("best_oracle")]))
 
 
 def points(*pairs):
@@ -340,7 +277,7 @@ POLICIES = {
 
 def test_published_rules_are_interpolated_at_the_costs_of_the_best_policy():
     """At 300, between 0.4 at 200 and 0.6 at 400, the AP50 is 0.5. A curve has no figure outside its costs."""
-    assert published_rules_table(POLICIES, "ambiguous_mass", "mmacs").splitlines() == [
+    assert study.published_rules_table(POLICIES, "ambiguous_mass", "mmacs").splitlines() == [
         "| rule | 300 mmacs | 400 mmacs |",
         "| --- | ---: | ---: |",
         "| ambiguous_mass, searched thresholds | 0.600 | 0.700 |",
@@ -353,9 +290,8 @@ def test_published_rules_are_interpolated_at_the_costs_of_the_best_policy():
 
 
 def test_best_policy_is_not_compared_with_itself():
-    alone = {"max_foreground": {**POLICIES["ambiguous_mass"]}}
-    assert "BranchyNet" not in published_rules_table(alone, "max_foreground", "ms")
-    assert published_rules_table(alone, "max_foreground", "ms").count("MSDNet") == 1
+    table = study.published_rules_table({"max_foreground": POLICIES["ambiguous_mass"]}, "max_foreground", "ms")
+    assert "BranchyNet" not in table and table.count("MSDNet") == 1
 
 
 def line(ap, ap50, **more):
@@ -366,7 +302,7 @@ def test_reference_lines_table():
     entry = line(0.4, 0.6, budget=300.0, coin=line(0.3, 0.5), oracle=line(0.5, 0.7), best_oracle=line(0.6, 0.8))
     other = {"budgets": [line(0.2, 0.4, budget=300.0)]}
     bare = {"budgets": [{"AP": 0.1, "AP50": 0.2}]}
-    table = reference_lines_table({"other": other, "bare": bare, "chosen": {"budgets": [entry]}}, "chosen")
+    table = study.reference_lines_table({"other": other, "bare": bare, "chosen": {"budgets": [entry]}}, "chosen")
     assert table.splitlines() == [
         "| line | figure | budget 300.0 |",
         "| --- | --- | ---: |",
@@ -383,25 +319,27 @@ def test_reference_lines_table():
     ]
 
 
-def test_undefined_ap_is_a_dash():
-    assert with_interval({"AP": None, "AP_interval": None}, "AP") == "-"
+def test_undefined_figures_are_dashes():
+    assert study.with_interval({"AP": None, "AP_interval": None}, "AP") == "-"
+    assert (
+        gap_cells(None, {"value": None, "interval": None}, {"value": None, "interval": None}, None, None) == ["-"] * 5
+    )
+
+
+def gap_cells(*values):
+    keys = ("gap_closed", "pooled_gap", "pooled_gap_of_best_oracle", "pooled_gap_by_AP", "calib_pooled_gap")
+    return study.gap_cells(dict(zip(keys, values, strict=True)))
 
 
 def test_gap_cells():
-    pooled, best = {"value": 0.25, "interval": [0.1, 0.4]}, {"value": 0.2, "interval": None}
-    found = {"gap_closed": 0.5, "pooled_gap": pooled, "pooled_gap_of_best_oracle": best}
-    found |= {"pooled_gap_by_AP": 0.7, "calib_pooled_gap": 0.3}
-    assert gap_cells(found) == ["0.50", "0.25 [0.10, 0.40]", "0.20", "0.70", "0.30"]
-    nothing = {"value": None, "interval": None}
-    found = {"gap_closed": None, "pooled_gap": nothing, "pooled_gap_of_best_oracle": nothing}
-    found |= {"pooled_gap_by_AP": None, "calib_pooled_gap": None}
-    assert gap_cells(found) == ["-", "-", "-", "-", "-"]
+    cells = gap_cells(0.5, {"value": 0.25, "interval": [0.1, 0.4]}, {"value": 0.2, "interval": None}, 0.7, 0.3)
+    assert cells == ["0.50", "0.25 [0.10, 0.40]", "0.20", "0.70", "0.30"]
 
 
 @pytest.mark.parametrize("folder", sorted(RESULTS.glob("routing_*")), ids=lambda folder: folder.name)
 def test_stored_tables_match_the_stored_figures(folder):
     results = json.loads((folder / "routing.json").read_text(encoding="utf-8"))
-    assert (folder / "routing.md").read_text(encoding="utf-8") == routing_table(results) + "\n"
+    assert (folder / "routing.md").read_text(encoding="utf-8") == study.routing_table(results) + "\n"
 
 
 @pytest.fixture
@@ -412,47 +350,54 @@ def short_study(monkeypatch):
         return bootstrap_choices(matches, choices, 10, seed, **more)
 
     monkeypatch.setattr(soft_exit, "STEPS", 5)
-    monkeypatch.setattr(routing_policies, "bootstrap_choices", few_draws)
-    monkeypatch.setattr(routing_policies, "time_scoring", partial(time_scoring, runs=3))
-    monkeypatch.setattr(routing_policies, "mixed_throughput", partial(mixed_throughput, batch=4, runs=1))
+    monkeypatch.setattr(study, "bootstrap_choices", few_draws)
+    monkeypatch.setattr(study, "time_scoring", partial(study.time_scoring, runs=3))
+    monkeypatch.setattr(study, "mixed_throughput", partial(study.mixed_throughput, batch=4, runs=1))
     for name in ("COIN_TOSSES", "BOOTSTRAP_TOSSES", "ORACLE_BUDGETS"):
-        monkeypatch.setattr(routing_policies, name, 2)
+        monkeypatch.setattr(study, name, 2)
+
+
+def evaluated(arguments, out, *policies):
+    """Run the command and return the content of routing.json."""
+    assert study.main([*arguments, "--out", str(out), *(["--policies", ",".join(policies)] if policies else [])]) == 0
+    return json.loads((out / "routing.json").read_text())
+
+
+def budgets_begin_at(results, exit_index):
+    """Return whether all budgets lie between the costs of this exit and of the detector without exits."""
+    costs = results["context"]["cost_model"]
+    low, high = sorted([costs["exits"][exit_index], costs["plain"]])
+    return all(low < entry["budget"] < high for found in results["policies"].values() for entry in found["budgets"])
 
 
 def test_policies_are_compared_with_coin_and_oracle(trained, capsys, short_study):
-    root, arguments = trained[0], [*trained[1], "CALIBRATION.COST", "mmacs"]
-    policies = ["--policies", "ambiguous_mass,learned_gain"]
-    assert routing_policies.main([*arguments, "--out", str(root / "routing"), *policies]) == 0
-    results = json.loads((root / "routing" / "routing.json").read_text())
+    arguments, out = [*trained[1], "CALIBRATION.COST", "mmacs"], trained[0] / "routing"
+    results = evaluated(arguments, out, "ambiguous_mass", "learned_gain")
     assert list(results["policies"]) == ["max_foreground", "ambiguous_mass", "learned_gain"]
     assert [entry["name"] for entry in results["exits"]] == ["exit8", "exit12", "full"]
-    costs, plain = results["context"]["cost_model"]["exits"], results["context"]["cost_model"]["plain"]
+    assert budgets_begin_at(results, 0)
     for found in results["policies"].values():
         assert len(found["budgets"]) == 5 and len(found["msdnet"]) == 25
         for entry in found["budgets"]:
-            assert min(costs[0], plain) < entry["budget"] < max(costs[0], plain)
             assert entry["coin"]["cost"] == entry["cost"]
             assert entry["oracle"]["cost"] <= entry["cost"] + 1e-9
             assert sum(entry["exit_share"].values()) == pytest.approx(1.0)
     printed = capsys.readouterr().out
     assert set(results["scoring_ms"]) == set(results["policies"]) and min(results["scoring_ms"].values()) > 0
     assert "| policy |" in printed and "coin at the cost of" in printed and "oracle at the cost of" in printed
-    with Image.open(root / "routing" / "routing.png") as picture:
+    with Image.open(out / "routing.png") as picture:
         assert picture.size[0] > 300
     assert len(results["throughput"]) == 5 and all(speed["share_of_ideal"] > 0 for speed in results["throughput"])
-    # deterministic except for times; the second run uses the recorded outputs
-    before = results["policies"]
-    assert routing_policies.main([*arguments, "--out", str(root / "routing"), *policies]) == 0
+    # all figures but times are deterministic; the second run uses the recorded outputs
+    assert evaluated(arguments, out, "ambiguous_mass", "learned_gain")["policies"] == results["policies"]
     assert "record exits" not in capsys.readouterr().err
-    assert json.loads((root / "routing" / "routing.json").read_text())["policies"] == before
 
 
 def test_unknown_policy_is_an_error(trained, capsys):
-    root, arguments = trained[0], [*trained[1], "CALIBRATION.COST", "mmacs"]
-    assert routing_policies.main([*arguments, "--out", str(root / "wrong"), "--policies", "marginn"]) == 2
-    assert "did you mean 'margin'" in capsys.readouterr().err
-    assert routing_policies.main([*arguments, "--out", str(root / "wrong"), "--policies", "margin,"]) == 2
-    assert "unknown routing policy '', expected one of" in capsys.readouterr().err
+    cases = {"marginn": "did you mean 'margin'", "margin,": "unknown routing policy '', expected one of"}
+    for policies, message in cases.items():
+        assert study.main([*trained[1], "--out", str(trained[0] / "wrong"), "--policies", policies]) == 2
+        assert message in capsys.readouterr().err
 
 
 def retrofitted(trained, tiny, name, *keys):
@@ -467,20 +412,13 @@ def test_empty_exits_have_policies_that_need_no_logits(
     trained, tiny, tmp_path, capsys, short_study, without_evaluation
 ):
     arguments = retrofitted(trained, tiny, "empty", "EXITS.EMPTY", "[8, 12]")
-    assert routing_policies.main([*arguments, "--out", str(tmp_path / "routing")]) == 0
-    results = json.loads((tmp_path / "routing" / "routing.json").read_text())
-    assert set(results["policies"]) == {"foreseen_emptiness", "learned_gain"}
-    capsys.readouterr()
-    assert routing_policies.main([*arguments, "--out", str(tmp_path / "routing"), "--policies", "margin"]) == 2
+    assert set(evaluated(arguments, tmp_path)["policies"]) == {"foreseen_emptiness", "learned_gain"}
+    assert study.main([*arguments, "--out", str(tmp_path), "--policies", "margin"]) == 2
     assert "policy 'margin' reads logits, but all exits of" in capsys.readouterr().err
 
 
 def test_budgets_begin_at_the_first_exit_of_every_policy(trained, tiny, tmp_path, short_study, without_evaluation):
     arguments = retrofitted(trained, tiny, "mixed", "EXITS.LAYERS", "[4, 8, 12]", "EXITS.EMPTY", "[4]")
-    policies = ["--policies", "margin,foreseen_emptiness"]
-    assert routing_policies.main([*arguments, "--out", str(tmp_path / "routing"), *policies]) == 0
-    results = json.loads((tmp_path / "routing" / "routing.json").read_text())
-    costs, plain = results["context"]["cost_model"]["exits"], results["context"]["cost_model"]["plain"]
-    for found in results["policies"].values():
-        assert all(min(costs[1], plain) < entry["budget"] < max(costs[1], plain) for entry in found["budgets"])
+    results = evaluated(arguments, tmp_path, "margin", "foreseen_emptiness")
+    assert budgets_begin_at(results, 1)
     assert all(entry["exit_share"]["exit4"] == 0 for entry in results["policies"]["margin"]["budgets"])

@@ -31,9 +31,8 @@ def test_other_classes_are_left_out():
     detections = OnlyClasses(detector, ["ball"])(scene(30))
     assert detections.class_names == ["ball"] and detections.labels.tolist() == [2]
     assert OnlyClasses(detector, []).classes == ("lamp", "ball")
-    with pytest.raises(
-        EarlyExitError, match=r"--classes has 'bal', expected classes of the detector \(did you mean 'ball'\?\)"
-    ):
+    message = r"--classes has 'bal', expected classes of the detector \(did you mean 'ball'\?\)"
+    with pytest.raises(EarlyExitError, match=message):
         OnlyClasses(detector, ["bal"])
 
 

@@ -1,4 +1,4 @@
-"""Certificates: their file, their model, and refused content."""
+"""Certificates: their file, the model that they are for, and invalid content."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.modeling.checkpoint import weights_hash
 from tests.modeling.conftest import small_model
 
-POINT = {"score": 0.5, "iou": 0.5}
-
 
 @pytest.fixture
 def model():
     return small_model()
 
 
-@pytest.fixture
-def certificate(model):
+@pytest.fixture(scope="module")
+def certificate():
     return Certificate(
         router=ExitRouter(2, policy="entropy", thresholds=[0.6, 2.0], temperatures=[1.5, 0.8]).to_dict(),
-        target=CertifiedTarget(kind="risk", epsilon=0.02, delta=0.05, bound="betting", reference="full", **POINT),
+        target=CertifiedTarget(
+            kind="risk", epsilon=0.02, delta=0.05, bound="betting", reference="full", score=0.5, iou=0.5
+        ),
         measured=Measured(photos=3, loss=0.01),
         cost_model=CertifiedCosts(unit="mmacs", exits=(1.0, 2.0, 3.0), plain=2.5),
-        weights_sha256=weights_hash(model),
+        weights_sha256=weights_hash(small_model()),
         photos_sha256=("ab" * 8, "cd" * 8),
         photo_list_sha256="ef",
         drift=Reference.from_decisions(("exit8", "exit12", "full"), [0, 2, 2], [[0.9, 0.1, 0.2]] * 2),
@@ -45,20 +45,27 @@ def certificate(model):
     )
 
 
+def load(folder, content):
+    """Load a certificate with this content, a text or a dict."""
+    path = folder / "certificate.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return load_certificate(path)
+
+
 def test_save_and_load(certificate, tmp_path):
     certificate.save(tmp_path / "certificate.json")
     again = load_certificate(tmp_path / "certificate.json")
-    assert again == certificate
-    assert not again.closed
-    assert again.drift.exit_counts == (1, 0, 2)
+    assert again == certificate and again.drift.exit_counts == (1, 0, 2)
+    router = {**certificate.router, "thresholds": [2.0, 2.0]}
+    assert not again.closed and dataclasses.replace(certificate, router=router).closed
 
 
-def test_a_certificate_of_an_earlier_version_is_read_and_written_alike():
+def test_certificate_of_an_earlier_version_is_read_and_written_unchanged():
     path = Path(__file__).resolve().parents[2] / "docs" / "results" / "chair_stream" / "certificate.json"
     certificate = load_certificate(path)
     assert (certificate.target.kind, certificate.target.value, certificate.target.epsilon) == ("ap_drop", 0.01, None)
     assert certificate.measured.photos == 438 and certificate.cost_model.unit == "mmacs"
-    assert certificate.to_dict() == json.loads(path.read_text())  # its checksum among them
+    assert certificate.to_dict() == json.loads(path.read_text())  # with its checksum
 
 
 def test_unknown_accuracy_is_null_in_the_file(certificate):
@@ -71,7 +78,7 @@ def test_router_for_the_calibrated_model(certificate, model):
     router = certificate.router_for(model)
     assert router.policy == "entropy"
     assert router.thresholds.tolist() == pytest.approx([0.6, 2.0])
-    model.router = router  # it does not count as part of the weights
+    model.router = router  # the hash of the weights leaves the router out
     certificate.router_for(model)
     with torch.no_grad():
         next(model.branches.parameters()).view(-1)[0] += 1e-3
@@ -89,45 +96,40 @@ def test_model_file_has_the_certificate_of_an_unchanged_router(certificate, mode
     assert EarlyExitSSDLite.from_pretrained(tmp_path / "other.pth").router.certificate is None
 
 
-def test_exits_behind_other_layers_are_refused(certificate, model):
-    """Empty ones have no weights to be known by."""
+def test_other_exits_are_refused(certificate, model):
+    """The hash of the weights does not cover empty exits."""
     drift = dataclasses.replace(certificate.drift, exit_names=("exit6", "exit12", "full"))
     other = dataclasses.replace(certificate, drift=drift)
     with pytest.raises(EarlyExitError, match="is for the exits exit6, exit12, the model has exit8, exit12; calibrate"):
         other.router_for(model)
 
 
-def test_a_fused_model_takes_the_router_before_it_is_fused(certificate, model):
+def test_router_must_be_set_before_the_model_is_fused(certificate, model):
     with pytest.raises(EarlyExitError, match="set the certificate's router first, then fuse the model"):
         certificate.router_for(fuse_for_inference(model))
     model.router = certificate.router_for(model)
     assert fuse_for_inference(model).router.policy == "entropy"
 
 
-@pytest.mark.parametrize("key", ["photos_sha256", "router", "content_sha256"])
-def test_edited_certificates_are_refused(certificate, tmp_path, key):
-    path = tmp_path / "certificate.json"
-    certificate.save(path)
-    content = json.loads(path.read_text())
-    content["router"]["thresholds"] = [0.0, 0.0] if key == "router" else content["router"]["thresholds"]
-    if key == "photos_sha256":
-        content[key] = []
-    if key == "content_sha256":
-        del content[key]
-    path.write_text(json.dumps(content))
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda content: content["photos_sha256"].clear(),
+        lambda content: content["router"].update(thresholds=[0.0, 0.0]),
+        lambda content: content.pop("content_sha256"),
+    ],
+)
+def test_edited_certificates_are_refused(certificate, tmp_path, edit):
+    content = certificate.to_dict()
+    edit(content)
     with pytest.raises(EarlyExitError, match="was changed, since it does not fit its 'content_sha256'"):
-        load_certificate(path)
+        load(tmp_path, content)
 
 
-def test_refuses_photos_of_the_calibration(certificate):
+def test_calibration_photos_are_refused(certificate):
     certificate.require_unseen([("a.jpg", "00" * 32)])
     with pytest.raises(EarlyExitError, match=r"b.jpg \(1 photos in all\) is in the certificate's calibration list"):
         certificate.require_unseen([("a.jpg", "00" * 32), ("b.jpg", "cd" * 32)])
-
-
-def test_closed_where_no_exit_is_open(certificate):
-    router = {**certificate.router, "thresholds": [2.0, 2.0]}
-    assert Certificate(**{**vars(certificate), "router": router}).closed
 
 
 @pytest.mark.parametrize(
@@ -139,11 +141,9 @@ def test_closed_where_no_exit_is_open(certificate):
         ('{"format": "earlyexit_ssd certificate/1"}', "the key 'cost_model' is missing"),
     ],
 )
-def test_other_files(tmp_path, text, message):
-    path = tmp_path / "certificate.json"
-    path.write_text(text)
+def test_other_files_are_refused(tmp_path, text, message):
     with pytest.raises(EarlyExitError, match=message):
-        load_certificate(path)
+        load(tmp_path, text)
 
 
 @pytest.mark.parametrize(
@@ -166,39 +166,33 @@ def test_other_files(tmp_path, text, message):
         ("cost_model", "exits", [1.0, None], r"cost_model.exits\[1\] is None"),
     ],
 )
-def test_parts_that_are_missing_or_of_another_type(certificate, tmp_path, part, key, value, message):
-    """Whatever the checksum says."""
+def test_missing_and_wrong_values_are_refused(certificate, tmp_path, part, key, value, message):
     content = certificate.to_dict()
     del content[part][key]
     content[part] |= {} if value is None else {key: value}
-    (tmp_path / "certificate.json").write_text(json.dumps(content))
     with pytest.raises(EarlyExitError, match=message):
-        load_certificate(tmp_path / "certificate.json")
+        load(tmp_path, content)
 
 
-def test_a_key_given_twice_and_deep_nesting(certificate, tmp_path):
-    path = tmp_path / "certificate.json"
-    certificate.save(path)
-    text = path.read_text()
-    path.write_text(text.replace('"epsilon"', '"epsilon": 0.001, "epsilon"'))
-    with pytest.raises(EarlyExitError, match="the key 'epsilon' is given twice"):
-        load_certificate(path)
-    path.write_text(text.replace('"versions": {', '"versions": {"x": ' + "[" * 500 + "]" * 500 + ", "))
-    with pytest.raises(EarlyExitError, match="nested more than 32 deep"):
-        load_certificate(path)
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('"epsilon"', '"epsilon": 0.001, "epsilon"', "the key 'epsilon' is given twice"),
+        ('"versions": {', f'"versions": {{"x": {"[" * 500}{"]" * 500}, ', "nested more than 32 deep"),
+        ('"versions": {', '"more": 1, "versions": {', "the key 'more' is unknown"),
+    ],
+)
+def test_repeated_nested_and_unknown_keys_are_refused(certificate, tmp_path, old, new, message):
+    with pytest.raises(EarlyExitError, match=message):
+        load(tmp_path, json.dumps(certificate.to_dict()).replace(old, new))
 
 
-def test_a_policy_fitted_for_another_model_is_found_before_the_first_photo(certificate, model):
+def test_missing_file(tmp_path):
+    with pytest.raises(EarlyExitError, match="no such certificate.*tools/calibrate.py"):
+        load_certificate(tmp_path / "none.json")
+
+
+def test_parameters_for_another_model_are_refused_before_the_first_photo(certificate, model):
     fitted = ExitRouter(2, policy="foreseen_emptiness", parameters=[{"weight": [0.0] * 5, "bias": 0.0}] * 2)
     with pytest.raises(EarlyExitError, match="the certificate: its routing cannot be used .*calibrate again"):
         dataclasses.replace(certificate, router=fitted.to_dict()).router_for(model)
-
-
-def test_unknown_key_and_no_file(certificate, tmp_path):
-    path = tmp_path / "certificate.json"
-    certificate.save(path)
-    path.write_text(json.dumps({**json.loads(path.read_text()), "more": 1}))
-    with pytest.raises(EarlyExitError, match="the key 'more' is unknown"):
-        load_certificate(path)
-    with pytest.raises(EarlyExitError, match="no such certificate.*tools/calibrate.py"):
-        load_certificate(tmp_path / "none.json")

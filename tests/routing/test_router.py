@@ -1,4 +1,4 @@
-"""None"""
+"""The router: thresholds, temperatures and settings."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from earlyexit_ssd.config import CLOSED, load_config
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.modeling.losses import Assignment
 from earlyexit_ssd.modeling.outputs import ExitSignals
-from earlyexit_ssd.routing import POLICIES, register_policy
+from earlyexit_ssd.routing import policies, register_policy
 
 LOGITS = torch.tensor([[[0.0, 2.0]], [[3.0, 0.0]]])  # probabilities of the object: 0.881, 0.047
 
 
-def test_threshold_is_reached_from_above_or_met():
+def test_images_leave_at_confidences_of_at_least_the_threshold():
     router = ExitRouter(2, thresholds=[0.5, 0.9])
     confidence = torch.tensor([0.5, 0.49])
     assert router.leaves(confidence, 0).tolist() == [True, False]
@@ -39,13 +39,9 @@ def test_exits_are_closed_by_default():
 
 def test_temperature_by_hand():
     router = ExitRouter(1, policy="max_foreground", temperatures=[2.0])
-    assert router.confidence(ExitSignals(LOGITS), 0).tolist() == pytest.approx(
-        torch.sigmoid(torch.tensor([1.0, -1.5])).tolist()
-    )
-    # The full path keeps its own scores.
-    assert router.confidence(ExitSignals(LOGITS), 1).tolist() == pytest.approx(
-        torch.sigmoid(torch.tensor([2.0, -3.0])).tolist()
-    )
+    for exit_index, differences in enumerate(([1.0, -1.5], [2.0, -3.0])):  # the full path has no temperature
+        expected = torch.sigmoid(torch.tensor(differences))
+        torch.testing.assert_close(router.confidence(ExitSignals(LOGITS), exit_index), expected)
 
 
 def test_temperatures_are_buffers_unless_they_are_learnt():
@@ -77,23 +73,19 @@ def test_bounds_hold_in_a_loop_that_does_not_clamp():
         router.temperature_loss(LOGITS, Assignment(labels, None), 0).backward()
         optimizer.step()
     assert not 0.5 <= router.temperatures.item() <= 3.0
-    assert router.confidence(ExitSignals(LOGITS), 0)[0] > router.confidence(ExitSignals(LOGITS), 0)[1]
+    first, second = router.confidence(ExitSignals(LOGITS), 0)
+    assert first > second
     assert ExitRouter(**router.to_dict()).temperatures.item() in (0.5, 3.0)
 
 
 def test_objects_and_background_have_equal_weight():
     router = ExitRouter(1, learn_temperatures=True)
     logits, labels = torch.tensor([[[0.0, 2.0], [1.0, 0.0], [3.0, 0.0]]]), torch.tensor([[1, 0, 0]])
-    losses = [math.log1p(math.exp(-2)), math.log1p(math.exp(-1)), math.log1p(math.exp(-3))]
+    losses = [math.log1p(math.exp(-difference)) for difference in (2, 1, 3)]
     expected = (losses[0] + (losses[1] + losses[2]) / 2) / 2
     assert router.temperature_loss(logits, Assignment(labels, None), 0).item() == pytest.approx(expected)
     only = router.temperature_loss(logits[:, 1:], Assignment(labels[:, 1:], None), 0).item()
     assert only == pytest.approx((losses[1] + losses[2]) / 2)
-
-
-def test_one_number_for_all_exits():
-    router = ExitRouter(2, thresholds=0.25, temperatures=2)
-    assert (router.thresholds.tolist(), router.temperatures.tolist()) == ([0.25, 0.25], [2.0, 2.0])
 
 
 @settings(max_examples=30, deadline=None)
@@ -112,14 +104,20 @@ def test_temperatures_are_clamped(values):
         ({"thresholds": [-0.2]}, r"thresholds has -0.2, expected a number in \[0, 1\], or 2 to close the exit"),
         ({"thresholds": [0.3, 1.5]}, r"thresholds has 1.5, expected a number in \[0, 1\], or 2"),
         ({"thresholds": [0.1, 0.2, 0.3]}, "one for each of 2 exits"),
+        ({"thresholds": None}, "thresholds is None, expected one number"),
         ({"temperatures": [5.0]}, "temperatures has 5.0"),
         ({"temperature_bounds": (3.0, 0.5)}, "0 < low < high"),
+        ({"temperature_bounds": (1.0,)}, "temperature_bounds"),
         ({"policy": "entropie"}, "unknown routing policy"),
+        ({"policy": len}, "expected the name of a registered policy"),
+        ({"num_exits": -1}, "num_exits is -1, expected the number of early exits"),
+        ({"num_exits": 2.0}, "num_exits is 2.0"),
+        ({"hybrid": "no"}, "hybrid is 'no', expected True or False"),
     ],
 )
-def test_impossible_settings(arguments, message):
+def test_invalid_settings(arguments, message):
     with pytest.raises(EarlyExitError, match=message):
-        ExitRouter(2, **arguments)
+        ExitRouter(**{"num_exits": 2, **arguments})
 
 
 def test_misspelt_keyword():
@@ -127,43 +125,25 @@ def test_misspelt_keyword():
         ExitRouter(2, threshold=[0.5])
 
 
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"num_exits": -1}, "num_exits is -1, expected the number of early exits"),
-        ({"num_exits": 2.0}, "num_exits is 2.0"),
-        ({"hybrid": "no"}, "hybrid is 'no', expected True or False"),
-        ({"thresholds": None}, "thresholds is None, expected one number"),
-        ({"temperature_bounds": (1.0,)}, "temperature_bounds"),
-        ({"policy": len}, "expected the name of a registered policy"),
-    ],
-)
-def test_settings_of_a_wrong_type(values, message):
-    with pytest.raises(EarlyExitError, match=message):
-        ExitRouter(**{"num_exits": 2, **values})
-
-
-def test_numbers_of_any_kind_are_thresholds():
-    for value in (np.float32(0.5), torch.tensor(0.5), [0.5, 0.5], torch.tensor([0.5, 0.5]), (np.float64(0.5),)):
-        assert ExitRouter(2, thresholds=value).thresholds.tolist() == [0.5, 0.5]
+def test_numbers_of_any_type_are_one_value_per_exit():
+    for value in (0.75, np.float32(0.75), torch.tensor(0.75), [0.75] * 2, torch.full([2], 0.75), (np.float64(0.75),)):
+        router = ExitRouter(2, thresholds=value, temperatures=value)
+        assert router.thresholds.tolist() == router.temperatures.tolist() == [0.75, 0.75]
 
 
 @pytest.fixture
-def own_policy():
-    """Register a function for one test."""
-    names = []
+def own_policy(monkeypatch):
+    """Return a function that registers a policy for one test and returns its router."""
+    monkeypatch.setattr(policies, "POLICIES", dict(policies.POLICIES))
 
     def register(function, boxes=None):
         register_policy("of_a_test", boxes)(function)
-        names.append("of_a_test")
         return ExitRouter(1, policy="of_a_test")
 
-    yield register
-    for name in names:
-        del POLICIES[name]
+    return register
 
 
-@pytest.mark.parametrize("boxes", [None, 2, 3, 512])  # of the three that there are
+@pytest.mark.parametrize("boxes", [None, 2, 3, 512])  # of three
 def test_a_policy_may_work_in_place(own_policy, boxes):
     router = own_policy(lambda logits: logits.zero_()[:, 0, 0], boxes)
     logits = torch.ones(2, 3, 4)
@@ -179,7 +159,7 @@ def test_a_policy_returns_one_number_per_image(own_policy):
 
 
 @pytest.mark.parametrize("learnt", [False, True])
-def test_numbers_are_assigned_and_checked(learnt):
+def test_assigned_numbers_are_checked(learnt):
     router = ExitRouter(2, learn_temperatures=learnt)
     router.thresholds = [0.5, 0.7]
     router.temperatures = (1.5, 2.0)
