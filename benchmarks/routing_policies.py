@@ -120,8 +120,7 @@ def errors_against_labels(matches: ExitMatches, score: float) -> np.ndarray:
     It is 0 for a photo without objects and without detections.
     """
     counts = photo_counts(matches, score)
-    wrong = counts.misses + counts.false_positives
-    return wrong / np.maximum(wrong + counts.hits, 1)
+    return counts.errors / np.maximum(counts.errors + counts.true_positives, 1)
 
 
 def oracle_choice(errors: np.ndarray, costs: np.ndarray, budget: float) -> np.ndarray:

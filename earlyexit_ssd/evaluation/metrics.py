@@ -135,10 +135,10 @@ def operating_point(detector: DetectorEvaluation) -> Figures:
     """Precision, recall and related figures at one score, over all photos and classes (docs/metrics.md)."""
     matches = detector.matches
     above, empty = matches.score >= detector.settings.score, matches.objects == 0
-    hit = matches.hit[-1] & above
+    true = matches.true_positive[-1] & above
     # sorted by photo, because the order changes the last digit of the mean
-    ious = matches.overlap[hit][np.argsort(matches.photo[hit], kind="stable")]
-    false_by_photo = np.bincount(matches.photo[matches.false[-1] & above], minlength=matches.photos)
+    ious = matches.overlap[true][np.argsort(matches.photo[true], kind="stable")]
+    false_by_photo = np.bincount(matches.photo[matches.false_positive[-1] & above], minlength=matches.photos)
     tp, fp, fn = len(ious), int(false_by_photo.sum()), int(matches.objects.sum()) - len(ious)
     return {
         "precision": _ratio(tp, tp + fp),

@@ -486,7 +486,7 @@ def _test_in_8_bits(search: Optimizer, test: TestFigures, speed: float) -> TestF
         AP=figures.AP,
         AP50=figures.AP50,
         AP50_lost_interval=interval(base_draws.AP50 - quantised_draws.AP50),
-        objects_found=int(photo_counts(matches, cfg.EVAL.SCORE).hits[:, 1].sum()),
+        objects_found=int(photo_counts(matches, cfg.EVAL.SCORE).true_positives[:, 1].sum()),
         ms=test.ms / speed,
     )
 

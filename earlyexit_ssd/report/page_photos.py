@@ -69,8 +69,7 @@ class PagePhotos:
 def by_gain(matches: ExitMatches, score: float) -> np.ndarray:
     """Return the indices of the photos [n] by falling gain: errors (misses and false positives) of the first exit minus
     errors of the full path."""
-    counts = photo_counts(matches, score)
-    errors = counts.misses + counts.false_positives
+    errors = photo_counts(matches, score).errors
     return np.argsort(errors[:, -1] - errors[:, 0], kind="stable")
 
 
@@ -95,7 +94,7 @@ def photos_json(photos: PagePhotos) -> dict[str, object]:
         "plain": {"mmacs": photos.plain_mmacs, "ms": photos.plain_ms},
         "score": photos.score,
         "objects": matches.objects.tolist(),
-        "hits": counts.hits.tolist(),
+        "hits": counts.true_positives.tolist(),
         "false": counts.false_positives.tolist(),
         "matches": _matches_json(matches),
         "curve": _curve(photos),
@@ -108,14 +107,14 @@ def photos_json(photos: PagePhotos) -> dict[str, object]:
 
 
 def _matches_json(matches: ExitMatches) -> list[dict[str, int | list[int]]]:
-    """Return the input of AP50 for each class with objects, see `ExitMatches.hits_and_false`.
+    """Return the input of AP50 for each class with objects, see `ExitMatches.ranked_positives`.
 
     ``objects`` is their number, ``hits`` are the pairs of the hits. ``rows`` (lengths), ``pairs`` (column indices, as
     differences) and ``counts`` are the false positives in CSR form.
     """
     classes = []
     objects_of_class = matches.objects_by_size["all"].sum(axis=1).tolist()
-    for objects, (hits, false) in zip(objects_of_class, matches.hits_and_false(matches.ap50_condition), strict=True):
+    for objects, (hits, false) in zip(objects_of_class, matches.ranked_positives(matches.ap50_condition), strict=True):
         if objects:
             rows, pairs = np.diff(false.indptr), np.diff(false.indices, prepend=0)
             parts = {"hits": hits, "rows": rows, "pairs": pairs, "counts": false.data.astype(np.int64)}
@@ -158,7 +157,7 @@ def _boxes(photos: PagePhotos) -> list[list[list[list[int]]]]:
     score in percent, and 1 for a hit, 2 for an ignored detection, 0 for a false positive."""
     matches, classes = photos.matches, _class_indices(photos)
     drawn = matches.score >= photos.score
-    state = np.where(matches.hit[-1], 1, np.where(matches.false[-1], 0, 2))
+    state = np.where(matches.true_positive[-1], 1, np.where(matches.false_positive[-1], 0, 2))
     *keys, states = (
         values[drawn].tolist() for values in (matches.photo, matches.exit, matches.label, matches.rank, state)
     )

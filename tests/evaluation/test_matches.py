@@ -222,17 +222,20 @@ def test_counts_are_those_of_pycocotools(random_case, seed, score):
 def test_each_detection_takes_the_best_free_object(ground_truth, found):
     left, right = (0.0, 0.0, 100.0, 100.0), (10.0, 0.0, 110.0, 100.0)
     coco = ground_truth(1, [(1, 1, left), (1, 1, right)])
-    cats = exit_matches(coco, [{1: found((1, 0.9, right), (1, 0.8, right), (1, 0.7, right))}])
-    assert cats.hit[-1].tolist() == [True, True, False] and (cats.hit | cats.false).all()
-    assert cats.overlap.tolist() == pytest.approx([1.0, 90 / 110, 0.0])
+    matches = exit_matches(coco, [{1: found((1, 0.9, right), (1, 0.8, right), (1, 0.7, right))}])
+    assert (
+        matches.true_positive[-1].tolist() == [True, True, False]
+        and (matches.true_positive | matches.false_positive).all()
+    )
+    assert matches.overlap.tolist() == pytest.approx([1.0, 90 / 110, 0.0])
 
 
 def test_among_equals_the_last_object_is_taken_as_pycocotools_does(ground_truth, found):
     left, middle, right = ((x, 0.0, x + 100.0, 100.0) for x in (0.0, 10.0, 20.0))
     coco = ground_truth(1, [(1, 1, left), (1, 1, right)])
     detections = {1: found((1, 0.9, middle), (1, 0.8, right))}  # the second lies too far from the first object
-    cats = exit_matches(coco, [detections], iou=0.75)
-    assert cats.hit[-1].tolist() == [True, False]
+    matches = exit_matches(coco, [detections], iou=0.75)
+    assert matches.true_positive[-1].tolist() == [True, False]
     assert direct(coco, detections).stats[:1].tolist() == [evaluated(coco, detections).AP]
 
 
@@ -395,9 +398,9 @@ def test_weights_by_hand(two_exits):
 def test_the_stack(two_exits):
     assert two_exits.score == pytest.approx([0.95, 0.9, 0.8, 0.7, 0.6])
     assert (two_exits.photo.tolist(), two_exits.exit.tolist()) == ([0, 0, 1, 0, 1], [1, 0, 0, 1, 1])
-    assert two_exits.hit[two_exits.ap50_condition].tolist() == [False, True, False, True, True]
-    assert two_exits.hit[:-1].sum(axis=0).tolist() == [0, 10, 0, 10, 4]
-    assert (two_exits.hit != two_exits.false).all()  # nothing is ignored
+    assert two_exits.true_positive[two_exits.ap50_condition].tolist() == [False, True, False, True, True]
+    assert two_exits.true_positive[:-1].sum(axis=0).tolist() == [0, 10, 0, 10, 4]
+    assert (two_exits.true_positive != two_exits.false_positive).all()  # nothing is ignored
     assert two_exits.classes == ["cat", "dog"] and two_exits.label.tolist() == [0] * 5
     assert two_exits.objects_by_size["all"].tolist() == [[1, 1], [0, 0]]
     assert (two_exits.photos, two_exits.exits, two_exits.image_ids) == (2, 2, [1, 2])
@@ -506,14 +509,14 @@ def against_labels(truth, exits, score, iou):
 def test_counts_by_rising_image_id(case):
     truth, early, _ = case
     counts = photo_counts(exit_matches(truth, [early]), 0.5)
-    assert counts.hits.tolist() == [[1], [0], [0]]
-    assert counts.misses.tolist() == [[1], [1], [0]]
+    assert counts.true_positives.tolist() == [[1], [0], [0]]
+    assert counts.false_negatives.tolist() == [[1], [1], [0]]
     assert counts.false_positives.tolist() == [[1], [0], [0]]
 
 
 def test_counts_hold_from_the_score_on(ground_truth, found):
     counts = photo_counts(exit_matches(ground_truth(1, [(1, 1, FIRST)]), [{1: found((1, 0.5, FIRST))}]), 0.5)
-    assert counts.hits.tolist() == [[1]]
+    assert counts.true_positives.tolist() == [[1]]
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -521,7 +524,7 @@ def test_counts_sum_to_the_operating_point(random_case, seed):
     truth, detections = random_case(seed)
     counts = photo_counts(exit_matches(truth, [detections]), 0.4)
     point = evaluated(truth, detections, 0.4)
-    sums = counts.hits.sum(), counts.false_positives.sum(), counts.misses.sum()
+    sums = counts.true_positives.sum(), counts.false_positives.sum(), counts.false_negatives.sum()
     assert sums == (point.true_positives, point.false_positives, point.false_negatives)
 
 

@@ -238,7 +238,7 @@ def test_explorer_shows_the_figures_that_python_computes(shown, photos, threshol
     for index, name in enumerate(EXITS):
         assert value(tab, f"share/{name}") == (choice == index).mean()
     assert value(tab, "ap50") == pytest.approx(ap_of_choice(photos.matches, choice, ap50_only=True).AP50, abs=1e-12)
-    hits, false = counts.hits, counts.false_positives
+    hits, false = counts.true_positives, counts.false_positives
     assert value(tab, "found") == hits[every, choice].sum()
     assert value(tab, "lost") == np.maximum(hits[:, -1] - hits[every, choice], 0).sum()
     assert value(tab, "added") == np.maximum(false[every, choice] - false[:, -1], 0).sum()
@@ -276,10 +276,10 @@ def test_5000_photos_make_a_small_file_and_fast_answers(browser, photos, tmp_pat
     scores = np.sort(generator.random(count) ** 4)[::-1]
     photo, exit = generator.integers(MANY, size=count), generator.integers(3, size=count)
     hit = (generator.random(count) < 0.02) & (scores > 0.3)
-    hit, zeros = np.tile(hit, (len(photos.matches.hit), 1)), np.zeros(count, int)
+    hit, zeros = np.tile(hit, (len(photos.matches.true_positive), 1)), np.zeros(count, int)
     objects = {"all": np.tile(photos.matches.objects_by_size["all"][:1], repeats) + 3}
     every = {"photo": photo, "exit": exit, "label": zeros, "rank": zeros, "score": scores, "overlap": scores}
-    every |= {"hit": hit, "false": ~hit, "classes": ["cat"], "objects_by_size": objects}
+    every |= {"true_positive": hit, "false_positive": ~hit, "classes": ["cat"], "objects_by_size": objects}
     matches = dataclasses.replace(photos.matches, **every, image_ids=list(range(1, MANY + 1)))
     truth = build_ground_truth(MANY, [])
     for image_id, image in truth.imgs.items():
