@@ -39,10 +39,9 @@ class OnnxNetwork(nn.Module):
     """An ONNX graph that ONNX Runtime runs on the CPU.
 
     Args:
-        content: bytes of an ONNX file with all weights inside. External weights would make ONNX Runtime open the files
+        content: bytes of an ONNX file with all weights inside. For external weights, ONNX Runtime would open any files
             that the graph names.
-        threads: intra-op threads. Idle threads sleep, so that they do not slow the next network that is timed.
-        name: name of the graph in error messages, such as its path.
+        name: name of the graph in error messages.
 
     Attributes:
         input_shape: shape of the only input. A dynamic first dimension is replaced by 1.
@@ -59,6 +58,7 @@ class OnnxNetwork(nn.Module):
         self.name = name
         options = runtime.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = threads, 1, 4
+        # idle threads must not slow the next network that is timed
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.add_session_config_entry("session.load_model_format", "ONNX")
         try:
@@ -77,11 +77,7 @@ class OnnxNetwork(nn.Module):
         self._input_name = inputs[0].name
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """Return the outputs, in the file's order, for a float32 tensor of ``input_shape`` on the CPU.
-
-        Raises:
-            EarlyExitError: ONNX Runtime fails.
-        """
+        """Return the outputs, in the file's order, for a float32 tensor of ``input_shape`` on the CPU."""
         try:
             return [torch.from_numpy(output) for output in self.session.run(None, {self._input_name: x.numpy()})]
         except Exception as error:  # ONNX Runtime's exceptions have no common base class
@@ -104,10 +100,10 @@ class OpenVinoNetwork(nn.Module):
 
 
 def gather_instead_of_resize(model: Any) -> Any:
-    """Return a copy of an ONNX model in which other nodes replace each bilinear ``Resize`` of known sizes.
+    """Return a copy of an ONNX model in which each bilinear ``Resize`` of known sizes is replaced by faster nodes.
 
-    They gather two neighbouring rows for each output row and interpolate between them, and then do the same with
-    columns. This takes half of the time in OpenVINO.
+    They gather two neighbouring rows for each output row and interpolate, then do the same with columns. This takes
+    half of the time in OpenVINO.
     """
     onnx = import_package("onnx")
     helper, numpy_helper = onnx.helper, onnx.numpy_helper
@@ -169,9 +165,6 @@ def time_in_runtime(
 def export_onnx(network: nn.Module, example: Tensor) -> bytes:
     """Return the bytes of an ONNX file of the network, weights included, for inputs of the example's shape.
 
-    The exporter is the one based on TorchScript. In torch 2.6 the newer exporter (``dynamo=True``) fails on BatchNorm
-    with current onnxscript, and its graphs are not faster.
-
     Raises:
         EarlyExitError: the export fails, or the package onnx is missing.
     """
@@ -181,6 +174,7 @@ def export_onnx(network: nn.Module, example: Tensor) -> bytes:
         # the tracer warns of its deprecation, and of shapes that become constants, as they should
         warnings.simplefilter("ignore")
         try:
+            # in torch 2.6 the newer exporter fails on BatchNorm with current onnxscript, and its graphs are not faster
             torch.onnx.export(network, (example.cpu(),), content, dynamo=False)
         except Exception as error:
             raise EarlyExitError(f"export to ONNX failed ({first_line(error)}); set EVAL.RUNTIME to eager") from error
@@ -204,10 +198,9 @@ class Timing:
 
 
 class PlainPath(nn.Module):
-    """The detector without exits as a network to time and count: trunk and head of ``model`` without branches.
+    """Trunk and head of ``model`` without branches: the detector without exits as a network to time and count.
 
-    The input is normalised [N, 3, H, W]. The output is the head's dict of ``cls_logits`` [N, A, C] and
-    ``bbox_regression`` [N, A, 4].
+    It maps normalised images [N, 3, H, W] to ``cls_logits`` [N, A, C] and ``bbox_regression`` [N, A, 4].
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -221,8 +214,7 @@ class PlainPath(nn.Module):
 def mmacs_to_exit(model: nn.Module, router: Router | None = None) -> list[float]:
     """Return the millions of multiply-accumulates (MMACs) of one image to each exit, shallow to deep, full path last.
 
-    Only convolutions and linear layers are counted. One multiplication with its addition counts once. Branches of exits
-    that ``router`` has closed are not counted, unless the exit itself is measured.
+    Only convolutions and linear layers are counted. To each exit, other exits that ``router`` has closed cost nothing.
     """
     return [mmacs_of_path(model, index, router) for index in range(len(model.exit_names))]
 
@@ -249,8 +241,7 @@ def time_modules(
 ) -> list[Timing]:
     """Time each module ``runs`` times. The modules take turns, so that a slow phase of the machine slows all of them.
 
-    Before each timed run the module runs once untimed, because on a device no other detector empties its caches. CUDA
-    is synchronised around every timed run.
+    Before each timed run the module runs once untimed, because on a device no other detector empties its caches.
 
     Args:
         examples: one input for each module, or one tensor for all.

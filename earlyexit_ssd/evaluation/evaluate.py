@@ -38,14 +38,7 @@ from earlyexit_ssd.evaluation.matches import (
     photo_counts,
 )
 from earlyexit_ssd.evaluation.metrics import DetectorEvaluation, EvaluationSettings
-from earlyexit_ssd.evaluation.outputs import (
-    Batches,
-    Collected,
-    choose_exits,
-    collect_detections,
-    exit_share,
-    mean_cost,
-)
+from earlyexit_ssd.evaluation.outputs import Batches, Collected, choose_exits, collect_detections, exit_share
 from earlyexit_ssd.evaluation.results import (
     BoxSummary,
     CertificateResult,
@@ -67,19 +60,14 @@ logger = logging.getLogger(__name__)
 def evaluate_detections(
     ground_truth: COCO, detections: Detections, settings: EvaluationSettings, labelled: bool = True
 ) -> DetectorEvaluation:
-    """Match detections with the objects of ``ground_truth``; the ``figures`` are computed when they are first read.
-
-    If ``labelled`` is False, AP is None, see `DetectorEvaluation`.
-    """
+    """Match detections with the objects of ``ground_truth``. If ``labelled`` is False, AP is None."""
     matches = exit_matches(ground_truth, [detections], settings.iou, tuple(SIZES))
     return DetectorEvaluation(matches, settings, labelled)
 
 
 def summarize_confidence(confidence: Tensor) -> ConfidenceSummary | None:
-    """Summarize the confidences [n] of one exit; None if there are none.
-
-    Negative values are ignored. They mean that the policy gives no confidence at an exit without a branch.
-    """
+    """Summarize the confidences [n] of one exit. Negative values are ignored: the policy gives none there. None if all
+    are negative."""
     values = confidence[confidence >= 0].double().numpy()
     if not values.size:
         return None
@@ -87,10 +75,7 @@ def summarize_confidence(confidence: Tensor) -> ConfidenceSummary | None:
 
 
 def describe_boxes(ground_truth: COCO, detections: Detections) -> BoxSummary:
-    """Describe all detected boxes: their number, their scores, and the share that lies outside the image.
-
-    ``ground_truth`` gives the images' sizes. Its objects are not used.
-    """
+    """Describe all detected boxes. ``ground_truth`` gives the images' sizes; its objects are not used."""
     scores = np.concatenate([np.zeros(0), *(of_image["scores"].numpy() for of_image in detections.values())])
     if not scores.size:
         return BoxSummary(0, None, None, None)
@@ -104,8 +89,7 @@ def describe_boxes(ground_truth: COCO, detections: Detections) -> BoxSummary:
 
 
 PLAIN, CUT_HEAD, SINGLE_EXIT, ONNX = "plain", "cut_head", "single_exit", "onnx"
-"""Kinds of rivals: the detector without exits at some input size, the same with a cut head, one exit alone, and a
-detector from an ONNX file."""
+"""Kinds of rivals, see docs/metrics.md."""
 
 
 @dataclass(frozen=True)
@@ -126,9 +110,9 @@ class Rival:
 
 
 def exits_alone(model: nn.Module, collected: Collected) -> list[Rival]:
-    """Return every early exit of an `EarlyExitSSDLite` that has a branch as a rival.
+    """Return each early exit of an `EarlyExitSSDLite` as a rival, except exits without a branch.
 
-    An exit alone detects the same as in the whole model, so the rival has the ``collected`` detections of this exit.
+    An exit alone has the same detections as in the whole model, so they are taken from ``collected``.
     """
     rivals, example = [], example_input(model)
     for index, name in enumerate(model.exit_names[:-1]):
@@ -142,13 +126,7 @@ def exits_alone(model: nn.Module, collected: Collected) -> list[Rival]:
 def evaluate_rivals(
     rivals: Sequence[Rival], timings: Sequence[Timing], ground_truth: COCO, routed: DetectorEvaluation
 ) -> tuple[RivalResult, ...]:
-    """Evaluate the rivals in their order. Each rival's ``detector`` must hold detections.
-
-    Args:
-        timings: times of the rivals.
-        ground_truth: the objects with which the exits were evaluated.
-        routed: evaluation of the routed detector, for the differences in AP50 on the same bootstrap draws.
-    """
+    """Evaluate the rivals and compare them with ``routed`` on the same objects. Each ``detector`` must hold detections."""
     settings, results = routed.settings, []
     for rival, timing in zip(rivals, timings, strict=True):
         evaluation = evaluate_detections(ground_truth, rival.detector, settings)
@@ -194,10 +172,9 @@ class WantedClasses(nn.Module):
     def forward(self, photos: list[Tensor]) -> list[dict[str, Tensor]]:
         wanted = []
         for detections in self.detector(photos):
-            labels = self.lookup[detections["labels"]]
-            keep = labels > 0
-            kept = {key: detections[key][keep] for key in ("boxes", "scores")}
-            wanted.append({**kept, "labels": labels[keep]})
+            renumbered = {**detections, "labels": self.lookup[detections["labels"]]}
+            keep = renumbered["labels"] > 0
+            wanted.append({key: renumbered[key][keep] for key in ("boxes", "scores", "labels")})
         return wanted
 
 
@@ -209,13 +186,9 @@ class Costs:
     plain: CostResult
     rivals: list[Timing]
 
-    def of_exits(self, unit: str) -> list[float]:
-        """Return the cost to each exit in ``unit``, which is ``ms`` or ``mmacs``."""
-        return [getattr(cost, unit) for cost in self.exits]
-
-    def routed(self, chosen: Tensor, unit: str) -> np.ndarray:
-        """Return the cost of each photo [n] in ``unit``, if photo i leaves at exit ``chosen[i]``."""
-        return np.array(self.of_exits(unit))[chosen.numpy()]
+    def of_photos(self, chosen: Tensor, unit: str) -> Tensor:
+        """Return the cost of each photo, float64 [n], in ``ms`` or ``mmacs``. Photo i leaves at exit ``chosen[i]``."""
+        return torch.tensor([getattr(cost, unit) for cost in self.exits], dtype=torch.float64)[chosen]
 
 
 @dataclass(frozen=True)
@@ -243,12 +216,11 @@ def evaluate_exits(
 
     Args:
         model: an `EarlyExitSSDLite` on the device to measure.
-        collected: detections and confidences of its exits, see `collect`.
-        ground_truth: the objects of the same photos (`earlyexit_ssd.data.to_coco`).
+        ground_truth: the objects of the photos in ``collected`` (`earlyexit_ssd.data.to_coco`).
         context: ``splits``, ``forced``, ``taken_over``, ``weights_sha256`` and ``labelled``. The other fields are
-            filled in. If ``labelled`` is False, the full path's detections at the settings' score replace the objects.
-            Then all figures measure the agreement with the full path, and AP is None.
-        rivals: detectors to compare with the routed one. Each ``detector`` must hold detections.
+            filled in. If ``labelled`` is False, the full path's detections at the settings' score replace the objects,
+            so all figures measure the agreement with the full path, and AP is None.
+        rivals: each ``detector`` must hold detections.
         certificate: the router's certificate. Its target is checked on these photos.
 
     Raises:
@@ -304,7 +276,7 @@ def compare_certificate(
 ) -> CertificateResult:
     """Compare a certificate's target with the value measured on these photos.
 
-    A target that limits a risk against the labels must have the score and IoU of ``counts``.
+    For a target that limits a risk against the labels, ``counts`` must have the score and IoU of the target.
     """
     target = plain_part(certificate.target)
     limit, draws = target_value(target), _draws(full.settings, len(chosen))
@@ -321,7 +293,7 @@ def compare_certificate(
         measured, bounds = float(losses.mean()), interval(losses[draws].mean(axis=1))
     else:
         unit = "ms" if certificate.cost_model.unit == "ms" else "mmacs"
-        plain, of_photos = getattr(costs.plain, unit), costs.routed(chosen, unit)
+        plain, of_photos = getattr(costs.plain, unit), costs.of_photos(chosen, unit).numpy()
         measured, bounds = float(plain / of_photos.mean()), interval(plain / of_photos[draws].mean(axis=1))
     kept = None
     if measured is not None:
@@ -331,7 +303,7 @@ def compare_certificate(
 
 
 def _by_image(collected: Collected, chosen: Tensor) -> np.ndarray:
-    """Return the exits ``chosen`` [n], sorted by image id as in `ExitMatches`."""
+    """Return the exits ``chosen`` [n], sorted by image id."""
     return chosen.numpy()[np.argsort(collected.image_ids, kind="stable")]
 
 
@@ -342,7 +314,7 @@ def _draws(settings: EvaluationSettings, photos: int) -> np.ndarray:
 
 def measure_costs(model: nn.Module, settings: EvaluationSettings, router: ExitRouter, rivals: Sequence[Rival]) -> Costs:
     """Measure the cost of one image to each exit (with the router's confidences), by the detector without exits and by
-    the rivals. All are timed in turns, in the runtime of ``settings``. The MMACs of the rivals are in `Rival`."""
+    the rivals. All are timed in turns. The MMACs of the rivals are in `Rival`."""
     example, plain = example_input(model), PlainPath(model)
     paths = [AllOutputs(PathToExit(model, index, router)) for index in range(len(model.exit_names))]
     mmacs = [*mmacs_to_exit(model, router), count_mmacs(plain, example)]
@@ -371,18 +343,19 @@ def _exit_result(
 def _routed_result(
     model: nn.Module, router: ExitRouter, evaluation: DetectorEvaluation, chosen: Tensor, costs: Costs
 ) -> RoutedResult:
-    ms, plain, bounds = mean_cost(chosen, costs.of_exits("ms")), costs.plain.ms, None
-    if ms:
-        draws = _draws(evaluation.settings, len(chosen))
-        bounds = interval(plain / costs.routed(chosen, "ms")[draws].mean(axis=1))
+    ms = mmacs = bounds = None
+    if len(chosen):
+        of_photos, draws = costs.of_photos(chosen, "ms"), _draws(evaluation.settings, len(chosen))
+        ms, mmacs = of_photos.mean().item(), costs.of_photos(chosen, "mmacs").mean().item()
+        bounds = interval(costs.plain.ms / of_photos.numpy()[draws].mean(axis=1))
     return RoutedResult(
         policy=str(router.policy),
         thresholds=router.thresholds.tolist(),
         hybrid=bool(router.hybrid),
         figures=evaluation.figures,
         exit_share=exit_share(chosen, model.exit_names),
-        mmacs=mean_cost(chosen, costs.of_exits("mmacs")),
+        mmacs=mmacs,
         ms=ms,
-        speedup=plain / ms if ms else None,
+        speedup=costs.plain.ms / ms if ms else None,
         speedup_interval=bounds,
     )

@@ -31,7 +31,7 @@ Figures = dict[str, Figure]
 class EvaluationSettings:
     """Settings of an evaluation."""
 
-    score: float = 0.5  # score threshold of precision, recall and the counts, in [0, 1]
+    score: float = 0.5  # score threshold of precision, recall and the counts
     iou: float = 0.5  # IoU threshold of the same figures
     runs: int = 30  # timed runs of each network
     threads: int = 1  # CPU threads of these runs

@@ -78,25 +78,30 @@ def decode_yolox(outputs: Sequence[Tensor], size: Size, num_classes: int) -> Ima
     """Decode YOLOX's raw output [1, cells, 5 + K] (Ge et al. 2021): box, objectness and class probabilities per cell.
 
     A box is given by its centre, relative to the cell's upper left corner, and the logarithms of its width and height,
-    all in strides. The score is objectness times the highest class probability. NMS runs class by class.
+    all in strides. The score is objectness times the highest class probability.
     """
     cells, strides = grid(size, YOLOX_STRIDES)
-    _require_one(outputs, [1, len(cells), 5 + num_classes], num_classes)
-    rows = outputs[0][0].float()
+    rows = _only_output(outputs, [1, len(cells), 5 + num_classes], num_classes)
     probability, best = rows[:, 5:].max(1)
     scores = rows[:, 4] * probability
     keep = scores >= SCORE_THRESHOLD
     centres = (rows[keep, :2] + cells[keep]) * strides[keep]
     halves = rows[keep, 2:4].exp() * strides[keep] / 2
-    boxes, scores, labels = torch.cat([centres - halves, centres + halves], 1), scores[keep], best[keep] + 1
-    order = batched_nms(boxes, scores, labels, NMS_IOU)[:MAX_DETECTIONS]
-    return {"boxes": boxes[order], "scores": scores[order], "labels": labels[order]}
+    return _suppress(torch.cat([centres - halves, centres + halves], 1), scores[keep], best[keep] + 1, NMS_IOU)
 
 
-def _require_one(outputs: Sequence[Tensor], expected: list[int], num_classes: int) -> None:
+def _only_output(outputs: Sequence[Tensor], expected: list[int], num_classes: int) -> Tensor:
+    """Return the rows of the only output, which must have the shape ``expected``."""
     if [list(output.shape) for output in outputs] != [expected]:
         shapes = ", ".join(str(list(output.shape)) for output in outputs)
         raise EarlyExitError(f"expected one output {expected} for {num_classes} classes, got {shapes}")
+    return outputs[0][0].float()
+
+
+def _suppress(boxes: Tensor, scores: Tensor, labels: Tensor, iou: float) -> ImageDetections:
+    """Run non-maximum suppression class by class and keep the `MAX_DETECTIONS` best boxes."""
+    order = batched_nms(boxes, scores, labels, iou)[:MAX_DETECTIONS]
+    return {"boxes": boxes[order], "scores": scores[order], "labels": labels[order]}
 
 
 def squeeze(photo: Tensor, size: Size, mode: str = "bilinear") -> tuple[Tensor, tuple[float, float]]:
@@ -144,9 +149,8 @@ def boxes_from_distances(points: Tensor, strides: Tensor, logits: Tensor) -> Ten
     return torch.cat([points - left_top, points + right_bottom], 1) * strides
 
 
-def suppress(boxes: Tensor, scores: Tensor) -> ImageDetections:
-    """Run non-maximum suppression class by class. Each of the boxes [N, 4] is a candidate in all K classes, with the
-    scores [N, K].
+def suppress_all_classes(boxes: Tensor, scores: Tensor) -> ImageDetections:
+    """Run non-maximum suppression. Each of the boxes [N, 4] is a candidate in all K classes, with the scores [N, K].
 
     Raises:
         EarlyExitError: a score is outside [0, 1].
@@ -156,18 +160,15 @@ def suppress(boxes: Tensor, scores: Tensor) -> ImageDetections:
         raise EarlyExitError(f"scores from {low:.4g} to {high:.4g}, expected 0 to 1; export it with its sigmoid")
     row, column = (scores >= SCORE_THRESHOLD).nonzero(as_tuple=True)
     scores, best = scores[row, column].topk(min(len(row), MAX_CANDIDATES))
-    boxes, labels = boxes[row[best]], column[best] + 1
-    order = batched_nms(boxes, scores, labels, DISTANCE_NMS_IOU)[:MAX_DETECTIONS]
-    return {"boxes": boxes[order], "scores": scores[order], "labels": labels[order]}
+    return _suppress(boxes[row[best]], scores, column[best] + 1, DISTANCE_NMS_IOU)
 
 
 def decode_nanodet(outputs: Sequence[Tensor], size: Size, num_classes: int) -> ImageDetections:
     """Decode NanoDet-Plus's output [1, cells, K + 4 * 8]: scores and logits of the distances from the cell's upper left
     corner, see `boxes_from_distances`."""
     cells, strides = grid(size, DISTANCE_STRIDES)
-    _require_one(outputs, [1, len(cells), num_classes + 4 * DISTANCE_BINS], num_classes)
-    rows = outputs[0][0].float()
-    return suppress(boxes_from_distances(cells, strides, rows[:, num_classes:]), rows[:, :num_classes])
+    rows = _only_output(outputs, [1, len(cells), num_classes + 4 * DISTANCE_BINS], num_classes)
+    return suppress_all_classes(boxes_from_distances(cells, strides, rows[:, num_classes:]), rows[:, :num_classes])
 
 
 def decode_picodet(outputs: Sequence[Tensor], size: Size, num_classes: int) -> ImageDetections:
@@ -184,9 +185,9 @@ def decode_picodet(outputs: Sequence[Tensor], size: Size, num_classes: int) -> I
     shapes = [list(output.shape) for output in outputs]
     if shapes == [[1, count, width] for width in (num_classes, 4 * DISTANCE_BINS) for count in counts]:
         scores, logits = (torch.cat(part, 1)[0].float() for part in (outputs[:4], outputs[4:]))
-        return suppress(boxes_from_distances(cells + 0.5, strides, logits), scores)
+        return suppress_all_classes(boxes_from_distances(cells + 0.5, strides, logits), scores)
     if shapes == [[1, len(cells), 4], [1, num_classes, len(cells)]]:
-        return suppress(outputs[0][0].float(), outputs[1][0].float().T)
+        return suppress_all_classes(outputs[0][0].float(), outputs[1][0].float().T)
     if len(shapes) in (1, 2) and len(shapes[0]) == 2 and shapes[0][1] == 6:
         rows = outputs[0][outputs[0][:, 0] >= 0].float()
         return decode_boxes([rows[:, 2:], rows[:, 1], rows[:, 0].long() + 1], size, num_classes)
@@ -228,11 +229,10 @@ def _count_graph(onnx: ModuleType, model: Any) -> float | None:
         for batch in value.type.tensor_type.shape.dim[:1]:
             batch.dim_value = batch.dim_value or 1
     graph = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
-    shapes: dict[str, Shape] = {}
-    for value in (*graph.output, *graph.value_info, *graph.input):
-        lengths = tuple(dimension.dim_value for dimension in value.type.tensor_type.shape.dim)
-        if all(lengths):
-            shapes[value.name] = lengths
+    shapes: dict[str, Shape] = {
+        value.name: tuple(dimension.dim_value for dimension in value.type.tensor_type.shape.dim)
+        for value in (*graph.output, *graph.value_info, *graph.input)
+    }
     shapes |= {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
     constants = {tensor.name for tensor in graph.initializer}  # names of values that do not depend on the inputs
     counts = []
@@ -242,13 +242,14 @@ def _count_graph(onnx: ModuleType, model: Any) -> float | None:
         if node.op_type in ("Conv", "ConvTranspose", "Gemm") or (
             node.op_type == "MatMul" and not constants.isdisjoint(node.input)
         ):
-            counts.append(_count_node(node, *(shapes.get(name) for name in (*node.input[:2], node.output[0]))))
-    return None if None in counts else sum(counts) / 1e6
+            operands = [shapes.get(name, (0,)) for name in (*node.input[:2], node.output[0])]
+            if not all(map(all, operands)):  # 0 is an unknown length
+                return None
+            counts.append(_count_node(node, *operands))
+    return sum(counts) / 1e6
 
 
-def _count_node(node: Any, data: Shape | None, weights: Shape | None, output: Shape | None) -> int | None:
-    if data is None or weights is None or output is None:
-        return None
+def _count_node(node: Any, data: Shape, weights: Shape, output: Shape) -> int:
     if node.op_type == "ConvTranspose":  # weights [in, out / groups, *kernel]; one kernel per input value
         return math.prod(data) * math.prod(weights[1:])
     if node.op_type == "Conv":  # weights [out, in / groups, *kernel]; one kernel per output value
@@ -356,8 +357,8 @@ class OnnxDetector(nn.Module):
             outputs = self.network(x.reshape(self.network.input_shape))
             detections = self.format.decode(outputs, size, len(self.classes))
         except EarlyExitError as error:
-            reason = f"format {self._format_name}: {error}"
-            raise EarlyExitError(f"{self.path}: {reason}; list its classes in its metadata") from None
+            problem = f"{self.path}: format {self._format_name}: {error}"
+            raise EarlyExitError(f"{problem}; list its classes in its metadata") from None
         if not all(detections[key].isfinite().all() for key in ("boxes", "scores")):
             raise EarlyExitError(f"{self.path}: its boxes or scores are not finite; export it again")
         boxes = detections["boxes"] / torch.tensor([*scales, *scales])

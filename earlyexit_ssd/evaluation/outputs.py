@@ -41,12 +41,9 @@ def over_batches(
 ) -> list[T]:
     """Return the results of ``of_batch(images, targets)`` for every batch in order, in eval mode without gradients.
 
-    Args:
-        of_batch: it gets the images on the model's device.
-        title: title of the progress bar; None: no bar.
-
-    If the photos are split over processes, each process computes its part, and all get all results. Then tensors in the
-    results must be on the CPU.
+    The images are on the model's device. ``title`` is the title of the progress bar; None: no bar. If the photos are
+    split over processes, each process computes its part and gets all results. Then tensors in the results must be on
+    the CPU.
     """
     shared = shares_photos(loader)
     device = next(itertools.chain(model.parameters(), model.buffers())).device
@@ -75,8 +72,8 @@ def collect(
 
     Args:
         loader: batches of (images, targets) without augmentation.
-        router: the `ExitRouter` that computes the confidences. None: no confidences.
-        title: title of the progress bar; None: no bar.
+        router: the `ExitRouter` that computes the confidences.
+        title: as in `over_batches`.
 
     Raises:
         DataError: an image id occurs twice.
@@ -124,11 +121,8 @@ def _batch_on_cpu(targets: Targets, exits: Sequence[Sequence[dict[str, Tensor]]]
 
 
 def choose_exits(confidences: Sequence[Tensor], thresholds: Sequence[float]) -> Tensor:
-    """Return the exit that each photo takes, int64 [n].
-
-    It is the first exit whose confidence reaches its threshold, otherwise the full path. ``confidences`` has one [n]
-    per exit, shallow to deep, the full path last. ``thresholds`` has one value per early exit.
-    """
+    """Return the exit that each photo takes, int64 [n]: the first whose confidence reaches its threshold, otherwise the
+    full path. ``confidences`` are one [n] per exit, the full path last. ``thresholds`` are one per early exit."""
     if len(thresholds) != len(confidences) - 1:
         raise EarlyExitError(f"{len(thresholds)} thresholds for {len(confidences) - 1} early exits: give one for each")
     return torch.from_numpy(choose([values.numpy() for values in confidences], thresholds)).long()
@@ -138,11 +132,6 @@ def exit_share(chosen: Tensor, exit_names: Sequence[str]) -> dict[str, float]:
     """Return the share of the photos that leave at each exit, in [0, 1]. The sum is 1, or 0 without photos."""
     counts = torch.bincount(chosen, minlength=len(exit_names)).tolist()
     return {name: count / max(len(chosen), 1) for name, count in zip(exit_names, counts, strict=True)}
-
-
-def mean_cost(chosen: Tensor, costs: Sequence[float]) -> float | None:
-    """Return the mean cost of a photo; None without photos. ``costs`` has one value per exit."""
-    return torch.tensor(costs, dtype=torch.float64)[chosen].mean().item() if len(chosen) else None
 
 
 # Outputs of all exits on disk. From them any policy and threshold is evaluated without another forward pass.
@@ -204,9 +193,8 @@ def record(
         loader: batches of (images, targets) without augmentation. If its photos are split over processes, all processes
             must have the same ``folder``.
         photos: number of photos.
-        key: text that identifies the photos. Weights and exits are added to it.
-        pseudo_label_score: the full path's detections with at least this score replace the objects of the targets.
-            None: the targets are used.
+        key: text that identifies the photos.
+        pseudo_label_score: if given, the full path's detections with at least this score replace the targets' objects.
 
     Raises:
         DataError: an image id occurs twice.
@@ -236,7 +224,9 @@ def _write(store: ArrayStore, model: nn.Module, loader: Batches, score: float | 
     def of_batch(images: list[Tensor], targets: Targets) -> BatchDetections:
         outputs = model.exit_outputs(images)
         detections = [model.detections(outputs, index) for index in range(len(model.exit_names))]
-        labelled = targets if score is None else [_pseudo_labels(image, score) for image in detections[-1]]
+        labelled = targets
+        if score is not None:
+            labelled = [{key: image[key][image["scores"] >= score] for key in image} for image in detections[-1]]
         rows = list(itertools.islice(row_numbers, len(images)))
         for name, values in _rows(model, outputs, labelled).items():
             store.arrays[name][rows] = values
@@ -258,12 +248,6 @@ def _example_rows(model: nn.Module) -> dict[str, np.ndarray]:
         return _rows(model, model.exit_outputs([photo]), [target])
 
 
-def _pseudo_labels(detections: dict[str, Tensor], score: float) -> dict[str, Tensor]:
-    """Return a target whose objects are the detections with at least this score."""
-    keep = detections["scores"] >= score
-    return {"boxes": detections["boxes"][keep].float(), "labels": detections["labels"][keep]}
-
-
 def _rows(model: nn.Module, outputs: ExitOutputs, targets: Targets) -> dict[str, np.ndarray]:
     """Return the arrays of a batch, by their name in the store: ``labels``, ``logits0``, ``tap0``, ``logits1``, ..."""
     rows = {"labels": _labels(model, outputs, targets)}
@@ -271,9 +255,8 @@ def _rows(model: nn.Module, outputs: ExitOutputs, targets: Targets) -> dict[str,
         logits = outputs.heads[index]["cls_logits"]
         # an empty exit has the same logits for all default boxes
         rows |= {f"logits{index}": logits[:, :1] if model.empty[index] else logits, f"tap{index}": tap}
-    return {
-        name: (values.float() if values.is_floating_point() else values).cpu().numpy() for name, values in rows.items()
-    }
+    floats = {name: values.float() for name, values in rows.items() if values.is_floating_point()}
+    return {name: values.cpu().numpy() for name, values in (rows | floats).items()}
 
 
 def _labels(model: nn.Module, outputs: ExitOutputs, targets: Targets) -> Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, ClassVar
 
-from earlyexit_ssd.evaluation.cost import EAGER, ONNX_RUNTIME, OPENVINO, RUNTIME_TITLES
+from earlyexit_ssd.evaluation.cost import EAGER, RUNTIME_TITLES
 from earlyexit_ssd.evaluation.metrics import Figure, Figures
 
 Target = Mapping[str, str | float | None]
@@ -245,9 +245,6 @@ class Results(Record):
         return self.exits[:-1]
 
 
-SHORT_RUNTIMES = {EAGER: "eager", ONNX_RUNTIME: "ORT", OPENVINO: "OpenVINO"}
-
-
 @dataclass(frozen=True)
 class Row:
     """A row of the table: an exit, the routed detector, the detector without exits or a rival."""
@@ -262,7 +259,7 @@ class Row:
     confidence: ConfidenceSummary | None = None
     share: float | None = None  # share of the photos that leave at this exit
     source: str | None = None
-    other_runtime: str | None = None  # short name of the runtime if it is not that of the exits
+    other_runtime: str | None = None  # ``ORT`` (ONNX Runtime) if the exits were timed in another runtime
     empty: bool = False
 
     def number(self, name: str) -> float | None:
@@ -285,9 +282,9 @@ def static_rows(results: Results) -> list[Row]:
     plain = results.without_exits
     rows = [Row("without exits", "plain", results.full.figures, plain.mmacs, plain.ms, plain.ms_interval)]
     for one in results.rivals:
-        other = None if one.runtime == results.context.runtime else SHORT_RUNTIMES[one.runtime]
-        more = {"source": one.source, "other_runtime": other}
-        rows.append(Row(one.name, one.kind, one.figures, one.mmacs, one.ms, one.ms_interval, **more))
+        other = None if one.runtime == results.context.runtime else "ORT"  # only ONNX files have a runtime of their own
+        parts = one.name, one.kind, one.figures, one.mmacs, one.ms, one.ms_interval
+        rows.append(Row(*parts, source=one.source, other_runtime=other))
     return rows
 
 

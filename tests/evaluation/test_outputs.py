@@ -19,7 +19,6 @@ from earlyexit_ssd.evaluation.outputs import (
     collect,
     collect_detections,
     exit_share,
-    mean_cost,
     record,
 )
 from earlyexit_ssd.modeling.outputs import ExitOutputs
@@ -135,13 +134,11 @@ def test_is_the_first_that_reaches_its_threshold(rows, thresholds):
 def test_shares_and_costs():
     chosen = torch.tensor([0, 2, 2, 2])
     assert exit_share(chosen, ("exit8", "exit12", "full")) == {"exit8": 0.25, "exit12": 0.0, "full": 0.75}
-    assert mean_cost(chosen, [10.0, 20.0, 40.0]) == 32.5
 
 
 def test_shares_and_costs_without_photos():
     nothing = torch.zeros(0, dtype=torch.int64)
     assert exit_share(nothing, ("exit8", "full")) == {"exit8": 0.0, "full": 0.0}
-    assert mean_cost(nothing, [1.0, 2.0]) is None
 
 
 # One pass is written down; replaying it gives what the live model gives.
