@@ -126,7 +126,7 @@ def exits_alone(model: nn.Module, collected: Collected) -> list[Rival]:
 def evaluate_rivals(
     rivals: Sequence[Rival], timings: Sequence[Timing], ground_truth: COCO, routed: DetectorEvaluation
 ) -> tuple[RivalResult, ...]:
-    """Evaluate the rivals and compare them with ``routed`` on the same objects. Each ``detector`` must hold detections."""
+    """Evaluate the rivals, whose ``detector`` must hold detections, and compare them with ``routed``."""
     settings, results = routed.settings, []
     for rival, timing in zip(rivals, timings, strict=True):
         evaluation = evaluate_detections(ground_truth, rival.detector, settings)

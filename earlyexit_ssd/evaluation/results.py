@@ -16,10 +16,10 @@ Interval = list[float] | None  # ends of a 95 % interval; None if it is undefine
 
 
 class Record:
-    """Base of dataclasses with a JSON form: one key per field, in their order.
+    """Base of dataclasses with a JSON form: one key per field.
 
-    The entries of the field ``figures`` become keys of their own. A field that is None becomes ``null``, or is omitted
-    if ``left_out`` names it.
+    Each entry of the field ``figures`` has a key of its own. A field that is None becomes ``null``, or is omitted if
+    ``left_out`` contains its name.
     """
 
     left_out: ClassVar[tuple[str, ...]] = ()
@@ -37,8 +37,8 @@ class Record:
 
     @classmethod
     def from_json(cls, entries: Mapping[str, Any]) -> typing.Self:
-        """Invert `to_json`. Missing keys, as in older results, get the field's default. Keys that are no field become
-        figures.
+        """Invert `to_json`. Fields whose keys are missing, as in older results, get their default. Keys without a field
+        become figures.
 
         Raises:
             TypeError: a key is missing whose field has no default.
@@ -97,20 +97,20 @@ class ConfidenceSummary(Record):
 
 @dataclass(frozen=True)
 class BoxSummary(Record):
-    """Summary of all boxes of a detector, at any score, to recognise a broken detector. None without boxes."""
+    """Summary of all boxes of a detector, at any score, to recognise a broken detector."""
 
     boxes: int
-    score_mean: float | None
+    score_mean: float | None  # None without boxes, as the next fields
     score_std: float | None
     outside_share: float | None  # share of boxes with less than half of their area inside the photo, or no area
 
 
 @dataclass(frozen=True)
 class DetectorResult(Record):
-    """A detector's figures of quality, by the names of `earlyexit_ssd.evaluation.metrics`."""
+    """A result with ``figures`` of quality, which are those of `earlyexit_ssd.evaluation.metrics`."""
 
     def number(self, name: str) -> float | None:
-        """Return the figure with this name; None if it is undefined or was not measured."""
+        """Return a figure; None if it is undefined or was not measured."""
         value: Figure = self.figures.get(name)  # type: ignore[attr-defined]
         return value if isinstance(value, int | float) else None
 
@@ -121,12 +121,12 @@ class DetectorResult(Record):
 
 @dataclass(frozen=True)
 class ExitResult(DetectorResult):
-    """Results of one exit. ``empty`` (no branch) and the interval are for early exits, ``found`` for the full path."""
+    """Results of one exit. Only early exits have ``empty`` and an interval, only the full path has ``found``."""
 
     name: str
     layer: int | None = None
     figures: Figures = field(default_factory=dict)
-    empty: bool | None = None
+    empty: bool | None = None  # the exit has no branch
     AP50_below_full_interval: Interval = None
     confidence: ConfidenceSummary | None = None
     mmacs: float | None = None
@@ -210,7 +210,7 @@ class Finding(Record):
 
 @dataclass(frozen=True)
 class Verdict(Record):
-    """The recommendation what to ship."""
+    """The recommendation and its reasons."""
 
     ship: bool  # no finding is a veto
     what: str | None = None  # detector to ship, such as ``routed`` or ``exit8 alone``; None if ``ship`` is False
@@ -271,9 +271,9 @@ def exit_rows(results: Results) -> list[Row]:
     """Return the rows of the exits, then the row ``routed``."""
     routed = results.routed
     rows = []
-    for one in results.exits:
-        parts = one.name, "exit", one.figures, one.mmacs, one.ms, one.ms_interval, one.layer, one.confidence
-        rows.append(Row(*parts, share=routed.exit_share.get(one.name), empty=bool(one.empty)))
+    for row in results.exits:
+        parts = row.name, "exit", row.figures, row.mmacs, row.ms, row.ms_interval, row.layer, row.confidence
+        rows.append(Row(*parts, share=routed.exit_share.get(row.name), empty=bool(row.empty)))
     return [*rows, Row("routed", "routed", routed.figures, routed.mmacs, routed.ms)]
 
 
@@ -281,10 +281,10 @@ def static_rows(results: Results) -> list[Row]:
     """Return the row ``without exits``, which has the full path's figures, then the rows of the rivals."""
     plain = results.without_exits
     rows = [Row("without exits", "plain", results.full.figures, plain.mmacs, plain.ms, plain.ms_interval)]
-    for one in results.rivals:
-        other = None if one.runtime == results.context.runtime else "ORT"  # only ONNX files have a runtime of their own
-        parts = one.name, one.kind, one.figures, one.mmacs, one.ms, one.ms_interval
-        rows.append(Row(*parts, source=one.source, other_runtime=other))
+    for rival in results.rivals:
+        other = None if rival.runtime == results.context.runtime else "ORT"  # only ONNX files have their own runtime
+        parts = rival.name, rival.kind, rival.figures, rival.mmacs, rival.ms, rival.ms_interval
+        rows.append(Row(*parts, source=rival.source, other_runtime=other))
     return rows
 
 

@@ -1,7 +1,6 @@
 """The verdict: whether to ship the exits, and the findings that lead to it.
 
-A rule is a function that reads the results and yields findings. A finding with ``veto`` is a reason not to ship. If
-`check_full_path` yields a finding, the full path does not detect, and the rules of `RULES` are not applied.
+A rule is a function that yields findings from the results. A finding with ``veto`` is a reason not to ship.
 docs/metrics.md lists every finding and its condition.
 """
 
@@ -14,40 +13,36 @@ from earlyexit_ssd.evaluation.cost import RUNTIME_TITLES
 from earlyexit_ssd.evaluation.results import ExitResult, Finding, Results, RivalResult, RoutedResult, Target, Verdict
 from earlyexit_ssd.routing.policies import reads_taps
 
-DETECTS_AP50 = 0.05  # a full path with a lower AP50 does not detect, whatever its other figures are
+DETECTS_AP50 = 0.05  # a full path with a lower AP50 does not detect
 DOUBTFUL_AP50 = 0.20  # with a lower AP50 it does not detect if its scores are alike or most boxes outside the photos
-ALIKE = 0.2  # scores are alike if standard deviation / mean is below this; it is about 1 or more in a working detector
-ENOUGH_BOXES = 20  # with fewer boxes, neither their scores nor their positions are judged
+ALIKE = 0.2  # scores are alike if standard deviation / mean is lower; in a working detector it is about 1 or more
+ENOUGH_BOXES = 20  # with fewer boxes, neither scores nor positions are judged
 MOVE_DEEPER_AP50 = 0.30  # a first exit with a lower AP50 must move to a deeper layer
 ENOUGH_AP50 = 0.35  # a first exit with a higher AP50 is accurate enough
-FIRST_EXIT_SHARE = 0.75  # least AP50 of the first exit / AP50 of a full path that is an unchanged checkpoint
-DEEPEST_SHARE = 0.85  # least AP50 of the deepest exit / AP50 of the full path
-LARGEST_LOSS = 0.10  # largest loss of AP50 by routing / AP50 of the full path
-AP50_TOLERANCE = 0.005  # AP50s that differ by less count as equal: a few hundred photos cannot show less
+FIRST_EXIT_SHARE = 0.75  # minimum of AP50 of the first exit / AP50 of a full path that is an unchanged checkpoint
+DEEPEST_SHARE = 0.85  # minimum of AP50 of the deepest exit / AP50 of the full path
+LARGEST_LOSS = 0.10  # maximum of AP50 lost by routing / AP50 of the full path
+AP50_TOLERANCE = 0.005  # smaller differences in AP50 do not count, because a few hundred photos cannot show them
 SHIP_INSTEAD = "ship instead"  # start of the finding that names a better rival
 
 Rule = Callable[[Results], Iterable[Finding]]
 
 
 def judge(results: Results) -> Verdict:
-    """Return the verdict.
-
-    If the full path does not detect, there is no other finding. If --force was used at a failed gate, this finding
-    mentions it. Otherwise the use of --force is the first finding, and a veto.
-    """
-    forced = results.context.forced
+    """Return the verdict. If the full path does not detect, this is the only finding."""
+    context = results.context
     rules = RULES if results.early else (report_no_exits, compare_with_rivals, report_other_runtimes)
-    if not results.context.labelled:
+    if not context.labelled:
         rules = (report_agreement, check_speedup)  # the other rules need the accuracy, which is unknown
     elif findings := list(check_full_path(results)):
-        said = "; --force was used on the way" if forced else ""
-        return Verdict(False, None, (Finding(findings[0].line + said, veto=True),))
+        forced = "; --force was used on the way" if context.forced else ""
+        return Verdict(False, None, (Finding(findings[0].line + forced, veto=True),))
     findings = [finding for rule in rules for finding in rule(results)]
-    if forced:
+    if context.forced:
         line = "--force was used: a gate failed on the way to these figures, and the run went on"
         findings.insert(0, Finding(line, veto=True))
     ship = not any(finding.veto for finding in findings)
-    if results.context.labelled and not ship and not any(one.line.startswith(SHIP_INSTEAD) for one in findings):
+    if context.labelled and not ship and not any(finding.line.startswith(SHIP_INSTEAD) for finding in findings):
         ms = results.without_exits.ms
         figures = f"AP50 {results.full.ap50:.3f}" + ("" if ms is None else f", {ms:.1f} ms")
         findings.append(Finding(f"until this is fixed, use the detector without exits ({figures})"))
@@ -57,7 +52,7 @@ def judge(results: Results) -> Verdict:
 
 
 def report_no_exits(results: Results) -> Iterator[Finding]:
-    """Report that the model has no early exit (`optimize` may choose such a detector), and require a rival."""
+    """Report that the model has no early exit. Veto if there is no rival. (`optimize` may choose such a detector.)"""
     yield Finding("the model has no early exit: every photo takes its full path")
     yield from check_rivals_exist(results)
 
@@ -84,11 +79,11 @@ def check_full_path(results: Results) -> Iterator[Finding]:
 def check_exit_accuracy(results: Results) -> Iterator[Finding]:
     """Judge the AP50 of the first and of the deepest exit in use.
 
-    The first is compared with two limits, or with the full path if that is an unchanged checkpoint (``taken_over``).
+    The first is compared with two limits, or with the full path if this is an unchanged checkpoint (``taken_over``).
     The deepest is compared with the full path.
     """
-    single = [one for one in results.early if one.name == exit_to_ship_alone(results)]
-    used = [one for one in single or _open_exits(results) or results.early if not one.empty]
+    single = [early for early in results.early if early.name == exit_to_ship_alone(results)]
+    used = [early for early in single or _open_exits(results) or results.early if not early.empty]
     full = results.full.ap50
     if not used:
         yield Finding("the early exits are empty: only photos that seem to show nothing leave there")
@@ -98,8 +93,8 @@ def check_exit_accuracy(results: Results) -> Iterator[Finding]:
     if results.context.taken_over and full:
         first += f" is {ap50 / full:.1%} of the full path's {full:.3f}"
         limit, deep_enough = f"{FIRST_EXIT_SHARE:.0%}", ap50 >= FIRST_EXIT_SHARE * full
-        said = f"{limit} or more: accurate enough" if deep_enough else f"under {limit}: move it deeper"
-        yield Finding(f"{first}, {said}", veto=not deep_enough)
+        judgement = f"{limit} or more: accurate enough" if deep_enough else f"under {limit}: move it deeper"
+        yield Finding(f"{first}, {judgement}", veto=not deep_enough)
     elif ap50 < MOVE_DEEPER_AP50:
         yield Finding(f"{first} is under {MOVE_DEEPER_AP50:.2f}: move it deeper", veto=True)
     elif ap50 > ENOUGH_AP50:
@@ -112,17 +107,16 @@ def check_exit_accuracy(results: Results) -> Iterator[Finding]:
 
 
 def check_exits_below_full(results: Results) -> Iterator[Finding]:
-    """Name the early exits that are better than the full path. They hint at a mistake, such as a damaged full path.
-    No veto if the interval of (AP50 of the full path - AP50 of the exit) reaches above 0, or if the exit is to be
-    shipped alone."""
+    """Veto if an early exit is clearly better than the full path, which may be damaged. If this exit is to be shipped
+    alone, it is no veto."""
     full = results.full
-    for one in results.early:
-        if one.ap50 <= full.ap50 + AP50_TOLERANCE:
+    for early in results.early:
+        if early.ap50 <= full.ap50 + AP50_TOLERANCE:
             continue
-        figures = f"{one.name}: AP50 {one.ap50:.3f} is above {full.name}'s {full.ap50:.3f}"
-        if one.AP50_below_full_interval and one.AP50_below_full_interval[1] > 0:
+        figures = f"{early.name}: AP50 {early.ap50:.3f} is above {full.name}'s {full.ap50:.3f}"
+        if early.AP50_below_full_interval and early.AP50_below_full_interval[1] > 0:
             yield Finding(f"{figures}, but not clearly: with other photos it might not be")
-        elif one.name == exit_to_ship_alone(results):
+        elif early.name == exit_to_ship_alone(results):
             yield Finding(f"{figures}: was the full path trained to its end?")
         else:
             wrong = "something is wrong: was the full path trained to its end, and is it unchanged since?"
@@ -133,29 +127,28 @@ def check_exits_below_full(results: Results) -> Iterator[Finding]:
 def check_exit_times(results: Results) -> Iterator[Finding]:
     """Name, without a veto, the open exits that take at least as long as the detector without exits."""
     plain = results.without_exits.ms
-    for one in _open_exits(results):
-        if one.ms >= plain:
-            figures = f"{one.name}: {one.ms:.1f} ms, no less than the {plain:.1f} ms without exits"
+    for early in _open_exits(results):
+        if early.ms >= plain:
+            figures = f"{early.name}: {early.ms:.1f} ms, no less than the {plain:.1f} ms without exits"
             yield Finding(f"{figures}: leaving there saves nothing")
 
 
 def check_exit_use(results: Results) -> Iterator[Finding]:
-    """If every photo takes the same exit, the router is useless. Recommend that exit alone if it is good enough,
-    otherwise veto."""
+    """If every photo takes the same exit, recommend this exit alone if it is good enough, otherwise veto."""
     only = _exit_of_all_photos(results)
     fix = "change the thresholds (ROUTING.THRESHOLDS), or calibrate for another target"
     if only == results.full.name:
-        yield Finding(_why_nobody_leaves(results, fix), veto=True)
+        yield Finding(_no_photo_leaves(results, fix), veto=True)
     elif only and only == exit_to_ship_alone(results):
         yield Finding(f"every photo leaves at {only}: ship {only} alone, without the other branches and the router")
     elif only:
         yield Finding(f"every photo leaves at {only}, which is not good enough alone: {fix}", veto=True)
 
 
-def _why_nobody_leaves(results: Results, fix: str) -> str:
-    """The text of the finding if no photo leaves early; ``fix`` is the advice unless a special one applies."""
+def _no_photo_leaves(results: Results, fix: str) -> str:
+    """Return the text of the finding if no photo leaves early. ``fix`` is the advice if there is no special advice."""
     closed = results.routed.thresholds and not _open_exits(results)
-    no_logits = all(one.empty for one in results.early) and not reads_taps(results.routed.policy)
+    no_logits = all(early.empty for early in results.early) and not reads_taps(results.routed.policy)
     policy = "ROUTING.POLICY foreseen_emptiness"
     if closed and results.certificate:
         return "the certificate opens no exit; every photo takes the full path: allow a larger loss, or train the exits"
@@ -196,13 +189,13 @@ def check_certificate(results: Results) -> Iterator[Finding]:
     if certificate.interval:
         text += " [{}, {}]".format(*map(figure.format, certificate.interval))
     score = f" at score {target['score']:g}" if target.get("score") is not None else ""
-    asked, got = {
+    target_text, measured = {
         "speedup": (f"a speed-up of {value:g}x", f"{text} is reached"),
         "ap_drop": (f"at most {value:g} AP50 lost", f"{text} is lost"),
         "risk": (f"a mean loss of at most {value:g} per photo{score}", f"it is {text}"),
     }[kind]
-    sure = f" (delta {target['delta']:g})" if "delta" in target else ""
-    line = f"the certificate was asked for {asked}{sure}; on these photos {got}"
+    delta = f" (delta {target['delta']:g})" if "delta" in target else ""
+    line = f"the certificate was asked for {target_text}{delta}; on these photos {measured}"
     yield Finding(f"{line}: {'kept' if certificate.kept else 'not kept'}", veto=not certificate.kept)
 
 
@@ -213,11 +206,11 @@ def check_routed_accuracy(results: Results) -> Iterator[Finding]:
         return
     figures, lost = f"AP50 {routed:.3f} routed against {full:.3f}", 1 - routed / full
     found, missed = map(results.full.number, ("true_positives", "false_negatives"))
-    hits, score = results.routed.number("true_positives"), results.context.score
-    if found is not None and hits is not None:
+    found_routed, score = results.routed.number("true_positives"), results.context.score
+    if found is not None and found_routed is not None:
         at = "" if score is None else f"at score {score:g} "
-        figures += f"; {at}{found} of {found + missed} found by the full path, {hits} routed"
-    if _asked_for_ap(results):
+        figures += f"; {at}{found} of {found + missed} found by the full path, {found_routed} routed"
+    if _certificate_limits_ap(results):
         yield Finding(f"accuracy: {figures}")
     elif lost > LARGEST_LOSS:
         fix = "calibrate to lose less" if results.certificate else "raise ROUTING.THRESHOLDS, or calibrate"
@@ -230,41 +223,43 @@ def check_routed_accuracy(results: Results) -> Iterator[Finding]:
 def check_rivals_exist(results: Results) -> Iterator[Finding]:
     """Veto if there is no rival to compare with."""
     if not _comparable(results):
-        what = "could be compared" if results.rivals else "was evaluated"
-        yield Finding(f"no rival {what} (EVAL.RIVALS): a smaller detector may be the better choice", veto=True)
+        reason = "could be compared" if results.rivals else "was evaluated"
+        yield Finding(f"no rival {reason} (EVAL.RIVALS): a smaller detector may be the better choice", veto=True)
 
 
 def report_better_rival(results: Results) -> Iterator[Finding]:
     """Name, without a veto, the best rival with more AP50 and less time than the detector without exits."""
     full, plain = results.full.ap50, results.without_exits.ms
-    better = [one for one in _comparable(results) if one.ap50 > full + AP50_TOLERANCE and one.ms_interval[1] < plain]
-    for best in sorted(better, key=lambda one: -one.ap50)[:1]:
-        against = f"AP50 {best.ap50:.3f} against {full:.3f}, in {best.ms:.1f} ms against {plain:.1f}"
-        line = f"{best.name} has more AP50 than the detector without exits, in less time ({against})"
+    more_accurate = [rival for rival in _comparable(results) if rival.ap50 > full + AP50_TOLERANCE]
+    better = [rival for rival in more_accurate if rival.ms_interval[1] < plain]
+    if better:
+        best = max(better, key=lambda rival: rival.ap50)
+        figures = f"AP50 {best.ap50:.3f} against {full:.3f}, in {best.ms:.1f} ms against {plain:.1f}"
+        line = f"{best.name} has more AP50 than the detector without exits, in less time ({figures})"
         yield Finding(f"{line}: look at it first")
 
 
 def compare_with_rivals(results: Results) -> Iterator[Finding]:
-    """Veto if a rival is better than the routed detector, and name it; otherwise name the nearest rival."""
+    """Veto if a rival is better than the routed detector, and name it. Otherwise name the nearest rival."""
     routed, comparable = results.routed, _comparable(results)
     if not comparable or routed.ap50 is None or routed.ms is None:
         return
-    better = [one for one in comparable if _dominates(one, routed)]
+    better = [rival for rival in comparable if _dominates(rival, routed)]
     if better:
-        most = max(one.ap50 for one in better)
-        best = min((one for one in better if one.ap50 >= most - AP50_TOLERANCE), key=lambda one: one.ms)
-        said = SHIP_INSTEAD
+        limit = max(rival.ap50 for rival in better) - AP50_TOLERANCE
+        best = min((rival for rival in better if rival.ap50 >= limit), key=lambda rival: rival.ms)
+        start = SHIP_INSTEAD
     else:
-        best = min(comparable, key=lambda one: _relative_loss(one, routed))
-        said = "no other detector that was measured is as accurate in as little time; the nearest"
+        best = min(comparable, key=lambda rival: _relative_loss(rival, routed))
+        start = "no other detector that was measured is as accurate in as little time; the nearest"
     figures = f"has AP50 {best.ap50:.3f} against {routed.ap50:.3f} routed, in {best.ms:.1f} ms against {routed.ms:.1f}"
     change = f"{best.ap50 - routed.ap50:+.3f} AP50, {best.ms / routed.ms - 1:+.0%} time"
-    yield Finding(f"{said}: {best.name} {figures} ({change})", veto=bool(better))
+    yield Finding(f"{start}: {best.name} {figures} ({change})", veto=bool(better))
 
 
 def report_other_runtimes(results: Results) -> Iterator[Finding]:
     """Name the rivals that were timed in another runtime."""
-    others = [one.name for one in results.rivals if one.runtime != results.context.runtime]
+    others = [rival.name for rival in results.rivals if rival.runtime != results.context.runtime]
     if others:
         exits = RUNTIME_TITLES[results.context.runtime]
         line = f"timed in ONNX Runtime, the exits in {exits}, so their ms are not compared"
@@ -287,14 +282,14 @@ RULES: tuple[Rule, ...] = (
 
 
 def report_agreement(results: Results) -> Iterator[Finding]:
-    """For photos without labels: veto, and report the agreement of the routed detector with the full path."""
+    """Veto because the photos have no labels. Report the agreement of the routed detector with the full path."""
     found, lost, added = map(results.routed.number, ("true_positives", "false_negatives", "false_positives"))
     figures = f"routing keeps {found} of the {found + lost} objects that the full path finds and adds {added}"
     yield Finding(f"nobody labelled these photos: {figures}; the accuracy of neither is known", veto=True)
 
 
 def target_value(target: Target) -> float:
-    """Return the number of a certificate's target: its ``value``, or ``epsilon`` for a risk."""
+    """Return the limit of a certificate's target: its ``value``, or ``epsilon`` for a risk."""
     return target["value"] if "value" in target else target["epsilon"]
 
 
@@ -304,7 +299,9 @@ def exit_to_ship_alone(results: Results) -> str | None:
     only, routed, full = _exit_of_all_photos(results), results.routed, results.full
     if only in (None, full.name) or routed.hybrid or routed.ap50 is None or routed.speedup is None:
         return None
-    accurate = results.certificate.kept if _asked_for_ap(results) else routed.ap50 >= (1 - LARGEST_LOSS) * full.ap50
+    accurate = routed.ap50 >= (1 - LARGEST_LOSS) * full.ap50
+    if _certificate_limits_ap(results):
+        accurate = results.certificate.kept
     faster = routed.speedup > 1 and routed.ms < results.without_exits.ms_interval[0]
     return only if accurate and faster else None
 
@@ -315,28 +312,25 @@ def _exit_of_all_photos(results: Results) -> str | None:
     return next((name for name, value in share.items() if value == 1.0), None) if len(share) > 1 else None
 
 
-def _asked_for_ap(results: Results) -> bool:
-    """Return whether there is a certificate whose target limits the loss of AP50."""
+def _certificate_limits_ap(results: Results) -> bool:
     return results.certificate is not None and results.certificate.target["kind"] == "ap_drop"
 
 
 def _open_exits(results: Results) -> list[ExitResult]:
-    """Return the open early exits."""
     thresholds = results.routed.thresholds or [0.0] * len(results.early)
-    return [one for one, threshold in zip(results.early, thresholds, strict=True) if threshold < CLOSED]
+    return [early for early, threshold in zip(results.early, thresholds, strict=True) if threshold < CLOSED]
 
 
 def _comparable(results: Results) -> list[RivalResult]:
-    """Return the rivals with an AP50 and timed in the exits' runtime, except the exit that is shipped alone."""
-    itself = f"{exit_to_ship_alone(results)} alone"
-    same = [one for one in results.rivals if one.runtime == results.context.runtime]
-    return [one for one in same if one.ap50 is not None and one.name != itself]
+    """Return the rivals with an AP50 that were timed in the exits' runtime, except the exit that is shipped alone."""
+    shipped = f"{exit_to_ship_alone(results)} alone"
+    timed_alike = [rival for rival in results.rivals if rival.runtime == results.context.runtime]
+    return [rival for rival in timed_alike if rival.ap50 is not None and rival.name != shipped]
 
 
 def _dominates(rival: RivalResult, routed: RoutedResult) -> bool:
-    """Whether the rival has no less AP50 (within `AP50_TOLERANCE`), takes no more time, and is clearly better in one of
-    the two. It is clearly better if its whole time interval is below the routed time, or if the paired interval of
-    (routed AP50 - rival's AP50) is below 0."""
+    """Return True if the rival has no less AP50 (within `AP50_TOLERANCE`), takes no more time, and is clearly better in
+    one of both: its time interval is below the routed time, or its paired AP50 interval is below 0."""
     if rival.ap50 < routed.ap50 - AP50_TOLERANCE or rival.ms > routed.ms:
         return False
     difference = rival.routed_minus_rival_AP50_interval
@@ -344,7 +338,6 @@ def _dominates(rival: RivalResult, routed: RoutedResult) -> bool:
 
 
 def _relative_loss(rival: RivalResult, routed: RoutedResult) -> float:
-    """Lost AP50 plus additional time of the rival, each as a share of the routed detector's; a gain counts as 0. The
-    nearest rival has the smallest sum."""
+    """Return AP50 lost plus time added by the rival, each as a share of the routed detector's. A gain counts as 0."""
     accuracy = 1 - rival.ap50 / routed.ap50 if routed.ap50 else 0.0
     return max(accuracy, 0.0) + max(rival.ms / routed.ms - 1, 0.0)
