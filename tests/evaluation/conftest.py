@@ -1,4 +1,4 @@
-"""Small ground truths and detections, made by hand."""
+"""Small ground truths and detections."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Object = tuple[int, int, tuple[float, float, float, float]] | tuple[int, int, tu
 
 
 def build_ground_truth(images: int, objects: list[Object], classes: tuple[str, ...] = ("cat", "dog")) -> COCO:
-    """COCO with images 1..n of 640 x 640; an object is (image, label, xyxy box[, iscrowd])."""
+    """Return a COCO with images 1..n of 640 x 640. An object is (image, label, xyxy box[, iscrowd])."""
     coco = COCO()
     coco.dataset = {
         "images": [{"id": index + 1, "width": 640, "height": 640} for index in range(images)],
@@ -40,7 +40,7 @@ def build_ground_truth(images: int, objects: list[Object], classes: tuple[str, .
 
 
 def build_found(*found: tuple[int, float, tuple[float, float, float, float]]) -> dict[str, torch.Tensor]:
-    """One image's detections, each (label, score, xyxy box)."""
+    """Return detections of one image. Each is (label, score, xyxy box)."""
     return {
         "boxes": torch.tensor([box for *_, box in found], dtype=torch.float32).reshape(-1, 4),
         "scores": torch.tensor([score for _, score, _ in found], dtype=torch.float32),
@@ -49,7 +49,7 @@ def build_found(*found: tuple[int, float, tuple[float, float, float, float]]) ->
 
 
 def build_random_case(seed: int, images: int = 12, classes: int = 3) -> tuple[COCO, dict[int, dict]]:
-    """Objects, some crowds, and detections near and far from them; scores are all different."""
+    """Return objects, some of them crowds, and detections near and far from them, with different scores."""
     generator = torch.Generator().manual_seed(seed)
 
     def uniform(low: float, high: float) -> float:
@@ -102,11 +102,10 @@ def small_model() -> nn.Module:
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = None
-    for (
-        module
-    ) in model.backbone.modules():  # torchvision's start: with larger weights rounding grows from layer to layer
+    # torchvision's initialisation; with larger weights, rounding errors grow from layer to layer
+    for module in model.backbone.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.normal_(module.weight, std=0.03)
     with torch.no_grad():
-        model.exit_outputs(list(torch.rand(8, 3, 96, 96)))  # statistics, so that photos differ in confidence
+        model.exit_outputs(list(torch.rand(8, 3, 96, 96)))  # BatchNorm statistics, so that photos differ in confidence
     return model

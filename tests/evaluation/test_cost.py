@@ -1,4 +1,4 @@
-"""Exported networks give the outputs of eager PyTorch; MMACs by hand; order and statistics of the timing."""
+"""Exported networks, MMACs, and order and statistics of timing."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ from earlyexit_ssd.routing.policies import FITTED_POLICIES, POLICIES, GainModel
 from earlyexit_ssd.runtimes import OnnxRuntime
 
 
-def test_a_path_keeps_its_outputs_and_its_mode(small_model, capfd):
-    """Heads of earlier branches and the router's confidences are outputs, so the export does not drop them."""
+def test_an_exported_path_keeps_its_outputs_and_its_mode(small_model, capfd):
+    """Heads of earlier branches and confidences are outputs, otherwise the export would drop them."""
     model = copy.deepcopy(small_model).train()
     path, example = AllOutputs(PathToExit(model, 1, ExitRouter(2, thresholds=0.6))), example_input(model)
     with warnings.catch_warnings():
@@ -56,7 +56,7 @@ def test_a_path_keeps_its_outputs_and_its_mode(small_model, capfd):
 
 
 def test_a_path_to_an_empty_exit_computes_its_tap():
-    """Its head does not need the tap. Without the tap the network would cost nothing and have no input."""
+    """The head of an empty exit does not need the tap. Without the tap, the network would have no input and no cost."""
     exits = (Exit(8, "empty", pixels=64), Exit(8, "empty"))
     model = Architecture(classes=("cup",), width=0.25, image_size=96, exits=exits).build().eval()
     router = ExitRouter(2)  # both exits are closed
@@ -104,27 +104,24 @@ def test_the_configuration_accepts_every_runtime():
         load_config(None, ["EVAL.RUNTIME", "tensorrt"])
 
 
-def test_a_file_that_is_no_graph_is_refused_in_one_line():
+def test_a_file_without_a_graph_is_refused_in_one_line():
     with pytest.raises(EarlyExitError, match=r"x\.onnx: ONNX Runtime cannot load it") as caught:
         OnnxNetwork(b"no graph", name="x.onnx")
     assert "\n" not in str(caught.value)
 
 
 def one_node(element, shape):
-    """An ONNX file of one ReLU, for an input of this element type and shape."""
+    """Return an ONNX file of one ReLU for inputs of this element type and shape."""
     x, y = (onnx.helper.make_tensor_value_info(name, element, shape) for name in ("x", "y"))
     graph = onnx.helper.make_graph([onnx.helper.make_node("Relu", ["x"], ["y"])], "g", [x], [y])
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 13)], ir_version=8)
     return model.SerializeToString()
 
 
-def test_an_input_of_any_size_is_refused():
+def test_inputs_of_dynamic_size_or_another_type_are_refused():
+    assert OnnxNetwork(one_node(onnx.TensorProto.FLOAT, [1, 3, 8, 8])).input_shape == (1, 3, 8, 8)
     with pytest.raises(EarlyExitError, match=r"expected one input of a fixed size, got x \['batch', 3, 'height'"):
         OnnxNetwork(one_node(onnx.TensorProto.FLOAT, ["batch", 3, "height", "width"]))
-
-
-def test_an_input_of_another_type_is_refused():
-    assert OnnxNetwork(one_node(onnx.TensorProto.FLOAT, [1, 3, 8, 8])).input_shape == (1, 3, 8, 8)
     with pytest.raises(EarlyExitError, match=r"half: its input is tensor\(float16\), expected tensor\(float\)"):
         OnnxNetwork(one_node(onnx.TensorProto.FLOAT16, [1, 3, 8, 8]), name="half")
 
@@ -139,11 +136,11 @@ def test_a_failed_export_is_reported_in_one_line():
     assert "\n" not in str(caught.value)
 
 
-# Multiply-accumulates by hand, and the timing.
+# Multiply-accumulates and timing.
 
 
 def convolution_macs(model: nn.Module, run) -> float:
-    """Millions of multiply-accumulates of each convolution that runs: output size x kernel area x input channels."""
+    """Return the MMACs of all convolutions that run: output size x kernel area x input channels."""
     total = 0.0
 
     def count(module, _inputs, output):
@@ -158,7 +155,7 @@ def convolution_macs(model: nn.Module, run) -> float:
     return total
 
 
-def test_counts_convolution_and_linear_only():
+def test_only_convolutions_and_linear_layers_are_counted():
     module = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(32, 5))
     # 2 x 2 outputs x 8 channels x 3 x 3 x 3, and 32 x 5
     assert count_mmacs(module, torch.zeros(1, 3, 4, 4)) * 1e6 == pytest.approx(4 * 8 * 27 + 160)
@@ -187,7 +184,7 @@ def test_plain_path_is_the_full_path_without_branches(small_model):
     assert count_mmacs(plain, example) < mmacs_to_exit(small_model)[-1]
 
 
-def test_counting_is_quiet_and_restores_the_mode(small_model, capfd):
+def test_counting_prints_nothing_and_restores_the_mode(small_model, capfd):
     small_model = copy.deepcopy(small_model).train()
     small_model.head.eval()
     with warnings.catch_warnings():
@@ -202,7 +199,7 @@ def test_example_has_the_size_of_the_model(small_model):
     assert example_input(small_model).shape == (1, 3, 96, 96)
 
 
-def test_turns_are_interleaved_and_threads_restored():
+def test_timed_modules_take_turns_and_threads_are_restored():
     calls = []
 
     class Recorder(nn.Module):
@@ -211,13 +208,14 @@ def test_turns_are_interleaved_and_threads_restored():
             self.name = name
 
         def forward(self, _):
-            calls.append((self.name, torch.get_num_threads(), self.training, torch.is_grad_enabled()))
+            calls.append((self.name, (torch.get_num_threads(), self.training, torch.is_grad_enabled())))
 
     before = torch.get_num_threads()
     modules = [Recorder("a"), Recorder("b")]
     time_modules(modules, torch.zeros(1), runs=2, threads=2)
-    assert [name for name, *_ in calls] == ["a", "a", "b", "b"] * 2  # each timed run after an untimed one
-    assert {state for _, *state in map(tuple, calls) for state in [tuple(state)]} == {(2, False, False)}
+    names, states = zip(*calls, strict=True)
+    assert names == ("a", "a", "b", "b") * 2  # an untimed run before each timed run
+    assert set(states) == {(2, False, False)}
     assert torch.get_num_threads() == before
     assert modules[0].training
 
@@ -266,7 +264,7 @@ def test_median_interval_uses_order_statistics():
     assert median_interval([5.0]) == (5.0, [5.0, 5.0])
 
 
-def test_median_interval_covers():
+def test_median_interval_contains_the_median():
     generator = torch.Generator().manual_seed(1)
     draws = [torch.rand(20, generator=generator).tolist() for _ in range(500)]
     covered = [low <= 0.5 <= high for _, (low, high) in map(median_interval, draws)]
@@ -286,7 +284,7 @@ def test_closed_exits_cost_no_head(small_model):
 
 
 @pytest.mark.parametrize("size", [(5, 9), (24, 32), (40, 33)])
-def test_gathered_rows_and_columns_are_torchs_interpolation(size):
+def test_gather_instead_of_resize_equals_interpolate(size):
     class Copy(torch.nn.Module):
         def forward(self, x):
             return F.interpolate(x, size, mode="bilinear", align_corners=False) * 2

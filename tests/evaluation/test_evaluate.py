@@ -1,4 +1,4 @@
-"""All figures of small detectors: parts, rivals, keys, consistency."""
+"""Evaluation of small detectors: confidences, intervals, rivals, and all keys and figures of metrics.json."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from torch import nn
 
 from earlyexit_ssd.calibration.certificate import Certificate, CertifiedCosts, CertifiedTarget, Measured
 from earlyexit_ssd.errors import DataError, EarlyExitError
-from earlyexit_ssd.evaluation import evaluate
 from earlyexit_ssd.evaluation.cost import OnnxNetwork, PlainPath, Timing, example_input, export_onnx, mmacs_to_exit
 from earlyexit_ssd.evaluation.evaluate import (
     ONNX,
@@ -26,6 +25,7 @@ from earlyexit_ssd.evaluation.evaluate import (
     exits_alone,
     summarize_confidence,
 )
+from earlyexit_ssd.evaluation.evaluate import evaluate_exits as evaluate_all
 from earlyexit_ssd.evaluation.matches import APs, bootstrap_choices, exit_matches, interval
 from earlyexit_ssd.evaluation.metrics import METRICS, DetectorEvaluation, EvaluationSettings, register_metric
 from earlyexit_ssd.evaluation.outputs import Collected, choose_exits, collect
@@ -36,46 +36,39 @@ from earlyexit_ssd.report.tables import columns
 from earlyexit_ssd.routing.router import ExitRouter
 
 
-def test_by_hand():
-    summary = summarize_confidence(torch.tensor([0.25, 0.75]))
-    assert (summary.mean, summary.std, summary.min, summary.max) == (0.5, 0.25, 0.25, 0.75)
+@pytest.mark.parametrize(
+    ("confidence", "expected"),
+    [
+        (torch.tensor([0.25, 0.75]), (0.5, 0.25, 0.25, 0.75)),
+        (torch.tensor([0.5, -1.0]), (0.5, 0.0, 0.5, 0.5)),  # -1: the policy gives no confidence
+        (torch.full((100_000,), 0.1), (0.1, 0.0, 0.1, 0.1)),
+    ],
+)
+def test_summary_of_confidences(confidence, expected):
+    summary = summarize_confidence(confidence)
+    assert (summary.mean, summary.std, summary.min, summary.max) == pytest.approx(expected, abs=1e-7)
 
 
-def test_one_photo_has_no_spread():
-    assert summarize_confidence(torch.tensor([0.5])).std == 0.0
-
-
-def test_none_without_photos():
-    assert summarize_confidence(torch.zeros(0)) is None
-
-
-def test_none_if_the_policy_gives_no_confidence():
-    assert summarize_confidence(torch.full((3,), -1.0)) is None
-
-
-def test_mean_of_many_equal_values_is_exact():
-    assert summarize_confidence(torch.full((100_000,), 0.1)).mean == pytest.approx(0.1, abs=1e-7)
+@pytest.mark.parametrize("confidence", [torch.zeros(0), torch.full((3,), -1.0)])
+def test_no_summary_without_confidences(confidence):
+    assert summarize_confidence(confidence) is None
 
 
 # Figures of one set of detections.
 
-SETTINGS = EvaluationSettings(score=0.3, resamples=20)
+SETTINGS, CONTEXT = EvaluationSettings(score=0.3, runs=6, resamples=20, seed=3), Context()
 
 
-def test_intervals_are_the_bootstrap_s(random_case):
+def test_intervals_are_those_of_the_bootstrap(random_case):
     coco, detections = random_case(1)
     figures = evaluate_detections(coco, detections, SETTINGS).figures
     matches = exit_matches(coco, [detections])
-    (draws,) = bootstrap_choices(matches, [np.zeros(matches.photos, int)], resamples=20, ap50_only=False)
-    assert figures["AP_interval"] == interval(draws.AP)
-    assert figures["AP50_interval"] == interval(draws.AP50)
+    (draws,) = bootstrap_choices(matches, [np.zeros(matches.photos, int)], resamples=20, seed=3, ap50_only=False)
+    assert (figures["AP_interval"], figures["AP50_interval"]) == (interval(draws.AP), interval(draws.AP50))
     low, high = figures["AP_interval"]
     assert 0 <= low < high <= 1
-
-
-def test_no_resamples_no_interval(random_case):
-    quality = evaluate_detections(*random_case(1), EvaluationSettings(resamples=0))
-    assert quality.figures["AP50_interval"] is None and quality.figures["AP_interval"] is None
+    without = evaluate_detections(coco, detections, replace(SETTINGS, resamples=0)).figures
+    assert without["AP50_interval"] is None and without["AP_interval"] is None
 
 
 def drawn(values):
@@ -84,7 +77,7 @@ def drawn(values):
     return evaluation
 
 
-def test_difference_on_the_same_draws():
+def test_differences_in_ap50_are_paired():
     first, second = drawn([0.5, 0.6, 0.7]), drawn([0.4, 0.5, 0.6])
     assert first.ap50_minus(second) == pytest.approx([0.1, 0.1])
     assert first.ap50_minus(drawn([np.nan] * 3)) is None
@@ -97,8 +90,8 @@ def restored_metrics():
     METRICS[:] = before
 
 
-def test_a_metric_is_registered_in_one_place(restored_metrics, random_case):
-    """The figure is in metrics.json and in the table. Without labels it is undefined, as AP is."""
+def test_a_metric_can_be_registered(restored_metrics, random_case):
+    """The figure is in metrics.json and in the table. Without labels it is undefined, like AP."""
 
     @register_metric({"boxes/img": ("boxes_per_image", 1)}, needs_labels=True)
     def boxes_per_image(detector):
@@ -117,7 +110,6 @@ def test_a_metric_is_registered_in_one_place(restored_metrics, random_case):
 
 # Rows of rivals, with detections made by hand.
 
-RIVAL_SETTINGS = EvaluationSettings(resamples=20)
 BOX, FAR = (10.0, 10.0, 110.0, 110.0), (300.0, 300.0, 400.0, 400.0)
 TIMING = Timing(5.0, [4.0, 7.0])
 
@@ -138,7 +130,7 @@ class Finds(nn.Module):
 def rows(ground_truth, found):
     """Two photos with one object each. The routed detector finds both, the first rival one, the second none."""
     truth = ground_truth(2, [(1, 1, BOX), (2, 1, FAR)], ("cat",))
-    routed = evaluate_detections(truth, {1: found((1, 0.9, BOX)), 2: found((1, 0.9, FAR))}, RIVAL_SETTINGS)
+    routed = evaluate_detections(truth, {1: found((1, 0.9, BOX)), 2: found((1, 0.9, FAR))}, SETTINGS)
     loader = [([torch.zeros(3, 8, 8)] * 2, [{"image_id": 1}, {"image_id": 2}])]
     example, network = torch.zeros(1, 3, 64, 32), nn.Identity()
     exported = OnnxNetwork(export_onnx(nn.ReLU(), example))
@@ -151,7 +143,7 @@ def rows(ground_truth, found):
     return [one.to_json() for one in results]
 
 
-def test_rows(rows):
+def test_results_of_rivals(rows):
     half, blind = rows
     # recall 0.5 at precision 1: 51 of 101 recall points; the false positive has a lower rank
     assert half["AP50"] == pytest.approx(51 / 101)
@@ -160,13 +152,10 @@ def test_rows(rows):
     assert (half["input_size"], half["mmacs"]) == ([64, 32], 12.5)
     assert (half["ms"], half["ms_interval"], half["runtime"]) == (5.0, [4.0, 7.0], "eager")
     assert (blind["kind"], blind["source"], blind["AP50"], blind["mmacs"]) == ("onnx", "blind.onnx", 0.0, None)
+    assert blind["runtime"] == "onnxruntime"  # whatever the runtime of the exits
 
 
-def test_rivals_from_onnx_files_are_timed_in_onnx_runtime(rows):
-    assert rows[1]["runtime"] == "onnxruntime"
-
-
-def test_differences_are_paired(rows):
+def test_differences_from_rivals_are_paired(rows):
     assert rows[1]["routed_minus_rival_AP50_interval"] == pytest.approx([1.0, 1.0])
     low, high = rows[0]["routed_minus_rival_AP50_interval"]
     assert 0 <= low <= 50 / 101 <= high <= 1
@@ -175,14 +164,12 @@ def test_differences_are_paired(rows):
 def test_every_exit_with_a_branch_is_a_rival(small_model, found):
     first, second, full = {1: found((1, 0.9, BOX))}, {1: found()}, {1: found()}
     rivals = exits_alone(small_model, Collected([1], [first, second, full], []))
-    assert [(rival.name, rival.kind) for rival in rivals] == [
-        ("exit8 alone", "single_exit"),
-        ("exit12 alone", "single_exit"),
-    ]
+    assert [rival.name for rival in rivals] == ["exit8 alone", "exit12 alone"]
+    assert {rival.kind for rival in rivals} == {"single_exit"}
     assert rivals[0].detector is first and rivals[1].detector is second
     to_first, to_second, _ = mmacs_to_exit(small_model)
     assert rivals[0].mmacs == pytest.approx(to_first)
-    assert rivals[1].mmacs < to_second  # the first branch is not in it
+    assert rivals[1].mmacs < to_second  # without the first branch
     for index, rival in enumerate(rivals):
         with evaluating(rival.network), torch.no_grad():
             logits, boxes = rival.network(rival.example)
@@ -191,7 +178,7 @@ def test_every_exit_with_a_branch_is_a_rival(small_model, found):
         assert torch.equal(logits, with_other_branches)
 
 
-# Labels by name.
+# Detectors with other classes.
 
 
 class FixedLabels(nn.Module):
@@ -207,7 +194,7 @@ class FixedLabels(nn.Module):
         return [{**found, "labels": self.labels} for _ in photos]
 
 
-def test_labels_of_wanted_classes_are_renumbered_and_others_dropped():
+def test_wanted_classes_are_renumbered_and_others_dropped():
     detector = WantedClasses(FixedLabels(3, 1, 2, 3), ("person", "tv", "Sofa"), ("couch", "person"), "rival")
     first, second = detector([torch.zeros(3, 8, 8)] * 2)
     assert first["labels"].tolist() == second["labels"].tolist() == [1, 2, 1]
@@ -220,24 +207,18 @@ def test_a_missing_class_is_logged(caplog):
     assert "rival has no class lamp" in caplog.text
 
 
-def test_no_class_in_common():
+def test_a_detector_without_a_wanted_class_is_refused():
     with pytest.raises(EarlyExitError, match=r"rival: has none of the classes chiar, lamp \(did you mean 'chair'\?\)"):
         WantedClasses(FixedLabels(1), ("chair",), ("chiar", "lamp"), "rival")
 
 
 # All figures of a small untrained detector: keys, consistency, JSON.
 
-METRICS_SETTINGS = EvaluationSettings(score=0.3, runs=6, resamples=20)
 QUALITY = {
-    *("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "per_class", "AP_interval"),
-    "AP50_interval",
+    *("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "per_class", "AP_interval", "AP50_interval"),
     *("precision", "recall", "f1", "false_positives_per_image", "false_positives_per_empty_image"),
     *("localization_error", "true_positives", "false_positives", "false_negatives"),
 }
-
-
-def evaluate_exits(*args, **more):
-    return evaluate.evaluate_exits(*args, **more).results.to_json()
 
 
 @pytest.fixture(scope="module")
@@ -246,12 +227,8 @@ def collected(found):
     nothing = {1: found(), 2: found(), 3: found()}
     one = {**nothing, 1: found((1, 0.9, BOX))}
     both = {**one, 2: found((2, 0.8, FAR))}
-    confidences = [
-        torch.tensor([0.2, 0.9, 0.1]),
-        torch.tensor([0.7, 0.0, 0.3]),
-        torch.tensor([1.0, 1.0, 0.0]),
-    ]
-    return Collected([1, 2, 3], [nothing, one, both], confidences)
+    confidences = torch.tensor([[0.2, 0.9, 0.1], [0.7, 0.0, 0.3], [1.0, 1.0, 0.0]])
+    return Collected([1, 2, 3], [nothing, one, both], list(confidences))
 
 
 @pytest.fixture(scope="module")
@@ -260,14 +237,22 @@ def objects(ground_truth):
 
 
 @pytest.fixture(scope="module")
-def metrics(small_model, collected, objects):
-    """Metrics with a rival that has the full path's detections."""
-    router = ExitRouter(2, policy="max_foreground", thresholds=(0.5, 0.6))
-    network, found = PlainPath(small_model), collected.detections[2]
-    rivals = [Rival("small", PLAIN, network, example_input(small_model), 7.0, found)]
-    return evaluate_exits(
-        small_model, collected, objects, router, METRICS_SETTINGS, Context(splits=["toy_test"]), rivals
-    )
+def evaluate_exits(small_model, collected, objects):
+    """Return metrics.json of the small model. Photo 1 leaves at exit 12 and photo 2 at exit 8."""
+
+    def evaluate(collected=collected, objects=objects, settings=SETTINGS, context=CONTEXT, **more):
+        router = ExitRouter(2, policy="max_foreground", thresholds=(0.5, 0.6))
+        return evaluate_all(small_model, collected, objects, router, settings, context, **more).results.to_json()
+
+    return evaluate
+
+
+@pytest.fixture(scope="module")
+def metrics(small_model, collected, evaluate_exits):
+    """metrics.json with a rival that has the full path's detections."""
+    found = collected.detections[2]
+    rival = Rival("small", PLAIN, PlainPath(small_model), example_input(small_model), 7.0, found)
+    return evaluate_exits(context=Context(splits=["toy_test"]), rivals=[rival])
 
 
 def test_documented_keys(metrics):
@@ -275,28 +260,21 @@ def test_documented_keys(metrics):
     exit_keys = QUALITY | {"name", "layer", "confidence", "mmacs", "ms", "ms_interval"}
     assert set(metrics["exits"][-1]) == exit_keys | {"found"}
     assert set(metrics["exits"][0]) == exit_keys | {"empty", "AP50_below_full_interval"}
-    assert set(metrics["routed"]) == QUALITY | {
-        "policy",
-        "thresholds",
-        "hybrid",
-        "exit_share",
-        "mmacs",
-        "ms",
-        "speedup",
-        "speedup_interval",
-    }
+    routing_keys = {"policy", "thresholds", "hybrid", "exit_share"}
+    assert set(metrics["routed"]) == QUALITY | routing_keys | {"mmacs", "ms", "speedup", "speedup_interval"}
     assert set(metrics["verdict"]) == {"ship", "what", "findings"}
     assert all(set(finding) == {"line", "veto"} for finding in metrics["verdict"]["findings"])
     assert json.loads(json.dumps(metrics, allow_nan=False)) == metrics
 
 
-def test_exits_in_order(metrics):
-    assert [one["name"] for one in metrics["exits"]] == ["exit8", "exit12", "full"]
-    assert [one["layer"] for one in metrics["exits"]] == [8, 12, 16]
-    assert [one["AP50"] for one in metrics["exits"]] == pytest.approx([0.0, 0.5, 1.0])
-    assert [one["recall"] for one in metrics["exits"]] == [0.0, 0.5, 1.0]
-    assert metrics["exits"][1]["per_class"]["dog"]["AP50"] == 0.0
-    assert metrics["exits"][0]["confidence"]["mean"] == pytest.approx(0.4)
+def test_results_of_exits(metrics):
+    exits = metrics["exits"]
+    assert [(row["name"], row["layer"], row["recall"]) for row in exits] == [
+        ("exit8", 8, 0.0), ("exit12", 12, 0.5), ("full", 16, 1.0),
+    ]  # fmt: skip
+    assert [row["AP50"] for row in exits] == pytest.approx([0.0, 0.5, 1.0])
+    assert exits[1]["per_class"]["dog"]["AP50"] == 0.0
+    assert exits[0]["confidence"]["mean"] == pytest.approx(0.4)
 
 
 def test_interval_of_the_loss_against_the_full_path(metrics):
@@ -305,15 +283,14 @@ def test_interval_of_the_loss_against_the_full_path(metrics):
     assert 0 <= low < high <= 1
 
 
-def test_routed(metrics):
+def test_results_of_the_routed_detector(metrics):
     routed = metrics["routed"]
     # photo 1 leaves at exit 12, photo 2 at exit 8 (and loses its object), photo 3 takes the full path
     assert routed["exit_share"] == pytest.approx({"exit8": 1 / 3, "exit12": 1 / 3, "full": 1 / 3})
     assert routed["AP50"] == pytest.approx(0.5)
-    assert routed["thresholds"] == pytest.approx([0.5, 0.6])
-    assert routed["policy"] == "max_foreground"
-    assert routed["ms"] == pytest.approx(sum(one["ms"] for one in metrics["exits"]) / 3)
-    assert routed["mmacs"] == pytest.approx(sum(one["mmacs"] for one in metrics["exits"]) / 3)
+    assert (routed["policy"], routed["thresholds"]) == ("max_foreground", pytest.approx([0.5, 0.6]))
+    for unit in ("ms", "mmacs"):
+        assert routed[unit] == pytest.approx(sum(row[unit] for row in metrics["exits"]) / 3)
     assert routed["speedup"] == pytest.approx(metrics["without_exits"]["ms"] / routed["ms"])
     low, high = routed["speedup_interval"]
     assert low <= routed["speedup"] <= high
@@ -327,31 +304,29 @@ def test_context(metrics):
     assert context["runtime"] == "eager"
 
 
-def test_rivals_are_rows_of_their_own(metrics):
+def test_rivals_are_evaluated_and_timed(metrics):
     (rival,) = metrics["rivals"]
     assert (rival["name"], rival["mmacs"], rival["AP50"]) == ("small", 7.0, pytest.approx(1.0))
     assert rival["ms_interval"][0] <= rival["ms"] <= rival["ms_interval"][1]
     assert any("small" in finding["line"] for finding in metrics["verdict"]["findings"])
 
 
-def test_exported_networks_are_timed(small_model, collected, objects):
-    settings = EvaluationSettings(runs=1, resamples=0, runtime="onnxruntime")
-    router = ExitRouter(2, thresholds=0.6)
-    metrics = evaluate_exits(small_model, collected, objects, router, settings, Context())
+def test_exported_networks_are_timed(evaluate_exits):
+    metrics = evaluate_exits(settings=EvaluationSettings(runs=1, resamples=0, runtime="onnxruntime"))
     assert metrics["context"]["runtime"] == "onnxruntime"
-    assert all(one["ms"] > 0 for one in (*metrics["exits"], metrics["without_exits"]))
+    assert all(row["ms"] > 0 for row in (*metrics["exits"], metrics["without_exits"]))
 
 
-def test_an_untrained_network(small_model, ground_truth):
-    router = ExitRouter(2, thresholds=(0.0, 0.0))
-    images = torch.rand(2, 3, 64, 80)
-    loader = [([images[0]], [{"image_id": 1}]), ([images[1]], [{"image_id": 2}])]
-    coco = ground_truth(2, [(1, 1, BOX)])
-    found = collect(small_model, loader, router)
-    metrics = evaluate_exits(small_model, found, coco, router, METRICS_SETTINGS, Context(forced=True))
-    assert metrics["routed"]["exit_share"] == {"exit8": 1.0, "exit12": 0.0, "full": 0.0}
-    assert metrics["routed"]["AP50"] == metrics["exits"][0]["AP50"]
-    # an untrained network gets only this finding
+def test_without_photos_figures_are_undefined(evaluate_exits, ground_truth):
+    nothing = Collected([], [{}] * 3, [torch.zeros(0)] * 3)
+    routed = evaluate_exits(nothing, ground_truth(0, []))["routed"]
+    assert {routed[key] for key in ("AP50", "ms", "mmacs", "speedup")} == {None} and "speedup_interval" not in routed
+
+
+def test_an_untrained_network_gets_one_finding(small_model, evaluate_exits, ground_truth):
+    loader = [([torch.rand(3, 64, 80)], [{"image_id": image_id}]) for image_id in (1, 2)]
+    found = collect(small_model, loader, ExitRouter(2))
+    metrics = evaluate_exits(found, ground_truth(2, [(1, 1, BOX)]), context=Context(forced=True))
     (finding,) = metrics["verdict"]["findings"]
     assert finding["veto"] and "does not detect" in finding["line"] and "--force" in finding["line"]
     assert metrics["context"]["forced"] and not metrics["context"]["taken_over"]
@@ -372,13 +347,8 @@ def certificate(kind, unit="mmacs", **target):
         ({"kind": "risk", "value": 0.3, "delta": 0.05, "reference": "labels"}, 1 / 3, False),
     ],
 )
-def test_the_target_of_the_certificate_is_measured(small_model, collected, objects, target, measured, kept):
-    """Photo 1 leaves at exit 12 and photo 2 at exit 8."""
-    router = ExitRouter(2, thresholds=(0.5, 0.6))
-    metrics = evaluate_exits(
-        small_model, collected, objects, router, METRICS_SETTINGS, Context(), certificate=certificate(**target)
-    )
-    result = metrics["certificate"]
+def test_the_target_of_the_certificate_is_measured(evaluate_exits, target, measured, kept):
+    result = evaluate_exits(certificate=certificate(**target))["certificate"]
     assert (result["measured"], result["kept"]) == (pytest.approx(measured), kept)
     assert result["target"]["kind"] == target["kind"]
     assert result["interval"][0] <= measured <= result["interval"][1]
@@ -386,27 +356,24 @@ def test_the_target_of_the_certificate_is_measured(small_model, collected, objec
 
 
 @pytest.mark.parametrize("unit", ["ms", "mmacs"])
-def test_a_speed_up_is_checked_in_the_unit_of_the_certificate(small_model, collected, objects, unit):
-    router = ExitRouter(2, thresholds=(0.5, 0.6))
-    asked = certificate("speedup", unit, value=0.01)
-    metrics = evaluate_exits(small_model, collected, objects, router, METRICS_SETTINGS, Context(), certificate=asked)
+def test_a_speedup_is_measured_in_the_unit_of_the_certificate(evaluate_exits, unit):
+    metrics = evaluate_exits(certificate=certificate("speedup", unit, value=0.01))
     assert metrics["certificate"]["kept"] is True
-    expected = metrics["without_exits"][unit] / (sum(one[unit] for one in metrics["exits"]) / 3)
+    expected = metrics["without_exits"][unit] / (sum(row[unit] for row in metrics["exits"]) / 3)
     assert metrics["certificate"]["measured"] == pytest.approx(expected)
 
 
-def test_boxes_of_a_broken_detector(ground_truth, found):
-    """Photos of 640 px: half a box outside still counts as inside, one without area does not."""
+def test_summary_of_boxes_of_a_broken_detector(ground_truth, found):
+    """A box with half of its area in the photo (640 px) counts as inside. A box without area counts as outside."""
     truth = ground_truth(2, [])
     boxes = [(600.0, 0.0, 680.0, 80.0), (601.0, 0.0, 680.0, 79.0), (640.0, 5.0, 640.0, 9.0), (5e3, 5e3, 6e3, 6e3)]
-    seen = describe_boxes(truth, {1: found(*[(1, 0.2, box) for box in boxes]), 2: found()})
-    assert (seen.boxes, seen.outside_share) == (4, 0.75)
-    assert (seen.score_mean, seen.score_std) == pytest.approx((0.2, 0.0))
+    summary = describe_boxes(truth, {1: found(*[(1, 0.2, box) for box in boxes]), 2: found()})
+    assert (summary.boxes, summary.outside_share) == (4, 0.75)
+    assert (summary.score_mean, summary.score_std) == pytest.approx((0.2, 0.0))
     assert describe_boxes(truth, {1: found()}) == BoxSummary(0, None, None, None)
 
 
-def test_routing_is_what_the_model_does(small_model):
-    """The exits chosen from collected confidences are those that the routed model takes."""
+def test_exits_from_collected_confidences_are_those_of_the_routed_model(small_model):
     router = ExitRouter(2, thresholds=(0.0, 0.0))
     images = [torch.rand(3, 64, 80) * brightness / 6 for brightness in range(1, 7)]
     loader = [(images, [{"image_id": index} for index in range(6)])]
@@ -421,6 +388,6 @@ def test_routing_is_what_the_model_does(small_model):
     assert len(set(taken)) == 2
 
 
-def test_photos_that_were_not_evaluated_are_refused(small_model, collected, ground_truth):
+def test_photos_without_detections_are_refused(evaluate_exits, ground_truth):
     with pytest.raises(DataError, match=r"image 4 \(2 in all\)"):
-        evaluate_exits(small_model, collected, ground_truth(5, []), ExitRouter(2), METRICS_SETTINGS, Context())
+        evaluate_exits(objects=ground_truth(5, []))

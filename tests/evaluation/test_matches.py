@@ -1,4 +1,4 @@
-"""AP by hand, and pycocotools' own numbers digit for digit."""
+"""AP, counts and losses compared with hand-written values and with pycocotools."""
 
 from __future__ import annotations
 
@@ -39,14 +39,11 @@ def evaluated(coco, detections, score=0.5, iou=0.5):
     return SimpleNamespace(**evaluate_detections(coco, detections, EvaluationSettings(score, iou, resamples=0)).figures)
 
 
-def direct(coco, detections):
-    """pycocotools' evaluation."""
+def pycocotools_evaluation(coco, detections):
     results = [
         {"image_id": image, "category_id": label, "score": score, "bbox": [x1, y1, x2 - x1, y2 - y1]}
-        for image, one in detections.items()
-        for (x1, y1, x2, y2), score, label in zip(
-            one["boxes"].tolist(), one["scores"].tolist(), one["labels"].tolist(), strict=True
-        )
+        for image, found in detections.items()
+        for (x1, y1, x2, y2), score, label in zip(*(found[key].tolist() for key in found), strict=True)
     ]
     with contextlib.redirect_stdout(io.StringIO()):
         none = COCO()
@@ -59,12 +56,16 @@ def direct(coco, detections):
     return evaluation
 
 
+def none_as_minus_one(values):
+    return [-1 if value is None else value for value in values]
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_equals_pycocotools(seed, random_case):
     coco, detections = random_case(seed)
-    ours, theirs = evaluated(coco, detections), direct(coco, detections)
+    ours, theirs = evaluated(coco, detections), pycocotools_evaluation(coco, detections)
     values = [ours.AP, ours.AP50, ours.AP75, ours.AP_small, ours.AP_medium, ours.AP_large]
-    assert [-1 if value is None else value for value in values] == theirs.stats[:6].tolist()
+    assert none_as_minus_one(values) == theirs.stats[:6].tolist()
     for index, (name, figures) in enumerate(ours.per_class.items()):
         theirs.params.catIds = [index + 1]
         with contextlib.redirect_stdout(io.StringIO()):
@@ -72,15 +73,7 @@ def test_equals_pycocotools(seed, random_case):
             theirs.accumulate()
             theirs.summarize()
         assert name == f"class{index}"
-        assert [-1 if value is None else value for value in figures.values()] == theirs.stats[:2].tolist()
-
-
-def test_one_hit_of_two_objects(ground_truth, found):
-    coco = ground_truth(2, [(1, 1, BOX), (2, 1, BOX)])
-    metrics = evaluated(coco, {1: found((1, 0.9, BOX)), 2: found((1, 0.95, FAR))})
-    # a false alarm before the hit: precision 1/2 up to recall 1/2, hence 51 of the 101 recall points
-    assert pytest.approx(51 / 101 * 0.5) == metrics.AP50
-    assert pytest.approx(metrics.AP50) == metrics.AP
+        assert none_as_minus_one(figures.values()) == theirs.stats[:2].tolist()
 
 
 def test_iou_between_thresholds(ground_truth, found):
@@ -91,68 +84,51 @@ def test_iou_between_thresholds(ground_truth, found):
     assert pytest.approx(0.5) == metrics.AP
 
 
-def test_undefined_is_none(ground_truth, found):
+def test_ap_without_objects_is_none(ground_truth, found):
     metrics = evaluated(ground_truth(1, [(1, 1, BOX)]), {1: found((1, 0.9, BOX))})
     assert metrics.per_class["dog"] == {"AP": None, "AP50": None}
     assert metrics.per_class["cat"] == pytest.approx({"AP": 1.0, "AP50": 1.0})
-    assert metrics.AP_small is None
-    assert metrics.AP_large == pytest.approx(1.0)
+    assert (metrics.AP_small, metrics.AP_large) == (None, pytest.approx(1.0))
 
 
 @pytest.mark.parametrize("entry", [{}, {1: ()}], ids=["no entry", "empty entry"])
-def test_no_detection_is_zero(entry, ground_truth, found):
+def test_ap_without_detections_is_zero(entry, ground_truth, found):
     detections = {image: found(*items) for image, items in entry.items()}
     metrics = evaluated(ground_truth(1, [(1, 1, BOX)]), detections)
     assert (metrics.AP, metrics.AP50, metrics.per_class["cat"]["AP50"]) == (0.0, 0.0, 0.0)
 
 
-@pytest.mark.parametrize("images", [0, 2])
-def test_no_ground_truth_is_none(images, ground_truth, found):
-    detections = {1: found((1, 0.9, BOX))} if images else {}
-    assert evaluated(ground_truth(images, []), detections).AP50 is None
-
-
-def test_crowd_is_ignored(ground_truth, found):
-    coco = ground_truth(1, [(1, 1, BOX), (1, 1, FAR, 1)])
-    assert pytest.approx(1.0) == evaluated(coco, {1: found((1, 0.9, FAR), (1, 0.8, BOX))}).AP50
-
-
-def test_unknown_image_is_refused(ground_truth, found):
-    with pytest.raises(DataError, match="image 7"):
-        evaluated(ground_truth(1, []), {7: found()})
-
-
 def test_annotation_id_zero_is_an_object_like_others(ground_truth, found):
-    """pycocotools takes its match for a miss."""
+    """pycocotools counts its match as missed."""
     coco = ground_truth(1, [(1, 1, BOX)])
     coco.imgToAnns[1][0]["id"] = 0
     assert pytest.approx(1.0) == evaluated(coco, {1: found((1, 0.9, BOX))}).AP
 
 
-# Hits, misses and false alarms, counted by hand and against pycocotools' matches.
+# True positives, false positives and false negatives.
 
 NARROW = (10.0, 10.0, 110.0, 90.0)  # IoU 0.8 with BOX
 
 
-def test_hand_counted(ground_truth, found):
+def test_operating_point_by_hand(ground_truth, found):
     coco = ground_truth(3, [(1, 1, BOX), (1, 2, FAR), (2, 1, BOX)])
     point = evaluated(
         coco,
         {
-            1: found((1, 0.9, NARROW), (1, 0.8, BOX), (1, 0.4, FAR)),  # hit, double, under the score
+            1: found(
+                (1, 0.9, NARROW), (1, 0.8, BOX), (1, 0.4, FAR)
+            ),  # true positive, duplicate, below the score threshold
             3: found((2, 0.7, BOX)),  # on the empty photo
         },
     )
     assert (point.true_positives, point.false_positives, point.false_negatives) == (1, 2, 2)
-    assert point.precision == pytest.approx(1 / 3)
-    assert point.recall == pytest.approx(1 / 3)
-    assert point.f1 == pytest.approx(1 / 3)
+    assert (point.precision, point.recall, point.f1) == pytest.approx((1 / 3, 1 / 3, 1 / 3))
     assert point.false_positives_per_image == pytest.approx(2 / 3)
     assert point.false_positives_per_empty_image == 1.0
     assert point.localization_error == pytest.approx(0.2)
 
 
-def test_the_surest_detection_takes_the_object(ground_truth, found):
+def test_the_detection_with_the_highest_score_takes_the_object(ground_truth, found):
     point = evaluated(ground_truth(1, [(1, 1, BOX)]), {1: found((1, 0.8, NARROW), (1, 0.9, BOX))})
     assert (point.true_positives, point.false_positives) == (1, 1)
     assert point.localization_error == pytest.approx(0.0)
@@ -166,60 +142,56 @@ def test_score_and_iou_are_inclusive(ground_truth, found):
     assert evaluated(coco, half, score=0.5, iou=0.51).false_positives == 1
 
 
-def test_ignored_objects_are_neither_hit_nor_missed(ground_truth, found):
+def test_detections_on_crowds_are_ignored(ground_truth, found):
     coco = ground_truth(1, [(1, 1, BOX), (1, 1, FAR, 1)])
-    inside = (310.0, 310.0, 330.0, 330.0)  # IoU 0.04, but all of it on the crowd
+    inside = (310.0, 310.0, 330.0, 330.0)  # IoU 0.04, but the crowd covers all of it
     point = evaluated(coco, {1: found((1, 0.9, FAR), (1, 0.8, inside), (1, 0.7, BOX))})
     assert (point.true_positives, point.false_positives, point.false_negatives) == (1, 0, 0)
+    assert pytest.approx(1.0) == point.AP50
     assert evaluated(coco, {1: found((2, 0.9, FAR))}).false_positives == 1  # another class's crowd
 
 
-def test_photo_with_only_ignored_objects_is_empty(ground_truth, found):
+def test_a_photo_with_only_crowds_is_empty(ground_truth, found):
     coco = ground_truth(2, [(1, 1, BOX, 1), (2, 1, BOX)])
     assert exit_matches(coco, [{}]).objects.tolist() == [0, 1]
     point = evaluated(coco, {1: found((1, 0.9, FAR)), 2: found((1, 0.9, FAR))})
     assert point.false_positives_per_empty_image == 1.0
 
 
-def test_each_class_for_itself(ground_truth, found):
+def test_classes_are_matched_separately(ground_truth, found):
     point = evaluated(ground_truth(1, [(1, 1, BOX)]), {1: found((2, 0.9, BOX), (3, 0.9, BOX))})
     # label 3 is no category and is left out
     assert (point.true_positives, point.false_positives, point.false_negatives) == (0, 1, 1)
 
 
 def test_undefined_figures(ground_truth, found):
-    nothing_found = evaluated(ground_truth(1, [(1, 1, BOX)]), {})
-    assert (nothing_found.precision, nothing_found.recall, nothing_found.f1) == (None, 0.0, 0.0)
-    assert nothing_found.localization_error is None
-    assert nothing_found.false_positives_per_empty_image is None
-    nothing_there = evaluated(ground_truth(1, []), {1: found((1, 0.9, BOX))})
-    assert (nothing_there.precision, nothing_there.recall, nothing_there.f1) == (0.0, None, 0.0)
+    no_detections = evaluated(ground_truth(1, [(1, 1, BOX)]), {})
+    assert (no_detections.precision, no_detections.recall, no_detections.f1) == (None, 0.0, 0.0)
+    assert no_detections.localization_error is None
+    assert no_detections.false_positives_per_empty_image is None
+    no_objects = evaluated(ground_truth(1, []), {1: found((1, 0.9, BOX))})
+    assert (no_objects.precision, no_objects.recall, no_objects.f1) == (0.0, None, 0.0)
     no_photos = evaluated(ground_truth(0, []), {})
     assert (no_photos.f1, no_photos.false_positives_per_image) == (None, None)
 
 
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 10_000), score=st.sampled_from([0.0, 0.3, 0.6]))
-def test_counts_are_those_of_pycocotools(random_case, seed, score):
+def test_counts_equal_pycocotools(random_case, seed, score):
     coco, detections = random_case(seed, images=6)
     point = evaluated(coco, detections, score=score)
-    evaluation = direct(coco, detections)
-    sizes, photos = 4, 6
-    hits = false = missed = 0
-    for index in range(3):
-        for entry in evaluation.evalImgs[index * sizes * photos : (index * sizes + 1) * photos]:
-            if entry is None:
-                continue
-            sure = np.array(entry["dtScores"]) >= score
-            matched = (entry["dtMatches"][0] != 0) & sure
-            counted = ~entry["dtIgnore"][0] & sure
-            hits += (matched & counted).sum()
-            false += (~matched & counted).sum()
-            missed += (entry["gtIgnore"] == 0).sum() - (matched & counted).sum()
-    assert (point.true_positives, point.false_positives, point.false_negatives) == (hits, false, missed)
+    entries = np.array(pycocotools_evaluation(coco, detections).evalImgs, object).reshape(3, 4, 6)  # class, size, photo
+    true = false = objects = 0
+    for entry in filter(None, entries[:, 0].flat):
+        counted = ~entry["dtIgnore"][0] & (np.array(entry["dtScores"]) >= score)
+        matched = entry["dtMatches"][0] != 0
+        true += (matched & counted).sum()
+        false += (~matched & counted).sum()
+        objects += (entry["gtIgnore"] == 0).sum()
+    assert (point.true_positives, point.false_positives, point.false_negatives) == (true, false, objects - true)
 
 
-def test_each_detection_takes_the_best_free_object(ground_truth, found):
+def test_each_detection_takes_the_free_object_with_the_highest_iou(ground_truth, found):
     left, right = (0.0, 0.0, 100.0, 100.0), (10.0, 0.0, 110.0, 100.0)
     coco = ground_truth(1, [(1, 1, left), (1, 1, right)])
     matches = exit_matches(coco, [{1: found((1, 0.9, right), (1, 0.8, right), (1, 0.7, right))}])
@@ -230,32 +202,32 @@ def test_each_detection_takes_the_best_free_object(ground_truth, found):
     assert matches.overlap.tolist() == pytest.approx([1.0, 90 / 110, 0.0])
 
 
-def test_among_equals_the_last_object_is_taken_as_pycocotools_does(ground_truth, found):
+def test_of_equal_ious_the_last_object_is_taken_as_in_pycocotools(ground_truth, found):
     left, middle, right = ((x, 0.0, x + 100.0, 100.0) for x in (0.0, 10.0, 20.0))
     coco = ground_truth(1, [(1, 1, left), (1, 1, right)])
-    detections = {1: found((1, 0.9, middle), (1, 0.8, right))}  # the second lies too far from the first object
+    detections = {1: found((1, 0.9, middle), (1, 0.8, right))}  # the second has too small an IoU with the first object
     matches = exit_matches(coco, [detections], iou=0.75)
     assert matches.true_positive[-1].tolist() == [True, False]
-    assert direct(coco, detections).stats[:1].tolist() == [evaluated(coco, detections).AP]
+    assert pycocotools_evaluation(coco, detections).stats[:1].tolist() == [evaluated(coco, detections).AP]
 
 
-# The bootstrap draws photos; what a draw is worth is ap_of_choice's, which test_choices holds against pycocotools.
+# The bootstrap.
 
 
 def mixed(exits, choice):
-    """The detections of the chosen exits."""
+    """Return the detections of the chosen exits."""
     return {index + 1: exits[taken][index + 1] for index, taken in enumerate(choice)}
 
 
 @pytest.fixture
 def three_exits(random_case):
-    """The same photos, three detectors."""
+    """Detections of three exits on the same photos."""
     coco, first = random_case(4)
     return coco, [first, random_case(5)[1], random_case(6)[1]]
 
 
-def test_every_choice_sees_the_same_photos(three_exits):
-    """Whatever stands beside it: paired values are what differences are made of."""
+def test_all_choices_have_the_same_draws(three_exits):
+    """Differences of two choices are paired."""
     coco, exits = three_exits
     matches = exit_matches(coco, exits)
     choices = [np.zeros(12, int), np.arange(12) % 3]
@@ -263,36 +235,33 @@ def test_every_choice_sees_the_same_photos(three_exits):
     for choice, ours in zip(choices, together, strict=True):
         alone = exit_matches(coco, [mixed(exits, choice.tolist())])
         (theirs,) = bootstrap_choices(alone, [np.zeros(12, int)], resamples=30, seed=5, ap50_only=False)
-        for key in ("AP", "AP50"):
-            assert getattr(ours, key) == pytest.approx(getattr(theirs, key), abs=1e-12, nan_ok=True)
+        np.testing.assert_allclose(np.stack(ours), np.stack(theirs), rtol=0, atol=1e-12)
     assert len(set(together[0].AP50.tolist())) > 10
 
 
-def test_a_draw_by_hand(three_exits):
-    coco, exits = three_exits
-    matches, choice = exit_matches(coco, exits), np.ones(12, int)
-    (draws,) = bootstrap_choices(matches, [choice], resamples=2, seed=7, ap50_only=False)
-    generator = np.random.default_rng(7)
+@pytest.mark.parametrize("blocks", [None, np.arange(12) // 4])
+def test_draws_are_those_of_the_seed(three_exits, blocks):
+    matches, choice = exit_matches(*three_exits), np.ones(12, int)
+    (draws,) = bootstrap_choices(matches, [choice], resamples=5, seed=7, ap50_only=False, blocks=blocks)
+    generator, (count, of_photo) = np.random.default_rng(7), (12, np.arange(12)) if blocks is None else (3, blocks)
     for ap, ap50 in zip(*draws, strict=True):
-        weights = np.bincount(generator.integers(12, size=12), minlength=12)
-        found = ap_of_choice(matches, choice, weights)
-        assert (ap, ap50) == (found.AP, found.AP50)
+        weights = np.bincount(generator.integers(count, size=count), minlength=count)[of_photo]
+        assert (ap, ap50) == ap_of_choice(matches, choice, weights)
 
 
-def test_ap_is_left_out_where_it_is_not_asked_for(three_exits):
+def test_ap50_only_leaves_out_ap(three_exits):
     matches = exit_matches(*three_exits)
     (quick,) = bootstrap_choices(matches, [np.zeros(12, int)], resamples=10)
     (both,) = bootstrap_choices(matches, [np.zeros(12, int)], resamples=10, ap50_only=False)
     assert np.isnan(quick.AP).all() and np.array_equal(quick.AP50, both.AP50)
 
 
-def test_seeded_and_around_the_value(random_case):
+def test_bootstrap_depends_on_the_seed_and_includes_the_value(random_case):
     coco, detections = random_case(3, images=40)
     matches, everyone = exit_matches(coco, [detections]), [np.zeros(40, int)]
-    (draws,) = bootstrap_choices(matches, everyone, resamples=100, seed=5)
-    assert np.array_equal(draws.AP50, bootstrap_choices(matches, everyone, resamples=100, seed=5)[0].AP50)
-    assert not np.array_equal(draws.AP50, bootstrap_choices(matches, everyone, resamples=100, seed=6)[0].AP50)
-    low, high = interval(draws.AP50)
+    first, second, other = (bootstrap_choices(matches, everyone, 100, seed)[0].AP50 for seed in (5, 5, 6))
+    assert np.array_equal(first, second) and not np.array_equal(first, other)
+    low, high = interval(first)
     assert low < evaluated(coco, detections).AP50 < high
     assert 0.02 < high - low < 0.5
 
@@ -304,32 +273,22 @@ def test_interval_is_central():
 
 
 @pytest.mark.parametrize("images", [0, 3])
-def test_nothing_to_find(images, ground_truth):
-    matches = exit_matches(ground_truth(images, []), [{}])
-    (draws,) = bootstrap_choices(matches, [np.zeros(images, int)], resamples=3, ap50_only=False)
-    assert np.isnan(draws).all()
+def test_ap_without_any_object_is_undefined(images, ground_truth, found):
+    detections = {1: found((1, 0.9, BOX))} if images else {}
+    matches, choice = exit_matches(ground_truth(images, []), [detections, {}]), np.zeros(images, int)
+    assert ap_of_choice(matches, choice) == APs(None, None)
+    assert np.isnan(bootstrap_choices(matches, [choice], resamples=3, ap50_only=False)).all()
 
 
-def test_photos_of_a_group_are_drawn_together(three_exits):
-    coco, exits = three_exits
-    matches, choice, blocks = exit_matches(coco, exits), np.ones(12, int), np.arange(12) // 4
-    (draws,) = bootstrap_choices(matches, [choice], resamples=5, seed=7, blocks=blocks)
-    generator = np.random.default_rng(7)
-    for ap50 in draws.AP50:
-        weights = np.bincount(generator.integers(3, size=3), minlength=3)[blocks]
-        assert ap50 == ap_of_choice(matches, choice, weights, ap50_only=True).AP50
-
-
-# Any choice of exits has pycocotools' AP, weighted photos and bootstrap draws included.
+# AP of choices of exits.
 
 PHOTOS, EXITS = 7, 3
 HERE, LOW, AWAY = (0, 0, 100, 100), (0, 0, 100, 67), (300, 300, 400, 400)  # IoU of LOW with HERE: 0.67
-seeds = st.integers(0, 10_000)
 
 
 @pytest.fixture(scope="module")
 def exits_case(random_case):
-    """Objects, some of them crowds, and three exits: tied scores, empty photos, 110 detections on one photo."""
+    """Objects and crowds, and detections of three exits: equal scores, empty photos, 110 detections on one photo."""
 
     def build(seed, ties=True):
         coco, base = random_case(seed, images=PHOTOS)
@@ -359,7 +318,7 @@ def exits_case(random_case):
 
 @pytest.fixture(scope="module")
 def two_exits(ground_truth, found):
-    """Two photos with a cat; the deep exit finds both, the second one at IoU 0.67."""
+    """Two photos with one cat each. The deep exit finds both, the second at IoU 0.67."""
     return exit_matches(
         ground_truth(2, [(1, 1, HERE), (2, 1, HERE)]),
         [
@@ -369,59 +328,59 @@ def two_exits(ground_truth, found):
     )
 
 
-def figures(evaluation):
-    return APs(*(None if value < 0 else value for value in evaluation.stats[:2]))
+def pycocotools_aps(coco, detections):
+    return APs(*(None if value < 0 else value for value in pycocotools_evaluation(coco, detections).stats[:2]))
 
 
 @pytest.mark.parametrize(
     ("choice", "ap50", "ap"),
     [
-        ([0, 0], 51 / 101, 51 / 101),  # the first of two objects, at precision 1: 51 of the 101 recalls
+        ([0, 0], 51 / 101, 51 / 101),  # one of two objects, at precision 1: 51 of the 101 recalls
         ([0, 1], 1, 0.4 + 0.6 * 51 / 101),  # the second counts at 4 of the 10 IoU thresholds
         ([1, 0], 51 / 101 / 3, 51 / 101 / 3),  # behind two false positives
         ([1, 1], 2 / 3, 0.4 * 2 / 3 + 0.6 * 51 / 101 / 2),
     ],
 )
-def test_by_hand(two_exits, choice, ap50, ap):
+def test_ap_of_choices_by_hand(two_exits, choice, ap50, ap):
     assert ap_of_choice(two_exits, choice) == APs(pytest.approx(ap), pytest.approx(ap50))
     assert ap_of_choice(two_exits, choice, ap50_only=True) == APs(None, pytest.approx(ap50))
 
 
 def test_weights_by_hand(two_exits):
-    # 3 false positives, 3 hits, and the second photo's hit
+    # 3 false positives, then 3 true positives and that of the second photo
     assert ap_of_choice(two_exits, [1, 1], [3, 1], ap50_only=True) == APs(None, pytest.approx(4 / 7))
-    # without the second photo its class has one object, found at once
+    # without the second photo its class has one object, which is found first
     assert ap_of_choice(two_exits, [0, 1], [1, 0]) == APs(pytest.approx(1), pytest.approx(1))
     assert ap_of_choice(two_exits, [0, 1], [0, 0]) == APs(None, None)
 
 
-def test_the_stack(two_exits):
+def test_arrays_of_the_matches(two_exits):
     assert two_exits.score == pytest.approx([0.95, 0.9, 0.8, 0.7, 0.6])
     assert (two_exits.photo.tolist(), two_exits.exit.tolist()) == ([0, 0, 1, 0, 1], [1, 0, 0, 1, 1])
     assert two_exits.true_positive[two_exits.ap50_condition].tolist() == [False, True, False, True, True]
     assert two_exits.true_positive[:-1].sum(axis=0).tolist() == [0, 10, 0, 10, 4]
-    assert (two_exits.true_positive != two_exits.false_positive).all()  # nothing is ignored
+    assert (two_exits.true_positive != two_exits.false_positive).all()  # no detection is ignored
     assert two_exits.classes == ["cat", "dog"] and two_exits.label.tolist() == [0] * 5
     assert two_exits.objects_by_size["all"].tolist() == [[1, 1], [0, 0]]
     assert (two_exits.photos, two_exits.exits, two_exits.image_ids) == (2, 2, [1, 2])
 
 
 @settings(max_examples=30, deadline=None)
-@given(seed=seeds)
+@given(seed=st.integers(0, 10_000))
 def test_any_choice_equals_pycocotools(exits_case, seed):
     coco, exits = exits_case(seed)
     matches = exit_matches(coco, exits)
     choices = [np.full(PHOTOS, index) for index in range(EXITS)]
     choices.append(np.random.default_rng(seed).integers(EXITS, size=PHOTOS))
     for choice in choices:
-        expected = figures(direct(coco, mixed(exits, choice.tolist())))
+        expected = pycocotools_aps(coco, mixed(exits, choice.tolist()))
         assert ap_of_choice(matches, choice) == expected
         assert ap_of_choice(matches, choice, ap50_only=True) == APs(None, expected.AP50)
         assert ap_of_choice(matches, choice, np.ones(PHOTOS, dtype=int)) == expected
 
 
 @settings(max_examples=15, deadline=None)
-@given(seed=seeds)
+@given(seed=st.integers(0, 10_000))
 def test_weights_equal_a_data_set_with_repeated_photos(exits_case, ground_truth, seed):
     coco, exits = exits_case(seed, ties=False)  # pycocotools ranks equal scores photo by photo, repeats apart
     generator = np.random.default_rng(seed)
@@ -433,10 +392,9 @@ def test_weights_equal_a_data_set_with_repeated_photos(exits_case, ground_truth,
             x, y, width, height = annotation["bbox"]
             box = (x, y, x + width, y + height)
             objects.append((new_id, annotation["category_id"], box, annotation["iscrowd"]))
-    expected = figures(direct(ground_truth(PHOTOS, objects, ("a", "b", "c")), repeated))
+    expected = pycocotools_aps(ground_truth(PHOTOS, objects, ("a", "b", "c")), repeated)
     value = ap_of_choice(exit_matches(coco, exits), choice, np.bincount(drawn, minlength=PHOTOS))
-    for ours, theirs in ((value.AP, expected.AP), (value.AP50, expected.AP50)):
-        assert ours == (None if theirs is None else pytest.approx(theirs, abs=1e-12))
+    assert value == APs(*(None if ap is None else pytest.approx(ap, abs=1e-12) for ap in expected))
 
 
 def test_only_100_detections_of_a_class_and_photo_count(ground_truth, found):
@@ -455,46 +413,39 @@ def test_bootstrap_of_ap(two_exits):
     assert sorted(set(draws.AP.round(6).tolist())) == pytest.approx([0.4, 0.4 + 0.6 * 51 / 101, 1])
 
 
-@pytest.mark.parametrize("images", [0, 3])
-def test_no_choice_has_anything_to_find(images, ground_truth):
-    matches = exit_matches(ground_truth(images, []), [{}, {}])
-    choice = np.zeros(images, dtype=int)
-    assert ap_of_choice(matches, choice) == APs(None, None)
-
-
-def test_nothing_found(ground_truth):
+def test_ap_of_a_choice_without_detections_is_zero(ground_truth):
     matches = exit_matches(ground_truth(2, [(1, 1, HERE)]), [{}, {}])
     assert ap_of_choice(matches, [0, 1]) == APs(0, 0)
 
 
-def test_takes_the_tensor_of_choose_exits(two_exits):
+def test_a_choice_may_be_a_tensor(two_exits):
     assert ap_of_choice(two_exits, torch.tensor([0, 1])) == ap_of_choice(two_exits, [0, 1])
 
 
-def test_errors(two_exits, ground_truth, found):
+def test_bad_arguments(two_exits, ground_truth, found):
     with pytest.raises(EarlyExitError, match="no exits"):
         exit_matches(ground_truth(1, []), [])
     with pytest.raises(DataError, match="image 7"):
         exit_matches(ground_truth(1, []), [{}, {7: found()}])
-    with pytest.raises(EarlyExitError, match=r"choice int64 \[1\]: give 2 whole numbers"):
-        ap_of_choice(two_exits, [0])
-    with pytest.raises(EarlyExitError, match=r"weights int64 \[3\]: give 2 whole numbers"):
-        ap_of_choice(two_exits, [0, 1], [1, 1, 1])
-    for outside in ([0, 2], [-1, 0]):
-        with pytest.raises(EarlyExitError, match=r"exits are 0\.\.1"):
-            ap_of_choice(two_exits, outside)
-    with pytest.raises(EarlyExitError, match=r"choice float64 \[2\]: give 2 whole numbers"):
-        ap_of_choice(two_exits, [0.5, 0.9])
+    for choice, weights, message in (
+        ([0], None, r"choice int64 \[1\]: give 2 whole numbers"),
+        ([0.5, 0.9], None, r"choice float64 \[2\]: give 2 whole numbers"),
+        ([0, 1], [1, 1, 1], r"weights int64 \[3\]: give 2 whole numbers"),
+        ([0, 2], None, r"exits are 0\.\.1"),
+        ([-1, 0], None, r"exits are 0\.\.1"),
+    ):
+        with pytest.raises(EarlyExitError, match=message):
+            ap_of_choice(two_exits, choice, weights)
 
 
-# Counts and losses of single photos, by hand.
+# Counts and losses of single photos.
 
 FIRST, SECOND, THIRD = (10.0, 10.0, 110.0, 110.0), (200.0, 200.0, 300.0, 320.0), (400.0, 400.0, 500.0, 500.0)
 
 
 @pytest.fixture
 def case(ground_truth, found):
-    """Photo 3 has no object, photo 1 two; ids are not in the order of the list of photos."""
+    """Photo 1 has two objects, photo 3 has none. The order of the photos is not that of the ids."""
     truth = ground_truth(3, [(1, 1, FIRST), (1, 2, SECOND), (2, 1, THIRD)])
     truth.imgs = {image_id: truth.imgs[image_id] for image_id in (2, 3, 1)}
     early = {1: found((1, 0.9, FIRST), (1, 0.8, THIRD), (2, 0.3, SECOND)), 2: found((1, 0.2, THIRD)), 3: found()}
@@ -506,7 +457,7 @@ def against_labels(truth, exits, score, iou):
     return photo_counts(exit_matches(truth, exits, iou), score).losses_against_labels()
 
 
-def test_counts_by_rising_image_id(case):
+def test_counts_are_sorted_by_image_id(case):
     truth, early, _ = case
     counts = photo_counts(exit_matches(truth, [early]), 0.5)
     assert counts.true_positives.tolist() == [[1], [0], [0]]
@@ -514,7 +465,7 @@ def test_counts_by_rising_image_id(case):
     assert counts.false_positives.tolist() == [[1], [0], [0]]
 
 
-def test_counts_hold_from_the_score_on(ground_truth, found):
+def test_the_score_threshold_of_counts_is_inclusive(ground_truth, found):
     counts = photo_counts(exit_matches(ground_truth(1, [(1, 1, FIRST)]), [{1: found((1, 0.5, FIRST))}]), 0.5)
     assert counts.true_positives.tolist() == [[1]]
 
@@ -528,23 +479,23 @@ def test_counts_sum_to_the_operating_point(random_case, seed):
     assert sums == (point.true_positives, point.false_positives, point.false_negatives)
 
 
-def test_against_the_full_path(case):
+def test_losses_against_the_full_path(case):
     truth, early, full = case
     losses = losses_against_full(truth, [early, full], 0.5, 0.5)
-    # photo 1: one of two missed and one added; photo 2: its only one missed; photo 3: the full path's false one
+    # photo 1: one of two missed and one added; photo 2: the only one missed; photo 3: the full path's false positive
     assert losses.tolist() == [[1.0, 0.0], [1.0, 0.0], [1.0, 0.0]]
-    assert losses_against_full(truth, [early, full], 0.25, 0.5)[0, 0] == 0.5  # now SECOND is found, THIRD still added
-    assert losses_against_full(truth, [early, full], 0.95, 0.5).tolist() == [[0.0, 0.0]] * 3  # nobody says anything
+    assert losses_against_full(truth, [early, full], 0.25, 0.5)[0, 0] == 0.5  # SECOND is found, THIRD is added
+    assert losses_against_full(truth, [early, full], 0.95, 0.5).tolist() == [[0.0, 0.0]] * 3  # no detections
 
 
-def test_against_the_labels(case):
+def test_losses_against_the_labels(case):
     truth, early, full = case
     losses = against_labels(truth, [early, full], 0.5, 0.5)
-    # photo 3: the early exit is right not to see what the full path sees
+    # photo 3: only the full path has a false positive
     assert losses.tolist() == [[1.0, 0.0], [1.0, 0.0], [0.0, 0.0]]
 
 
-def test_losses_are_shares(random_case):
+def test_losses_are_in_0_to_1(random_case):
     truth, detections = random_case(5, images=40)
     _, others = random_case(6, images=40)
     for measure in (losses_against_full, against_labels):
@@ -553,24 +504,24 @@ def test_losses_are_shares(random_case):
         assert np.ptp(losses[:, 0]) > 0
 
 
-def test_a_row_for_every_photo_in_the_order_of_the_data_set(case):
-    """Photo 1 leaves early: of two objects one is found, one that the full path finds is lost, one is added. Photo 3,
-    without an object, leaves early too and spares the full path's false alarm. Photo 2 goes on to the end."""
+def test_rows_of_photos_csv(case):
+    """Photo 1 leaves early: one of two objects is found, one that the full path finds is lost, one is added. Photo 3,
+    without an object, leaves early too, without the full path's false positive. Photo 2 takes the full path."""
     truth, early, full = case
     confidences = [torch.tensor([0.5, 0.9, 0.75]), torch.tensor([0.25, -1.0, 0.1])]
     collected = Collected([2, 3, 1], [early, full], confidences)
     counts = photo_counts(exit_matches(truth, [early, full]), 0.5)
     rows = photo_list(counts, collected, torch.tensor([1, 0, 0]), ("exit8", "full"), "photos/{}.jpg".format)
-    names = ("file", "exit", "confidence", "objects", "found", "lost", "added")
-    assert rows == [
-        dict(zip(names, ("photos/2.jpg", "full", 0.25, 1, 1, 0, 0), strict=True)),
-        dict(zip(names, ("photos/3.jpg", "exit8", pytest.approx(0.9), 0, 0, 0, 0), strict=True)),
-        dict(zip(names, ("photos/1.jpg", "exit8", 0.75, 2, 1, 1, 1), strict=True)),
+    assert {tuple(row) for row in rows} == {("file", "exit", "confidence", "objects", "found", "lost", "added")}
+    assert [tuple(row.values()) for row in rows] == [
+        ("photos/2.jpg", "full", 0.25, 1, 1, 0, 0),
+        ("photos/3.jpg", "exit8", pytest.approx(0.9), 0, 0, 0, 0),
+        ("photos/1.jpg", "exit8", 0.75, 2, 1, 1, 1),
     ]
 
 
 def test_agreement_by_hand(case):
-    """The full path says FIRST and SECOND, THIRD, FIRST; the early exit finds the first and adds THIRD to photo 1."""
+    """The early exit keeps the full path's first detection and adds one to photo 1."""
     truth, early, full = case
     assert agreement(truth, full, early, 0.5, 0.5) == Agreement(objects=4, kept=1, added=1, same_photos=0.0)
     assert agreement(truth, full, full, 0.5, 0.5) == Agreement(objects=4, kept=4, added=0, same_photos=1.0)

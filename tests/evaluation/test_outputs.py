@@ -1,8 +1,9 @@
-"""A model is left as it was found."""
+"""Outputs of all exits, in memory and on disk, and the choice of exits."""
 
 from __future__ import annotations
 
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,11 +27,11 @@ from earlyexit_ssd.modeling.trunk import evaluating
 from earlyexit_ssd.routing import POLICIES, ExitRouter
 from tests.modeling.conftest import small_model as detector
 
-# One pass for all exits.
+# Outputs in memory.
 
 
 class TwoExits(nn.Module):
-    """The value of a photo is its score; exit 1 scores half of it."""
+    """The mean of a photo is the score of its detection. The early exit's score is half of it."""
 
     exit_names = ("exit8", "full")
 
@@ -64,13 +65,13 @@ class Identity:
 
 
 def batches(*ids):
-    def sample(image_id):
-        return torch.full((3, 4, 4), image_id / 10), {"image_id": image_id}
+    return [
+        ([torch.full((3, 4, 4), image_id / 10) for image_id in batch], [{"image_id": image_id} for image_id in batch])
+        for batch in ids
+    ]
 
-    return [tuple(map(list, zip(*map(sample, batch), strict=True))) for batch in ids]
 
-
-def test_every_exit_of_every_photo_in_the_loaders_order():
+def test_collect_runs_all_exits_once_in_the_order_of_the_loader():
     model = TwoExits().train()
     collected = collect(model, batches((5, 2), (4,)), Identity())
     assert collected.image_ids == [5, 2, 4]
@@ -83,40 +84,40 @@ def test_every_exit_of_every_photo_in_the_loaders_order():
     assert model.training
 
 
-def test_without_router_no_confidences():
+def test_collect_without_a_router_has_no_confidences():
     assert collect(TwoExits(), batches((1,))).confidences == []
 
 
-def test_no_photos():
+def test_collect_without_photos():
     collected = collect(TwoExits(), [], Identity())
     assert collected.image_ids == []
     assert [one.shape for one in collected.confidences] == [(0,), (0,)]
 
 
-def test_any_detector():
+def test_collect_detections_of_any_detector():
     assert collect_detections(TwoExits(), batches((3,), (1,)))[3]["scores"].item() == pytest.approx(0.3)
 
 
 @pytest.mark.parametrize("run", [collect, collect_detections])
-def test_an_id_twice_is_refused(run):
+def test_a_repeated_image_id_is_refused(run):
     with pytest.raises(DataError, match="image id 2 occurs twice"):
         run(TwoExits(), batches((1, 2), (2,)))
 
 
-# Putting the routed detector together.
+# Choice of exits.
 
 CONFIDENCES = [torch.tensor([0.9, 0.2, 0.6, 0.1]), torch.tensor([0.1, 0.8, 0.9, 0.2]), torch.zeros(4)]
 
 
-def test_first_exit_that_is_sure_enough():
+def test_photos_take_the_first_exit_that_reaches_its_threshold():
     assert choose_exits(CONFIDENCES, [0.6, 0.7]).tolist() == [0, 1, 0, 2]  # 0.6 reaches 0.6
 
 
-def test_only_the_full_path():
+def test_choice_without_early_exits():
     assert choose_exits([torch.tensor([0.0, 1.0])], []).tolist() == [0, 0]
 
 
-def test_one_threshold_per_early_exit():
+def test_a_wrong_number_of_thresholds_is_refused():
     with pytest.raises(EarlyExitError, match="1 thresholds for 2 early exits"):
         choose_exits(CONFIDENCES, [0.5])
 
@@ -125,23 +126,19 @@ def test_one_threshold_per_early_exit():
     st.lists(st.tuples(*[st.floats(0, 1, width=32)] * 3), max_size=6),
     st.tuples(*[st.floats(0, 1, width=32)] * 2),
 )
-def test_is_the_first_that_reaches_its_threshold(rows, thresholds):
+def test_choice_of_any_confidences_and_thresholds(rows, thresholds):
     confidences = list(torch.tensor(rows, dtype=torch.float32).reshape(-1, 3).T)
     expected = [next((i for i in range(2) if row[i] >= thresholds[i]), 2) for row in rows]
     assert choose_exits(confidences, thresholds).tolist() == expected
 
 
-def test_shares_and_costs():
-    chosen = torch.tensor([0, 2, 2, 2])
-    assert exit_share(chosen, ("exit8", "exit12", "full")) == {"exit8": 0.25, "exit12": 0.0, "full": 0.75}
+def test_shares_of_exits():
+    names = ("exit8", "exit12", "full")
+    assert exit_share(torch.tensor([0, 2, 2, 2]), names) == {"exit8": 0.25, "exit12": 0.0, "full": 0.75}
+    assert exit_share(torch.zeros(0, dtype=torch.int64), names) == {"exit8": 0.0, "exit12": 0.0, "full": 0.0}
 
 
-def test_shares_and_costs_without_photos():
-    nothing = torch.zeros(0, dtype=torch.int64)
-    assert exit_share(nothing, ("exit8", "full")) == {"exit8": 0.0, "full": 0.0}
-
-
-# One pass is written down; replaying it gives what the live model gives.
+# Recordings on disk.
 
 SIZES = ((96, 96), (80, 120), (50, 60), (96, 96), (120, 70))
 
@@ -170,7 +167,7 @@ def recording(small_model, tmp_path_factory):
     return record(small_model, recorded_batches(2), len(SIZES), tmp_path_factory.mktemp("recording"), "these photos")
 
 
-def test_holds_what_collect_gives(small_model, recording):
+def test_a_recording_equals_collected_outputs(small_model, recording):
     router = ExitRouter(2, policy="entropy", temperatures=(1.5, 0.7))
     live = collect(small_model, recorded_batches(2), router)
     assert recording.image_ids == live.image_ids == [10, 9, 8, 7, 6]
@@ -182,10 +179,10 @@ def test_holds_what_collect_gives(small_model, recording):
 
 @pytest.mark.parametrize("policy", sorted(POLICIES))
 @pytest.mark.parametrize("size", [1, 4, 16])
-def test_replay_and_the_live_router_decide_alike(small_model, recording, policy, size):
+def test_replayed_exits_are_those_of_the_routed_model(small_model, recording, policy, size):
     router = ExitRouter(2, policy=policy)
     confidences = recording.confidences(router)
-    # thresholds between two photos, so that every exit gets some
+    # thresholds between two photos, so that some photos leave at every exit
     middles = [
         values.sort().values[1:3].mean().item() if values.unique().numel() > 1 else CLOSED for values in confidences
     ]
@@ -199,7 +196,7 @@ def test_replay_and_the_live_router_decide_alike(small_model, recording, policy,
     assert len(set(live)) > 1
 
 
-def test_labels_are_the_matchings(small_model, recording):
+def test_recorded_labels_are_those_of_the_matching(small_model, recording):
     counts = (recording.labels > 0).sum(1).tolist()
     assert [count > 0 for count in counts] == [False, True, False, True, False]
     height, width = SIZES[1]
@@ -209,7 +206,7 @@ def test_labels_are_the_matchings(small_model, recording):
     assert recording.labels[1].tolist() == expected.tolist()
 
 
-def test_made_once_and_again_where_anything_changed(small_model, tmp_path):
+def test_a_recording_is_reused_until_photos_or_weights_change(small_model, tmp_path):
     record(small_model, recorded_batches(2), len(SIZES), tmp_path, "these photos")
 
     class Forbidden:
@@ -219,7 +216,7 @@ def test_made_once_and_again_where_anything_changed(small_model, tmp_path):
     assert len(record(small_model, Forbidden(), len(SIZES), tmp_path, "these photos")) == len(SIZES)
     with pytest.raises(AssertionError, match="ran again"):
         record(small_model, Forbidden(), len(SIZES), tmp_path, "other photos")
-    assert not (tmp_path / "recording.key").exists()  # what is half made is no recording
+    assert not (tmp_path / "recording.key").exists()  # an incomplete recording is not used
     record(small_model, recorded_batches(2), len(SIZES), tmp_path, "these photos")
     weight = next(small_model.branches.parameters())
     with torch.no_grad():
@@ -232,8 +229,8 @@ def test_made_once_and_again_where_anything_changed(small_model, tmp_path):
             weight.sub_(1.0)
 
 
-def test_empty_exits_behind_another_layer_are_recorded_anew(tmp_path):
-    """They have no weights, so nothing else tells such models apart."""
+def test_empty_exits_at_another_layer_are_recorded_again(tmp_path):
+    """They have no weights, so the hash of the weights does not identify them."""
     taps = []
     for layer in (8, 10):
         model = detector(exit_layers=(layer,), empty=(layer,))
@@ -242,21 +239,18 @@ def test_empty_exits_behind_another_layer_are_recorded_anew(tmp_path):
     assert not taps[0].equal(taps[1])
 
 
-def test_ids_are_unique(small_model, tmp_path):
+def test_recording_a_repeated_image_id_is_refused(small_model, tmp_path):
     with pytest.raises(DataError, match="image id 10 occurs twice"):
         record(small_model, recorded_batches(5) * 2, 2 * len(SIZES), tmp_path, "twice")
 
 
-def test_no_room_on_the_disk(small_model, tmp_path, monkeypatch):
-    from collections import namedtuple
-
-    usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr("shutil.disk_usage", lambda folder: usage(2000, 1000, 1000))
+def test_a_full_disk_is_reported_before_recording(small_model, tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(total=2000, used=1000, free=1000))
     with pytest.raises(EarlyExitError, match=r"recording 5 photos: 0.0 GiB needed, 0.0 GiB free; name another folder"):
         record(small_model, recorded_batches(2), len(SIZES), tmp_path, "these photos")
 
 
-def test_a_damaged_recording_is_recorded_anew(small_model, tmp_path):
+def test_a_damaged_recording_is_recorded_again(small_model, tmp_path):
     record(small_model, recorded_batches(2), len(SIZES), tmp_path, "these photos")
     (tmp_path / "recording.key").write_text("[]")
     assert len(record(small_model, recorded_batches(2), len(SIZES), tmp_path, "these photos")) == len(SIZES)
@@ -266,11 +260,8 @@ def test_a_damaged_recording_is_recorded_anew(small_model, tmp_path):
 
 
 @pytest.mark.shared
-def test_replay_and_the_live_router_agree_on_real_photos(shared_root, tmp_path):
-    """Every decision on the shipped detector's test photos, with thresholds at their middle confidences.
-
-    64 of the 614 photos, to be quick; EARLYEXIT_SSD_TEST_PHOTOS=0 takes all of them.
-    """
+def test_replayed_exits_are_those_of_the_routed_model_on_real_photos(shared_root, tmp_path):
+    """The thresholds are median confidences. EARLYEXIT_SSD_TEST_PHOTOS=0 uses all 614 photos instead of 64."""
     model = EarlyExitSSDLite.from_pretrained("voc_animals", router=False)
     overrides = ["DATA.ROOT", str(shared_root / "data"), "DATA.CLASSES", str(list(model.classes))]
     overrides += ["DATA.LIMIT", os.environ.get("EARLYEXIT_SSD_TEST_PHOTOS", "64")]
@@ -291,8 +282,8 @@ def test_replay_and_the_live_router_agree_on_real_photos(shared_root, tmp_path):
         assert live == replayed, size
 
 
-def test_without_labels_the_full_path_s_detections_are_the_labels(small_model, recording, tmp_path):
-    """The targets are ignored; another score makes another recording."""
+def test_detections_of_the_full_path_replace_labels(small_model, recording, tmp_path):
+    """The targets are not used. Another score needs another recording."""
 
     def recorded(score):
         batches = recorded_batches(2)

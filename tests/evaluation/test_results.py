@@ -1,4 +1,4 @@
-"""Results and their JSON: stored ones of every age are read, and nothing is lost."""
+"""Results and their JSON: stored results of every version are read without loss."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ RESULTS = sorted((Path(__file__).resolve().parents[2] / "docs" / "results").glob
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.parent.name)
-def test_stored_results_are_read_whole(path):
-    """What is stored comes back as it was; keys that came later are added."""
+def test_stored_results_are_read_without_loss(path):
+    """Only keys that are newer than the stored file are added."""
     stored = json.loads(path.read_text(encoding="utf-8"))
     results = Results.from_json(stored)
     written = results.to_json()
@@ -33,7 +33,7 @@ def test_stored_results_are_read_whole(path):
     assert text_report(results).startswith(", ".join(stored["context"]["splits"]))
 
 
-def test_early_exits_and_the_full_path_have_their_own_keys():
+def test_early_exits_and_the_full_path_have_different_keys():
     entries = {
         "exits": [{"name": "exit8", "empty": False, "AP50_below_full_interval": None, "AP50": 0.5}, {"name": "full"}],
         "verdict": {"ship": False, "findings": [{"line": "no"}]},
