@@ -25,6 +25,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 EXTENDING = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
 CHOOSING = (ROOT / "docs" / "choosing.md").read_text(encoding="utf-8")
 ROW = re.compile(r"^\| \[[^\]]+\]\((?:docs/)?results/(?P<run>\w+)/metrics\.json\) \| (?P<figures>.+) \|$", re.M)
+RESULTS = sorted(ROOT.glob("docs/results/*/metrics.json"))
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "benchmarks" / "README.md"]
 THREE_EXITS = ("voc_exit6", "voc_joint")
 
@@ -53,6 +54,16 @@ def cells(run: str) -> str:
     return " | ".join([str(metrics["context"]["images"]), *figures])
 
 
+def lost(test: SimpleNamespace) -> str:
+    """Return the loss of AP50 with its interval as text."""
+    low, high = test.AP50_lost_interval
+    return f"{test.AP50_base - test.AP50:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def times(test: SimpleNamespace) -> str:
+    return f"{test.ms:.1f} ({test.ms_base:.1f}) | {test.ms_base / test.ms:.2f}"
+
+
 def test_results_tables_match_metrics_json():
     rows = list(ROW.finditer(CHOOSING))
     assert len(rows) == 5
@@ -79,14 +90,10 @@ def test_table_of_the_readme_matches_the_results():
                 ms_base=measured["without_exits"]["ms"],
             )
             assert routed["exit_share"][first["name"]] == 1
-            name, verdict = (
-                f"routed, {measured['rivals'][0]['input_size'][0]} px",
-                f"ship {measured['verdict']['what']}",
-            )
-        low, high = test.AP50_lost_interval
-        ap50 = f"{test.AP50:.3f} ({test.AP50_base:.3f}) | {test.AP50_base - test.AP50:.3f} [{low:.3f}, {high:.3f}]"
-        times = f"{test.ms:.1f} ({test.ms_base:.1f}) | {test.ms_base / test.ms:.2f}"
-        assert figures == f"{test.photos} | {name} | {ap50} | {times} | {verdict}", file
+            name = f"routed, {measured['rivals'][0]['input_size'][0]} px"
+            verdict = f"ship {measured['verdict']['what']}"
+        ap50 = f"{test.AP50:.3f} ({test.AP50_base:.3f})"
+        assert figures == f"{test.photos} | {name} | {ap50} | {lost(test)} | {times(test)} | {verdict}", file
 
 
 def test_readme_is_short():
@@ -171,7 +178,7 @@ def test_tables_of_rivals_match_metrics_json(run):
     assert "\n".join(lines) in CHOOSING, "\n".join(lines)
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("docs/results/*/metrics.json")), ids=lambda path: path.parent.name)
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.parent.name)
 def test_stored_verdicts_are_current(path):
     """Older files have no findings. Their ``ship`` must be the same today, unless they have no rivals."""
     metrics = json.loads(path.read_text(encoding="utf-8"))
@@ -181,12 +188,6 @@ def test_stored_verdicts_are_current(path):
         assert stored == current
     else:
         assert current["ship"] is (stored["ship"] and bool(metrics["rivals"]))
-
-
-@pytest.mark.parametrize("path", sorted(ROOT.glob("docs/results/*/metrics.json")), ids=lambda path: path.parent.name)
-def test_sources_of_rivals_are_file_names(path):
-    for rival in json.loads(path.read_text(encoding="utf-8")).get("rivals", []):
-        assert rival["source"] is None or rival["source"] == Path(rival["source"]).name
 
 
 def anchors(page: Path) -> set[str]:
@@ -260,20 +261,15 @@ def test_keys_of_metrics_json_are_documented(part):
     assert [key for key in DOCUMENTED[part] if not re.search(rf"[`{{,]{key}[`.,}}]", text)] == []
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("docs/results/*/metrics.json")), ids=lambda path: path.parent.name)
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.parent.name)
 def test_stored_results_have_every_documented_key(path):
     metrics = json.loads(path.read_text(encoding="utf-8"))
-    missing = []
+    required = [(metrics["exits"][:-1], ("empty", "AP50_below_full_interval"))]
     for part, keys in DOCUMENTED.items():
-        rows = metrics[part] if isinstance(metrics[part], list) else [metrics[part]]
-        missing += [f"{part} {row.get('name', '')}: {key}" for row in rows for key in keys if key not in row]
-    missing += [
-        f"{row['name']}: {key}"
-        for row in metrics["exits"][:-1]
-        for key in ("empty", "AP50_below_full_interval")
-        if key not in row
-    ]
-    assert missing == []
+        required.append((metrics[part] if isinstance(metrics[part], list) else [metrics[part]], keys))
+    assert [(row.get("name"), key) for rows, keys in required for row in rows for key in keys if key not in row] == []
+    for rival in metrics["rivals"]:
+        assert rival["source"] is None or rival["source"] == Path(rival["source"]).name
 
 
 SEARCH = re.compile(r"^\| \[[^\]]+\]\((?P<file>results/[\w/]+\.json)\) \| (?P<figures>[^|]+(?:\|[^|]+){4}) \|$", re.M)
@@ -285,8 +281,5 @@ def test_table_of_searches_matches_the_results():
     for row in rows:
         found = json.loads((ROOT / "docs" / row["file"]).read_text(encoding="utf-8"))
         test, name = SimpleNamespace(**found["test"]), found["chosen"]["name"]
-        low, high = test.AP50_lost_interval
-        lost = f"{test.AP50_base - test.AP50:.3f} [{low:.3f}, {high:.3f}]"
         kept = f"{test.objects_found} ({test.objects_found_base})"
-        times = f"{test.ms:.1f} ({test.ms_base:.1f}) | {test.ms_base / test.ms:.2f}"
-        assert row["figures"] == f"{name} | {times} | {lost} | {kept}", row.group()
+        assert row["figures"] == f"{name} | {times(test)} | {lost(test)} | {kept}", row.group()
