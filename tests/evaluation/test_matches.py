@@ -241,7 +241,7 @@ def test_all_choices_have_the_same_draws(three_exits):
 
 @pytest.mark.parametrize("blocks", [None, np.arange(12) // 4])
 def test_draws_are_those_of_the_seed(three_exits, blocks):
-    matches, choice = exit_matches(*three_exits), np.ones(12, int)
+    matches, choice = exit_matches(*three_exits), np.zeros(12, int)
     (draws,) = bootstrap_choices(matches, [choice], resamples=5, seed=7, ap50_only=False, blocks=blocks)
     generator, (count, of_photo) = np.random.default_rng(7), (12, np.arange(12)) if blocks is None else (3, blocks)
     for ap, ap50 in zip(*draws, strict=True):
