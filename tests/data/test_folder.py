@@ -32,9 +32,17 @@ def config(root, **data):
     cfg.DATA.ROOT = str(root)
     cfg.DATA.DATASETS = (("mine", "", "photos"),)
     cfg.DATA.TRAIN = ("mine",)
-    for key, value in data.items():
-        cfg.DATA[key] = value
+    cfg.DATA.update(data)
     return cfg
+
+
+def write_coco(root, name, annotations):
+    """Write a COCO data set of one photo. Return its entry of DATA.DATASETS."""
+    write_photo(root / name / "a.png", (60, 40))
+    image = {"id": 1, "file_name": "a.png", "width": 60, "height": 40}
+    content = {"images": [image], "annotations": annotations, "categories": [{"id": 1, "name": "chair"}]}
+    (root / f"{name}.json").write_text(json.dumps(content))
+    return name, f"{name}.json", name
 
 
 def test_find_files_is_sorted_and_skips_hidden_folders(folder):
@@ -49,14 +57,19 @@ def test_records_have_sizes_and_no_boxes(folder):
     assert not raw.labelled and not any(record.annotations for record in raw.records)
 
 
-def test_folder_without_photos_is_an_error(tmp_path):
-    with pytest.raises(DataError, match=r"data set 'mine' has no photo here .* expected .jpg, "):
-        read_photo_folder("mine", tmp_path, Problems("repair"))
-
-
-def test_file_instead_of_a_folder_is_an_error(folder):
-    with pytest.raises(DataError, match="b.png: data set 'mine' is a file, expected a folder of photos"):
-        read_photo_folder("mine", folder / "b.png", Problems("repair"))
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("", r"data set 'mine' has no photo here .* expected .jpg, "),
+        ("a.txt", "a.txt: data set 'mine' is a file, expected a folder of photos"),
+        ("lost", "lost: data set 'mine' not found"),
+    ],
+)
+def test_folder_without_photos_is_an_error(tmp_path, path, message):
+    (tmp_path / "a.txt").touch()
+    cfg = config(tmp_path, DATASETS=(("mine", "", path),), CLASSES=("chair",))
+    with pytest.raises(DataError, match=message):
+        load_dataset(cfg, cfg.DATA.TRAIN, train=True, labels="optional")
 
 
 def test_broken_photo_is_dropped_or_refused(folder):
@@ -82,12 +95,8 @@ def test_unlabelled_photos_are_an_error_if_labels_are_required(folder, tmp_path)
 
 
 def test_unlabelled_photos_beside_labelled_photos_are_an_error(folder, tmp_path):
-    write_photo(tmp_path / "labelled" / "a.png", (60, 40))
     box = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [5, 5, 20, 20], "area": 400, "iscrowd": 0}
-    image = {"id": 1, "file_name": "a.png", "width": 60, "height": 40}
-    content = {"images": [image], "annotations": [box], "categories": [{"id": 1, "name": "chair"}]}
-    (tmp_path / "labelled.json").write_text(json.dumps(content))
-    datasets = (("theirs", "labelled.json", "labelled"), ("mine", "", "photos"))
+    datasets = (write_coco(tmp_path, "theirs", [box]), ("mine", "", "photos"))
     cfg = config(tmp_path, DATASETS=datasets, TRAIN=("theirs", "mine"))
     with pytest.raises(DataError, match="'mine' is a folder of photos without labels"):
         load_dataset(cfg, cfg.DATA.TRAIN, train=True)
@@ -95,11 +104,8 @@ def test_unlabelled_photos_beside_labelled_photos_are_an_error(folder, tmp_path)
 
 
 def test_labels_argument_of_load_dataset(folder, tmp_path):
-    write_photo(tmp_path / "empty" / "a.png", (60, 40))
-    image = {"id": 1, "file_name": "a.png", "width": 60, "height": 40}
-    content = {"images": [image], "annotations": [], "categories": [{"id": 1, "name": "chair"}]}
-    (tmp_path / "empty.json").write_text(json.dumps(content))
-    cfg = config(tmp_path, DATASETS=(("empty", "empty.json", "empty"), ("mine", "", "photos")), CLASSES=("chair",))
+    datasets = (write_coco(tmp_path, "empty", []), ("mine", "", "photos"))
+    cfg = config(tmp_path, DATASETS=datasets, CLASSES=("chair",))
 
     def accepted_values(name):
         accepted = set()
@@ -121,13 +127,6 @@ def test_unlabelled_photos_need_classes(folder, tmp_path):
         load_dataset(cfg, cfg.DATA.TRAIN, train=True, labels="optional")
     with pytest.raises(DataError, match="mine has no classes; set DATA.CLASSES"):
         class_names(cfg)
-
-
-def test_missing_folder_is_an_error(tmp_path):
-    Image.new("RGB", (4, 4)).save(tmp_path / "x.png")
-    cfg = config(tmp_path, CLASSES=("chair",))
-    with pytest.raises(DataError, match="photos: data set 'mine' not found"):
-        load_dataset(cfg, cfg.DATA.TRAIN, train=True, labels="optional")
 
 
 def test_every_file_is_read_or_counted(tmp_path, caplog):
