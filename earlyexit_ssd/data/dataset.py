@@ -183,9 +183,7 @@ def _readable_photos() -> Iterator[None]:
 
 def fingerprint(dataset: DetectionDataset, hashes: Sequence[str] | None = None) -> str:
     """Return the SHA-256 of the classes and of each photo's content, id, size and objects, in the order of the photos.
-
-    It does not depend on paths and augmentation. ``hashes`` can be those of `photo_hashes`, to avoid reading the files.
-    """
+    It does not depend on paths and augmentation. ``hashes`` of `photo_hashes` avoid reading the files again."""
     digest = hashlib.sha256(repr(dataset.classes).encode())
     hashes = [content for _, content in photo_hashes(dataset)] if hashes is None else hashes
     for record, content in zip(dataset.records, hashes, strict=True):
@@ -299,14 +297,9 @@ def build_loader(
 ) -> DataLoader:
     """Return a loader of batches ``(list of images, list of targets)`` for process ``rank``.
 
-    Call ``loader.sampler.set_epoch`` before each epoch. See `EpochSampler` for the photos of each process.
-
-    Args:
-        batch_size: photos per batch. In training, the sum over all processes.
-        workers: number of worker processes; 0 loads photos in this process.
-
-    Raises:
-        DataError: the data set is too small, or (in training) batches cannot be split evenly.
+    Call ``loader.sampler.set_epoch`` before each epoch. See `EpochSampler` for the photos of each process. In training,
+    ``batch_size`` is the sum over all processes. With 0 ``workers``, photos are loaded in this process. Raise DataError
+    if the data set is too small, or (in training) batches cannot be split evenly.
     """
     parts = world_size if train else 1  # processes that share a batch
     if batch_size < 1 or batch_size % parts:
@@ -355,7 +348,6 @@ def load_dataset(
     """Read, check and join data sets, with the objects of ``DATA.CLASSES`` only.
 
     Args:
-        cfg: the configuration; its node ``DATA`` and ``SEED`` are used.
         names: names of data sets in the catalog or in ``DATA.DATASETS``.
         train: limit the photos without objects, augment, and leave out objects to ignore.
         labels: which labels the data sets must have. ``required``: all photos are annotated, and there is an object.
