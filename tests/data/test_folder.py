@@ -1,11 +1,11 @@
 import contextlib
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import get_args
 
 import pytest
-from PIL import Image
 
 from earlyexit_ssd.config import get_cfg
 from earlyexit_ssd.data import class_names, load_dataset
@@ -13,18 +13,18 @@ from earlyexit_ssd.data.dataset import Labels
 from earlyexit_ssd.data.folder import photo_path, read_photo_folder
 from earlyexit_ssd.data.problems import Problems
 from earlyexit_ssd.errors import DataError
-from earlyexit_ssd.images import PHOTO_SUFFIXES, find_files
 from tests.data.conftest import write_photo
 
 
 @pytest.fixture
 def folder(tmp_path):
     """A folder with two photos, one of them in a subfolder, a hidden photo and a text file."""
-    write_photo(tmp_path / "photos" / "b.png", (60, 40))
-    write_photo(tmp_path / "photos" / "deep" / "a.JPG", (30, 50))
-    write_photo(tmp_path / "photos" / ".thumbnails" / "b.png")
-    (tmp_path / "photos" / "notes.txt").write_text("none")
-    return tmp_path / "photos"
+    root = tmp_path / "photos"
+    write_photo(root / "b.png", (60, 40))
+    write_photo(root / "deep" / "a.JPG", (30, 50))
+    write_photo(root / ".thumbnails" / "b.png")
+    (root / "notes.txt").touch()
+    return root
 
 
 def config(root, **data):
@@ -45,15 +45,10 @@ def write_coco(root, name, annotations):
     return name, f"{name}.json", name
 
 
-def test_find_files_is_sorted_and_skips_hidden_folders(folder):
-    photos, others = find_files(folder, PHOTO_SUFFIXES)
-    assert [str(path.relative_to(folder)) for path in photos] == ["b.png", "deep/a.JPG"]
-    assert [path.name for path in others] == ["notes.txt"]
-
-
 def test_records_have_sizes_and_no_boxes(folder):
     raw = read_photo_folder("mine", folder, Problems("refuse"))
     assert [(record.image_id, record.width, record.height) for record in raw.records] == [(1, 60, 40), (2, 30, 50)]
+    assert [record.path.relative_to(folder).as_posix() for record in raw.records] == ["b.png", "deep/a.JPG"]
     assert not raw.labelled and not any(record.annotations for record in raw.records)
 
 
@@ -131,17 +126,17 @@ def test_unlabelled_photos_need_classes(folder, tmp_path):
 
 def test_every_file_is_read_or_counted(tmp_path, caplog):
     """Suffixes may have any case. Linked folders are read once. A pipe counts as another kind of file."""
-    (tmp_path / "photos").mkdir()
+    root = tmp_path / "photos"
     for name in ("a.jpg", "b.AVIF", "c.gif", "d.jpe"):
-        Image.new("RGB", (12, 8)).save(tmp_path / "photos" / name)
-    Image.new("RGB", (12, 8)).save(tmp_path / "photos/e.jfif", format="JPEG")
+        write_photo(root / name)
+    shutil.copy(root / "a.jpg", root / "e.jfif")
     write_photo(tmp_path / "elsewhere/f.jpg")
-    (tmp_path / "photos/linked").symlink_to(tmp_path / "elsewhere")
-    (tmp_path / "elsewhere/round").symlink_to(tmp_path / "photos")
-    os.mkfifo(tmp_path / "photos/pipe.jpg")
-    (tmp_path / "photos/clip.mp4").write_bytes(b"")
+    (root / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere/round").symlink_to(root)
+    os.mkfifo(root / "pipe.jpg")
+    (root / "clip.mp4").touch()
     problems = Problems("refuse")
-    raw = read_photo_folder("mine", tmp_path / "photos", problems)
+    raw = read_photo_folder("mine", root, problems)
     assert [record.path.name for record in raw.records] == ["a.jpg", "b.AVIF", "c.gif", "d.jpe", "e.jfif", "f.jpg"]
     assert problems.counts == {"file of another kind": 2}
     problems.log("mine")

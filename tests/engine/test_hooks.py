@@ -74,11 +74,6 @@ def test_invalid_checkpoint_is_a_one_line_error(tmp_path, change):
         averaged_trainer(path)[0].run()
 
 
-def test_no_temporary_file_is_left(tmp_path):
-    line_trainer([Checkpoint(tmp_path / "last.pth", 1)]).run()
-    assert [path.name for path in tmp_path.iterdir()] == ["last.pth"]
-
-
 def test_log_has_a_line_per_period_and_at_the_end(tmp_path):
     line_trainer([Log(tmp_path, 7)]).run()
     entries = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
