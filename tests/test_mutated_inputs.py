@@ -61,17 +61,10 @@ VALUES: tuple[Any, ...] = (
 )  # fmt: skip
 
 
-def deep(levels: int, leaf: Any = 1) -> Any:
-    """Return ``leaf`` in ``levels`` nested lists."""
-    for _ in range(levels):
-        leaf = [leaf]
-    return leaf
-
-
-def places(tree: Any, limit: int = 4000) -> list[tuple[Any, Any]]:
+def places(tree: Any) -> list[tuple[Any, Any]]:
     """Return (container, key or index) of every value in a tree of dicts and lists."""
     found, todo = [], [tree]
-    while todo and len(found) < limit:
+    while todo and len(found) < 4000:
         node = todo.pop()
         keys = list(node) if isinstance(node, dict) else range(len(node)) if isinstance(node, list) else ()
         found += [(node, key) for key in keys]
@@ -79,12 +72,12 @@ def places(tree: Any, limit: int = 4000) -> list[tuple[Any, Any]]:
     return found
 
 
-def damage(tree: Any, rng: random.Random, values: tuple[Any, ...] = VALUES) -> Any:
+def damage(tree: Any, rng: random.Random) -> Any:
     """Return a copy of the tree with one to three changes of values, keys, order or depth."""
     tree = copy.deepcopy(tree)
     for _ in range(rng.randint(1, 3)):
         if not (at := places(tree)):
-            return rng.choice(values)
+            return rng.choice(VALUES)
         node, key = rng.choice(at)
         change = rng.randrange(10)
         names = [(inner, name) for inner, name in at if isinstance(inner, dict | list) and isinstance(inner[name], str)]
@@ -97,7 +90,8 @@ def damage(tree: Any, rng: random.Random, values: tuple[Any, ...] = VALUES) -> A
             other, place = rng.choice(at)
             node[key] = copy.deepcopy(other[place]) if place in other or isinstance(other, list) else None
         elif change == 2:
-            node[key] = deep(rng.choice((3, 40, 300)), node[key])
+            for _ in range(rng.choice((3, 40, 300))):
+                node[key] = [node[key]]
         elif change == 3 and isinstance(node, dict):
             node[rng.choice((7, "x", f"{key} ", "__class__", "x" * 10_000, "a\nb"))] = node.pop(key)
         elif change == 4 and isinstance(node, list):
@@ -107,7 +101,7 @@ def damage(tree: Any, rng: random.Random, values: tuple[Any, ...] = VALUES) -> A
         elif change == 6:
             node[key] = str(node[key])
         else:
-            node[key] = rng.choice(values)
+            node[key] = rng.choice(VALUES)
     return tree
 
 
@@ -201,17 +195,15 @@ CONFIG = {
 
 
 def write_config(folder: Path, rng: random.Random | None) -> None:
-    """``config.yaml`` over ``base.yaml``."""
+    """Write ``config.yaml`` over ``base.yaml``, sometimes over a long chain of files."""
     (folder / "base.yaml").write_text("THREADS: 1\n")
     tree = {"_BASE_": "base.yaml", **CONFIG}
-    if rng is None:
-        return (folder / "config.yaml").write_text(yaml.safe_dump(tree))
-    if rng.random() < 0.02:
+    if rng and rng.random() < 0.02:
         for number in range(25):
             (folder / f"{number}.yaml").write_text(f"_BASE_: {number + 1}.yaml\n")
         tree["_BASE_"] = "0.yaml"
-    content = yaml_text(damage(tree, rng), rng).encode("utf-8", "surrogatepass")
-    return (folder / "config.yaml").write_bytes(sometimes_damaged(content, rng))
+    text = yaml_text(damage(tree, rng), rng) if rng else yaml.safe_dump(tree)
+    (folder / "config.yaml").write_bytes(sometimes_damaged(text.encode("utf-8", "surrogatepass"), rng))
 
 
 def write_overrides(folder: Path, rng: random.Random | None) -> list[str]:
@@ -246,7 +238,7 @@ def write_set(root: Path, rng: random.Random | None, contents: dict[str, bytes],
         contents[name] = sometimes_damaged(contents[name], rng, 0.2)
     for name, content in contents.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(content.replace(b"ABSOLUTE", str(root).encode()))
+        (root / name).write_bytes(content.replace(b"ABSOLUTE", bytes(root)))
     write_photos(root / "secret", "s.png")
     os.mkfifo(root / photos / "pipe.png")
 
