@@ -16,6 +16,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -92,13 +93,8 @@ def lock(path: PathLike, what: str, *, wait: bool = False) -> Iterator[None]:
     A process may hold it several times. Its forks do not hold it. The file is created, contains the process id, and is
     removed afterwards. On Windows and on file systems without locks there is a warning instead of a lock.
 
-    Args:
-        what: the locked thing, for messages.
-        wait: wait for another process instead of raising an error.
-
-    Raises:
-        EarlyExitError: another process holds the lock.
-        CannotWrite: the file cannot be created.
+    ``what`` names the locked thing in messages. If another process holds the lock, wait for it if ``wait``, otherwise
+    raise EarlyExitError. Raise CannotWrite if the file cannot be created.
     """
     path = Path(path).resolve()
     while path not in _held:
@@ -233,28 +229,26 @@ def sha256(path: PathLike) -> str:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
+@dataclass(eq=False, repr=False)
 class ArrayStore:
     """A folder of arrays on disk, with one row per record, and of other values that were computed with them.
 
     The file ``<name>.key`` identifies the contents and is written last. A store without it, or with another key, is
     incomplete. To fill a store, one process calls :meth:`create`, all processes :meth:`open`, write into ``arrays`` and
-    :meth:`flush`, and one process calls :meth:`finish`.
-
-    Args:
-        name: name of the key file, and of the store in messages, such as ``cache``.
-        contents: text that identifies the data and the settings that the arrays are computed from.
-        records: number of rows.
-        row: array name -> array [1, ...] with the dtype and shape of a record.
-
-    Attributes:
-        arrays: array name -> array [records, ...], after :meth:`read` or :meth:`open`.
-        rest: the argument of :meth:`finish`, after :meth:`read`.
+    :meth:`flush`, and one process calls :meth:`finish`. ``arrays`` (name -> array [records, ...]) exist after
+    :meth:`open` or :meth:`read`, and the argument of ``finish``, ``rest``, after :meth:`read`.
     """
 
-    def __init__(self, folder: Path, name: str, contents: str, records: int, row: Mapping[str, np.ndarray]) -> None:
-        self.folder, self.name, self.records, self.row = folder, name, records, row
-        self._key, self._key_file = hashlib.sha256(contents.encode()).hexdigest(), folder / f"{name}.key"
-        self._paths = {name: folder / f"{name}.npy" for name in row}
+    folder: Path
+    name: str  # of the key file, and of the store in messages, such as "cache"
+    contents: str  # text that identifies the data and the settings that the arrays are computed from
+    records: int  # number of rows
+    row: Mapping[str, np.ndarray]  # array name -> array [1, ...] with the dtype and shape of a record
+
+    def __post_init__(self) -> None:
+        self._key = hashlib.sha256(self.contents.encode()).hexdigest()
+        self._key_file = self.folder / f"{self.name}.key"
+        self._paths = {name: self.folder / f"{name}.npy" for name in self.row}
 
     def is_complete(self) -> bool:
         """Read the store, and return True, if it is complete and has these contents. Damage is logged."""

@@ -40,10 +40,8 @@ def read_image(path: PathLike, annotated_size: Size | None = None) -> np.ndarray
 
     Grey, palette, CMYK and 16-bit photos are converted, and transparency is blended with white. Of an animation only
     the first frame is read. EXIF rotation is applied unless ``annotated_size`` (width, height) shows that the boxes
-    refer to the stored picture (see :func:`read_header`).
-
-    Raises:
-        DataError: the file is missing, not an image or truncated, or has more than ``LARGEST_PHOTO`` pixels.
+    refer to the stored picture (see :func:`read_header`). Raise DataError if the file is missing, not an image or
+    truncated, or has more than ``LARGEST_PHOTO`` pixels.
     """
     with open_photo(path) as image:
         orientation = _orientation(image, annotated_size)
@@ -66,11 +64,8 @@ def read_header(path: PathLike, annotated_size: Size | None = None) -> PhotoHead
 
     Some tools annotate the stored picture, others the upright picture. If ``annotated_size`` equals the stored size and
     not the upright size, the picture stays as stored. In every other case (half turns, mirrored, square, sizes that
-    match neither) the EXIF rotation is applied.
-
-    Raises:
-        DataError: as in :func:`read_image`. Truncation is detected by the end marker of JPEG, the checksums of PNG, and
-            by decoding other formats.
+    match neither) the EXIF rotation is applied. Errors are those of :func:`read_image`. Truncation is detected by the
+    end marker of JPEG, the checksums of PNG, and by decoding other formats.
     """
     with open_photo(path) as image:
         header = PhotoHeader(_upright_size(image, _orientation(image, annotated_size)), _peculiarities(image))

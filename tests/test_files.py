@@ -46,14 +46,10 @@ def test_old_file_is_kept_after_a_failure(tmp_path):
     with pytest.raises(RuntimeError), atomic_path(path) as temporary:
         temporary.write_text("half")
         raise RuntimeError
+    with pytest.raises(ValueError):
+        write_json(path, {"AP": float("nan")})
     assert path.read_text() == "old"
     assert [file.name for file in path.parent.iterdir()] == ["notes.txt"]
-
-
-def test_nan_in_json_is_an_error(tmp_path):
-    with pytest.raises(ValueError):
-        write_json(tmp_path / "x.json", {"AP": float("nan")})
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_path_below_a_file_cannot_be_a_folder(tmp_path):
@@ -93,7 +89,6 @@ def test_store_is_complete_when_finished(tmp_path):
     again = store(tmp_path / "new")
     assert again.is_complete()
     assert again.arrays["taps"].tolist() == [[0, 0], [0.5, 2], [0, 0]] and again.arrays["taps"].dtype == np.float16
-    assert again.arrays["labels"].tolist() == [7, 8, 9]
     assert again.rest == {"ids": [4, 5, 6]}
     assert not store(tmp_path / "new", "other photos").is_complete()
     written.create("a test", "make room")  # replaced, but not finished

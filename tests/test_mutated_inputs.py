@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import itertools
 import json
 import os
@@ -16,7 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import onnx
+import onnx.parser
 import pytest
 import torch
 import yaml
@@ -46,17 +47,8 @@ TINY = Architecture(("chair", "cat"), image_size=64, width=0.1, exit_layers=(8,)
 SIZE = (60, 40)
 SECRET = "secret/s.png"
 # file names outside the data set's folder, and endless files; "ABSOLUTE" is replaced by the folder of the test
-PATHS = (
-    f"../{SECRET}",
-    f"../../{SECRET}",
-    f"ABSOLUTE/{SECRET}",
-    "../secret",
-    "/dev/zero",
-    "pipe.png",
-    "",
-    "..",
-    "1.png",
-)
+OUTSIDE = (f"../{SECRET}", f"../../{SECRET}", f"ABSOLUTE/{SECRET}", "../secret")
+PATHS = (*OUTSIDE, "/dev/zero", "pipe.png", "", "..", "1.png")
 DATES = ("2024-13-45", "2024-01-01", "12:30:99", "0x" + "f" * 5000, "1e999", "9" * 5000, ".nan", "-.inf", "~", "010")
 TEXTS = (
     "", "x" * 10_000, "a\nb", "a\0b", "\ud800", "\x1b", "../../x", "/etc/passwd", "x" * 300 + ".png", "ﬀ\u202e",
@@ -69,17 +61,10 @@ VALUES: tuple[Any, ...] = (
 )  # fmt: skip
 
 
-def deep(levels: int, leaf: Any = 1) -> Any:
-    """Return ``leaf`` in ``levels`` nested lists."""
-    for _ in range(levels):
-        leaf = [leaf]
-    return leaf
-
-
-def places(tree: Any, limit: int = 4000) -> list[tuple[Any, Any]]:
+def places(tree: Any) -> list[tuple[Any, Any]]:
     """Return (container, key or index) of every value in a tree of dicts and lists."""
     found, todo = [], [tree]
-    while todo and len(found) < limit:
+    while todo and len(found) < 4000:
         node = todo.pop()
         keys = list(node) if isinstance(node, dict) else range(len(node)) if isinstance(node, list) else ()
         found += [(node, key) for key in keys]
@@ -87,12 +72,12 @@ def places(tree: Any, limit: int = 4000) -> list[tuple[Any, Any]]:
     return found
 
 
-def damage(tree: Any, rng: random.Random, values: tuple[Any, ...] = VALUES) -> Any:
+def damage(tree: Any, rng: random.Random) -> Any:
     """Return a copy of the tree with one to three changes of values, keys, order or depth."""
     tree = copy.deepcopy(tree)
     for _ in range(rng.randint(1, 3)):
         if not (at := places(tree)):
-            return rng.choice(values)
+            return rng.choice(VALUES)
         node, key = rng.choice(at)
         change = rng.randrange(10)
         names = [(inner, name) for inner, name in at if isinstance(inner, dict | list) and isinstance(inner[name], str)]
@@ -105,7 +90,8 @@ def damage(tree: Any, rng: random.Random, values: tuple[Any, ...] = VALUES) -> A
             other, place = rng.choice(at)
             node[key] = copy.deepcopy(other[place]) if place in other or isinstance(other, list) else None
         elif change == 2:
-            node[key] = deep(rng.choice((3, 40, 300)), node[key])
+            for _ in range(rng.choice((3, 40, 300))):
+                node[key] = [node[key]]
         elif change == 3 and isinstance(node, dict):
             node[rng.choice((7, "x", f"{key} ", "__class__", "x" * 10_000, "a\nb"))] = node.pop(key)
         elif change == 4 and isinstance(node, list):
@@ -115,7 +101,7 @@ def damage(tree: Any, rng: random.Random, values: tuple[Any, ...] = VALUES) -> A
         elif change == 6:
             node[key] = str(node[key])
         else:
-            node[key] = rng.choice(values)
+            node[key] = rng.choice(VALUES)
     return tree
 
 
@@ -139,6 +125,10 @@ def damage_bytes(content: bytes, rng: random.Random) -> bytes:
         else:
             data[start:start] = rng.choice((b"\0", b"\xff\xfe", b"\xef\xbb\xbf", b"\n", b"&a ", b"[" * 2000, b"{"))
     return bytes(data)
+
+
+def sometimes_damaged(content: bytes, rng: random.Random | None, share: float = 0.3) -> bytes:
+    return damage_bytes(content, rng) if rng and rng.random() < share else content
 
 
 def as_json(tree: Any, rng: random.Random) -> bytes:
@@ -205,36 +195,29 @@ CONFIG = {
 
 
 def write_config(folder: Path, rng: random.Random | None) -> None:
-    """``config.yaml`` over ``base.yaml``."""
+    """Write ``config.yaml`` over ``base.yaml``, sometimes over a long chain of files."""
     (folder / "base.yaml").write_text("THREADS: 1\n")
     tree = {"_BASE_": "base.yaml", **CONFIG}
-    if rng is None:
-        return (folder / "config.yaml").write_text(yaml.safe_dump(tree))
-    if rng.random() < 0.02:
+    if rng and rng.random() < 0.02:
         for number in range(25):
             (folder / f"{number}.yaml").write_text(f"_BASE_: {number + 1}.yaml\n")
         tree["_BASE_"] = "0.yaml"
-    content = yaml_text(damage(tree, rng), rng).encode("utf-8", "surrogatepass")
-    return (folder / "config.yaml").write_bytes(damage_bytes(content, rng) if rng.random() < 0.3 else content)
+    text = yaml_text(damage(tree, rng), rng) if rng else yaml.safe_dump(tree)
+    (folder / "config.yaml").write_bytes(sometimes_damaged(text.encode("utf-8", "surrogatepass"), rng))
 
 
 def write_overrides(folder: Path, rng: random.Random | None) -> list[str]:
     """Return keys and values of the command line."""
-    flat = [
-        (f"{part}.{key}", value)
-        for part, keys in CONFIG.items()
-        if isinstance(keys, dict)
-        for key, value in keys.items()
-    ]
+    parts = {part: keys for part, keys in CONFIG.items() if isinstance(keys, dict)}
+    flat = [(f"{part}.{key}", value) for part, keys in parts.items() for key, value in keys.items()]
     pairs = [(key, json.dumps(value)) for key, value in flat if not isinstance(value, dict)]
+    words = list(itertools.chain(*(rng.sample(pairs, 3) if rng else pairs)))
     if rng is None:
-        return [text for pair in pairs for text in pair]
-    words = [text for pair in rng.sample(pairs, 3) for text in pair]
+        return words
     for _ in range(rng.randint(1, 2)):
         at = rng.randrange(len(words))
-        words[at] = rng.choice(
-            [*TEXTS, *YAML_PIECES, words[at] + ".X", words[at][1:], str(rng.choice(VALUES[:24])), "&a [x]"]
-        )
+        changed = words[at] + ".X", words[at][1:], str(rng.choice(VALUES[:24])), "&a [x]"
+        words[at] = rng.choice((*TEXTS, *YAML_PIECES, *changed))
     return words[: rng.choice((6, 6, 5))]
 
 
@@ -250,12 +233,12 @@ def write_photos(folder: Path, *names: str) -> None:
 
 def write_set(root: Path, rng: random.Random | None, contents: dict[str, bytes], photos: str) -> None:
     """Write the files of a data set, sometimes with damaged bytes, a photo outside the set, and a pipe."""
-    if rng and rng.random() < 0.2:
+    if rng:
         name = rng.choice(sorted(contents))
-        contents[name] = damage_bytes(contents[name], rng)
+        contents[name] = sometimes_damaged(contents[name], rng, 0.2)
     for name, content in contents.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(content.replace(b"ABSOLUTE", str(root).encode()))
+        (root / name).write_bytes(content.replace(b"ABSOLUTE", bytes(root)))
     write_photos(root / "secret", "s.png")
     os.mkfifo(root / photos / "pipe.png")
 
@@ -283,9 +266,7 @@ OBJECT = (
 )
 XML = (
     "<annotation><filename>0.png</filename><size><width>60</width><height>40</height></size>"
-    + OBJECT.format("chair")
-    + OBJECT.format("sofa")
-    + "</annotation>"
+    f"{OBJECT.format('chair')}{OBJECT.format('sofa')}</annotation>"
 )
 XML_PIECES = (
     "<a>" * 3000, "<!DOCTYPE a [<!ENTITY b 'c'>]>", "&b;", "<?xml version='1.0' encoding='x'?>", "&amp;", "]]>", "<a/>",
@@ -387,57 +368,48 @@ def use_data(folder: Path, entry: Set) -> None:
         assert len([dataset[index] for index in range(len(dataset))]) == len(to_coco(dataset).imgs)
 
 
-class Models:
-    """A model with one exit, the content of its file, and its certificate."""
+class Models(NamedTuple):
+    """A model with one exit, the contents of its file and of a reference checkpoint, and its certificate."""
 
-    def __init__(self) -> None:
-        torch.manual_seed(0)
-        self.model = TINY.build().eval()
-        router = ExitRouter(
-            1, policy="foreseen_emptiness", parameters=[{"weight": [0.0] * self._regression_inputs(), "bias": 0.0}]
-        )
-        self.info = {"phase": "exits", "forced": False, "router": router.to_dict()}
-        self.state = {key: value for key, value in self.model.state_dict().items() if not key.startswith("router.")}
-        self.content = {
-            "format": "earlyexit_ssd/1",
-            "architecture": TINY.to_dict(),
-            "model": self.state,
-            "info": self.info,
-        }
-        plain = TINY.build_detector()
-        self.reference = {
-            "model": plain.state_dict(),
-            "optimizer": {"state": {}, "param_groups": [{"lr": 0.1}]},
-            "epoch": 3,
-        }
-        drift = Reference.from_decisions(("exit8", "full"), [0, 0, 1], [[0.9, 0.7, 0.2]])
-        shares = {"exit8": 0.5, "full": 0.5}
-        target = {"kind": "risk", "epsilon": 0.1, "delta": 0.05, "bound": "betting", "reference": "full"}
-        content = {
-            "format": certificates.FORMAT,
-            "router": router.to_dict(),
-            "target": {**target, "score": 0.5, "iou": 0.5},
-            "measured": {"photos": 3, "loss": 0.1, "AP50": None, "exit_share": shares, "speedup": 1.2},
-            "cost_model": {"unit": "ms", "exits": [1.0, 2.0], "plain": 1.9, "measured": {}},
-            "weights_sha256": weights_hash(self.model),
-            "photos_sha256": ["ab" * 8, "cd" * 8],
-            "photo_list_sha256": "ef",
-            "drift": asdict(drift),
-            "versions": {"torch": torch.__version__},
-        }
-        self.certificate = json.loads(json.dumps(content))
-
-    def _regression_inputs(self) -> int:
-        outputs = self.model.exit_outputs([PHOTO])
-        return outputs.taps[0].shape[1] + 1
+    model: EarlyExitSSDLite
+    content: dict[str, Any]
+    reference: dict[str, Any]
+    certificate: dict[str, Any]
 
 
-@pytest.fixture(scope="module")
+@functools.cache
 def models() -> Models:
-    return MODELS[0] if MODELS else MODELS.append(Models()) or MODELS[0]
-
-
-MODELS: list[Models] = []
+    torch.manual_seed(0)
+    model = TINY.build().eval()
+    inputs = model.exit_outputs([PHOTO]).taps[0].shape[1] + 1
+    regression = {"weight": [0.0] * inputs, "bias": 0.0}
+    router = ExitRouter(1, policy="foreseen_emptiness", parameters=[regression]).to_dict()
+    content = {
+        "format": "earlyexit_ssd/1",
+        "architecture": TINY.to_dict(),
+        "model": {key: value for key, value in model.state_dict().items() if not key.startswith("router.")},
+        "info": {"phase": "exits", "forced": False, "router": router},
+    }
+    reference = {
+        "model": TINY.build_detector().state_dict(),
+        "optimizer": {"state": {}, "param_groups": [{"lr": 0.1}]},
+        "epoch": 3,
+    }
+    target = {"kind": "risk", "epsilon": 0.1, "delta": 0.05, "bound": "betting", "reference": "full"}
+    shares = {"exit8": 0.5, "full": 0.5}
+    certificate = {
+        "format": certificates.FORMAT,
+        "router": router,
+        "target": {**target, "score": 0.5, "iou": 0.5},
+        "measured": {"photos": 3, "loss": 0.1, "AP50": None, "exit_share": shares, "speedup": 1.2},
+        "cost_model": {"unit": "ms", "exits": [1.0, 2.0], "plain": 1.9, "measured": {}},
+        "weights_sha256": weights_hash(model),
+        "photos_sha256": ["ab" * 8, "cd" * 8],
+        "photo_list_sha256": "ef",
+        "drift": asdict(Reference.from_decisions(("exit8", "full"), [0, 0, 1], [[0.9, 0.7, 0.2]])),
+        "versions": {"torch": torch.__version__},
+    }
+    return Models(model, content, reference, json.loads(json.dumps(certificate)))
 
 
 def hostile_tensor(value: torch.Tensor, rng: random.Random) -> Any:
@@ -482,12 +454,7 @@ def save_damaged(content: dict, path: Path, rng: random.Random | None) -> None:
         torch.save(damage_weights(content, rng) if rng.random() < 0.8 else content, path)
     except Exception:  # some values cannot be saved
         torch.save(content, path)
-    if rng.random() < 0.25:
-        path.write_bytes(damage_bytes(path.read_bytes(), rng))
-
-
-def write_model(folder: Path, rng: random.Random | None) -> None:
-    save_damaged(MODELS[0].content, folder / "model.pth", rng)
+    path.write_bytes(sometimes_damaged(path.read_bytes(), rng, 0.25))
 
 
 @torch.no_grad()
@@ -495,27 +462,21 @@ def use_model(folder: Path, _: None) -> None:
     EarlyExitSSDLite.from_pretrained(folder / "model.pth")([PHOTO])
 
 
-def write_reference(folder: Path, rng: random.Random | None) -> None:
-    save_damaged(MODELS[0].reference, folder / "checkpoint.pth", rng)
-
-
 @torch.no_grad()
 def use_reference(folder: Path, _: None) -> None:
-    detector, *_ = retrofit(TINY, folder / "checkpoint.pth")
+    detector, *_ = retrofit(TINY, folder / "old.pth")
     detector.eval()([PHOTO])
 
 
 def write_certificate(folder: Path, rng: random.Random | None) -> None:
     """Write a certificate, in most cases with the correct checksum of its damaged content."""
-    tree = MODELS[0].certificate if rng is None else damage(MODELS[0].certificate, rng)
+    tree = models().certificate if rng is None else damage(models().certificate, rng)
     if isinstance(tree, dict) and (rng is None or rng.random() < 0.8):
         with contextlib.suppress(Exception):  # without JSON there is no checksum
             plain = json.loads(json.dumps(tree))
             tree = {**tree, certificates.CHECKSUM: certificates._checksum(plain)}
     content = json.dumps(tree).encode() if rng is None else as_json(tree, rng)
-    if rng and rng.random() < 0.1:
-        content = damage_bytes(content, rng)
-    (folder / "certificate.json").write_bytes(content)
+    (folder / "certificate.json").write_bytes(sometimes_damaged(content, rng, 0.1))
 
 
 @torch.no_grad()
@@ -525,7 +486,7 @@ def use_certificate(folder: Path, _: None) -> None:
     assert 0 <= certificate.target.score <= 1
     certificate.require_unseen([("a.jpg", "00" * 32)])
     DriftMonitor(certificate.drift).update([0] * 300, [0.5] * 300)
-    model = MODELS[0].model
+    model = models().model
     try:
         model.router = certificate.router_for(model)
         model([PHOTO])
@@ -533,33 +494,22 @@ def use_certificate(folder: Path, _: None) -> None:
         model.router = None
 
 
-def exported() -> onnx.ModelProto:
-    """Return an ONNX detector of one box, whose score is the mean of a convolution."""
-    constants = [
-        helper.make_tensor("weights", TensorProto.FLOAT, (1, 3, 1, 1), [0.1, 0.2, 0.3]),
-        helper.make_tensor("corners", TensorProto.FLOAT, (1, 4), [1, 2, 30, 40]),
-        helper.make_tensor("label", TensorProto.INT64, (1,), [62]),
-        helper.make_tensor("axis", TensorProto.INT64, (1,), [0]),
-    ]
-    nodes = [
-        helper.make_node("Conv", ["image", "weights"], ["map"], strides=[2, 2]),
-        helper.make_node("GlobalAveragePool", ["map"], ["mean"]),
-        helper.make_node("Flatten", ["mean"], ["flat"], axis=0),
-        helper.make_node("Squeeze", ["flat", "axis"], ["scores"]),
-        helper.make_node("Identity", ["corners"], ["boxes"]),
-        helper.make_node("Identity", ["label"], ["labels"]),
-    ]
-    image = helper.make_tensor_value_info("image", TensorProto.FLOAT, (1, 3, 32, 32))
-    kinds = (
-        ("boxes", TensorProto.FLOAT, (1, 4)),
-        ("scores", TensorProto.FLOAT, (1,)),
-        ("labels", TensorProto.INT64, (1,)),
-    )
-    outputs = [helper.make_tensor_value_info(*kind) for kind in kinds]
-    graph = helper.make_graph(nodes, "g", [image], outputs, constants)
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
-
-
+# an ONNX detector of one box, whose score is the mean of a convolution
+EXPORTED = onnx.parser.parse_model("""
+    <ir_version: 8, opset_import: ["": 13]>
+    g (float[1, 3, 32, 32] image) => (float[1, 4] boxes, float[1] scores, int64[1] labels)
+    <
+        float[1, 3, 1, 1] weights = {0.1, 0.2, 0.3}, float[1, 4] corners = {1, 2, 30, 40},
+        int64[1] label = {62}, int64[1] axis = {0}
+    > {
+        map = Conv <strides = [2, 2]> (image, weights)
+        mean = GlobalAveragePool (map)
+        flat = Flatten <axis = 0> (mean)
+        scores = Squeeze (flat, axis)
+        boxes = Identity (corners)
+        labels = Identity (label)
+    }
+""")
 DIMS = (-1, 0, 1, 2, 4, 33, 100_000, 2**31, 2**62)
 OPS = ("Relu", "Nope", "Loop", "If", "Cast", "ReduceMean", "MatMul", "NonZero", "", "Shape")
 SHAPES = ((0,), (2, 3, 1, 1), (-1,), (2**40,), (1, 3, 5, 5), ())
@@ -568,7 +518,7 @@ CLASSES = (",", "chair", "", "x" * 10_000, "a\nb, c", ",".join(string.ascii_lett
 
 
 def write_onnx(folder: Path, rng: random.Random | None) -> None:
-    model = exported()
+    model = copy.deepcopy(EXPORTED)
     graph = model.graph
     for _ in range(rng.randint(1, 2) if rng else 0):
         change, node, tensor = rng.randrange(8), rng.choice(graph.node), rng.choice(graph.initializer)
@@ -596,8 +546,7 @@ def write_onnx(folder: Path, rng: random.Random | None) -> None:
             node.input[0] = rng.choice(("", "scores", "boxes", "image", "none", "label"))
         else:
             helper.set_model_props(model, {"classes": rng.choice(CLASSES)})
-    content = model.SerializeToString()
-    (folder / "rival.onnx").write_bytes(damage_bytes(content, rng) if rng and rng.random() < 0.3 else content)
+    (folder / "rival.onnx").write_bytes(sometimes_damaged(model.SerializeToString(), rng))
     (folder / "beside.bin").write_bytes(bytes(40))
 
 
@@ -611,12 +560,13 @@ def write_others(folder: Path, rng: random.Random | None) -> str:
     """Write another file of the package: configuration or gate of a run, description of weights, recipes."""
     name = rng.choice(sorted(OTHERS)) if rng else "gate"
     tree, suffix, _ = OTHERS[name]
-    tree = tree if rng is None else damage(tree, rng)
     if rng is None:
         content = json.dumps(tree).encode()
+    elif suffix == "yaml":
+        content = yaml_text(damage(tree, rng), rng).encode("utf-8", "surrogatepass")
     else:
-        content = yaml_text(tree, rng).encode("utf-8", "surrogatepass") if suffix == "yaml" else as_json(tree, rng)
-    (folder / f"file.{suffix}").write_bytes(damage_bytes(content, rng) if rng and rng.random() < 0.3 else content)
+        content = as_json(damage(tree, rng), rng)
+    (folder / f"file.{suffix}").write_bytes(sometimes_damaged(content, rng))
     return name
 
 
@@ -653,8 +603,8 @@ KINDS = {
     "YOLO": Kind(300, write_yolo, use_data),
     "photos": Kind(250, write_photo, use_data),
     "certificate": Kind(160, write_certificate, use_certificate),
-    "model": Kind(60, write_model, use_model),
-    "reference": Kind(50, write_reference, use_reference),
+    "model": Kind(60, lambda folder, rng: save_damaged(models().content, folder / "model.pth", rng), use_model),
+    "reference": Kind(50, lambda folder, rng: save_damaged(models().reference, folder / "old.pth", rng), use_reference),
     "ONNX": Kind(200, write_onnx, use_onnx),
     "others": Kind(150, write_others, lambda folder, name: OTHERS[name][2](next(folder.glob("file.*")))),
 }
@@ -694,7 +644,7 @@ def outcome(kind: Kind, folder: Path, seed: str | None) -> str | None:
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_damaged_files_are_accepted_or_refused_in_one_line(name, tmp_path, models):
+def test_damaged_files_are_accepted_or_refused_in_one_line(name, tmp_path):
     kind = KINDS[name]
     assert outcome(kind, tmp_path / "valid", None) is None
     outcomes = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from earlyexit_ssd.data.problems import Problems
 from earlyexit_ssd.data.records import FORMATS, RawDataset
 from earlyexit_ssd.data.shapes import SPLITS, ensure_synthetic
 from earlyexit_ssd.errors import ConfigError, DataError, nearest, shown
+from earlyexit_ssd.files import PathLike
 
 ROOT_VARIABLE = "EARLYEXIT_SSD_DATASETS"
 
@@ -30,30 +32,28 @@ def register(name: str, loader: Loader) -> None:
     _LOADERS[name] = loader
 
 
-def register_coco(name: str, annotations: str | os.PathLike[str], images: str | os.PathLike[str]) -> None:
+def register_coco(name: str, annotations: PathLike, images: PathLike) -> None:
     """Register a COCO JSON file and its folder of photos. Paths are relative to `dataset_root`."""
-    register(name, _entry(name, annotations, images))
+    register(name, functools.partial(_load_entry, name, annotations, images))
 
 
-def register_voc(name: str, devkit: str | os.PathLike[str], split: str) -> None:
+def register_voc(name: str, devkit: PathLike, split: str) -> None:
     """Register a split of a VOC devkit (such as VOC2012). Its path is relative to `dataset_root`."""
-    register(name, _entry(name, devkit, split))
+    register(name, functools.partial(_load_entry, name, devkit, split))
 
 
-def _entry(name: str, annotations: str | os.PathLike[str], photos: str | os.PathLike[str]) -> Loader:
-    """Return the loader of an entry of ``DATA.DATASETS``."""
-
-    def load(root: Path, data: CfgNode, problems: Problems) -> RawDataset:
-        path = root / annotations
-        reader = next(f for f in reversed(FORMATS.values()) if f.recognises(str(annotations), path))
-        if annotations:
-            _require(name, path)
-        if reader.names_split:
-            return reader.read(name, path, photos, problems, data.ALLOW_OUTSIDE)
-        _require(name, root / photos)
-        return reader.read(name, path, root / photos, problems, data.ALLOW_OUTSIDE)
-
-    return load
+def _load_entry(
+    name: str, annotations: PathLike, photos: PathLike, root: Path, data: CfgNode, problems: Problems
+) -> RawDataset:
+    """Read an entry (name, annotations, photos or split) of ``DATA.DATASETS``. See `Loader` for the other arguments."""
+    path = root / annotations
+    reader = next(f for f in reversed(FORMATS.values()) if f.recognises(str(annotations), path))
+    if annotations:
+        _require(name, path)
+    if not reader.names_split:
+        photos = root / photos
+        _require(name, photos)
+    return reader.read(name, path, photos, problems, data.ALLOW_OUTSIDE)
 
 
 def _require(name: str, path: Path, alternative: str = "correct DATA.DATASETS") -> None:
@@ -73,13 +73,8 @@ def get(name: str) -> Loader:
 
 
 def find(name: str, data: CfgNode) -> Loader:
-    """Return the loader of a data set of ``DATA.DATASETS`` or, if the name is not there, of the catalog.
-
-    ``data`` is the node ``DATA`` of the configuration. No file is read.
-
-    Raises:
-        ConfigError: the name is unknown, or ``DATA.DATASETS`` are not triples with different names.
-    """
+    """Return the loader of a data set of ``DATA.DATASETS`` or, if the name is not there, of the catalog. Read no file.
+    Raise ConfigError if the name is unknown, or ``DATA.DATASETS`` are not triples with different names."""
     loaders: dict[str, Loader] = {}
     for entry in data.DATASETS:
         if not (isinstance(entry, tuple | list) and len(entry) == 3 and all(isinstance(t, str) for t in entry)):
@@ -87,17 +82,13 @@ def find(name: str, data: CfgNode) -> Loader:
             raise ConfigError(f"DATA.DATASETS has {shown(entry)}, expected {expected}")
         if entry[0] in loaders:
             raise ConfigError(f"DATA.DATASETS has two data sets named {entry[0]!r}; give each its own name")
-        loaders[entry[0]] = _entry(*entry)
+        loaders[entry[0]] = functools.partial(_load_entry, *entry)
     return loaders.get(name) or get(name)
 
 
 def load(name: str, data: CfgNode, problems: Problems) -> RawDataset:
-    """Read a data set without checking its boxes and photo files.
-
-    Raises:
-        ConfigError: see :func:`find`.
-        DataError: a file is missing or unreadable, or (mode "refuse") a record is broken.
-    """
+    """Read a data set without checking its boxes and photo files. Raise ConfigError (see :func:`find`), or DataError if
+    a file is missing or unreadable, or (mode "refuse") a record is broken."""
     return find(name, data)(dataset_root(data), data, problems)
 
 
@@ -109,37 +100,31 @@ def dataset_root(data: CfgNode) -> Path:
 def register_builtin() -> None:
     """Register the built-in data sets. The package calls this once, when it is imported."""
     for split in SPLITS:
-        register(f"synthetic_chairs_{split}", _synthetic(split))
+        register(f"synthetic_chairs_{split}", functools.partial(_load_synthetic, split))
         for name in ("voc2012_animals", "furniture"):
             register_coco(f"{name}_{split}", f"{name}/annotations/instances_{split}.json", f"{name}/{split}")
     for split in ("train", "val"):
         register_coco(f"coco_2017_{split}", f"coco/annotations/instances_{split}2017.json", f"coco/{split}2017")
     for year, splits in {"2007": ("trainval", "test"), "2012": ("train", "val", "trainval")}.items():
         for split in splits:
-            register(f"voc_{year}_{split}", _voc(year, split))
+            register(f"voc_{year}_{split}", functools.partial(_load_voc, year, split))
     register_voc("voc_xml_sample_trainval", "voc_xml_sample/VOCdevkit/VOC2012", "trainval")
 
 
-def _synthetic(split: str) -> Loader:
-    def load(root: Path, data: CfgNode, problems: Problems) -> RawDataset:
-        settings = data.SYNTHETIC
-        made = ensure_synthetic(root, tuple(settings.SIZES), settings.IMAGE_SIZE, settings.SEED).relative_to(root)
-        annotations = made / "annotations" / f"instances_{split}.json"
-        return _entry(f"synthetic_chairs_{split}", annotations, made / split)(root, data, problems)
-
-    return load
+def _load_synthetic(split: str, root: Path, data: CfgNode, problems: Problems) -> RawDataset:
+    settings = data.SYNTHETIC
+    rendered = ensure_synthetic(root, tuple(settings.SIZES), settings.IMAGE_SIZE, settings.SEED).relative_to(root)
+    annotations = rendered / "annotations" / f"instances_{split}.json"
+    return _load_entry(f"synthetic_chairs_{split}", annotations, rendered / split, root, data, problems)
 
 
-def _voc(year: str, split: str) -> Loader:
-    def load(root: Path, data: CfgNode, problems: Problems) -> RawDataset:
-        name, devkit = f"voc_{year}_{split}", f"VOCdevkit/VOC{year}"
-        listing = root / devkit / "ImageSets" / "Main" / f"{split}.txt"
-        if data.DOWNLOAD and not os.path.isfile(listing):
-            download_voc(root, year, split)
-        _require(name, listing, "set DATA.DOWNLOAD to True")
-        return _entry(name, devkit, split)(root, data, problems)
-
-    return load
+def _load_voc(year: str, split: str, root: Path, data: CfgNode, problems: Problems) -> RawDataset:
+    name, devkit = f"voc_{year}_{split}", f"VOCdevkit/VOC{year}"
+    listing = root / devkit / "ImageSets" / "Main" / f"{split}.txt"
+    if data.DOWNLOAD and not os.path.isfile(listing):
+        download_voc(root, year, split)
+    _require(name, listing, "set DATA.DOWNLOAD to True")
+    return _load_entry(name, devkit, split, root, data, problems)
 
 
 def download_voc(root: Path, year: str, split: str) -> None:

@@ -86,13 +86,8 @@ def check_unit(
     kind: str = "normalized box",
     advice: str = "lie in 0..1 and look normalized, expected pixels; multiply them by the photo's width and height",
 ) -> None:
-    """Count boxes of a file that seem to be in another unit. Raise DataError in every mode if most boxes are.
-
-    Args:
-        suspects: message and image id of each box in another unit.
-        total: number of all boxes of the file.
-        advice: what is wrong and the fix, for the DataError.
-    """
+    """Count ``suspects``, the message and image id of each box of a file that seems to be in another unit. If they are
+    most of the ``total`` boxes, raise DataError in every mode, with ``advice``: what is wrong, and the fix."""
     if 2 * len(suspects) > total:
         raise DataError(f"{source}: {len(suspects)} of {total} boxes {advice}")
     for message, image_id in suspects:
@@ -100,10 +95,8 @@ def check_unit(
 
 
 def check_boxes(raw: RawDataset, problems: Problems) -> RawDataset:
-    """Return the data set without boxes that are not finite or have no area, and without labels outside 1..K.
-
-    Boxes outside their photo stay. :func:`clip_boxes` clips them when the size of the photo file is known.
-    """
+    """Return the data set without boxes that are not finite or have no area, and without labels outside 1..K. Boxes
+    outside their photo stay, because :func:`clip_boxes` needs the size of the photo file."""
 
     def is_usable(annotation: Annotation, record: Record) -> bool:
         finite = all(map(math.isfinite, annotation.box))
@@ -141,26 +134,23 @@ def _describe_box(annotation: Annotation, record: Record) -> str:
 
 
 def clip_boxes(records: Sequence[Record], problems: Problems) -> list[Record]:
-    """Clip boxes to their photo and drop boxes that are left without area.
+    """Clip finite boxes to their photo, whose size must be that of its file, and drop boxes that are left without area.
+    Boxes outside by at most ``OUTSIDE_TOLERANCE`` pixels are not counted."""
 
-    The boxes must be finite, and the annotated sizes those of the photo files. Boxes outside by at most
-    ``OUTSIDE_TOLERANCE`` pixels are clipped without being counted.
-    """
-    return list(problems.kept([record.with_annotations(_clipped(record, problems)) for record in records]))
+    def clipped(record: Record) -> Iterator[Annotation]:
+        width, height = record.width, record.height
+        for annotation in record.annotations:
+            x1, y1, x2, y2 = annotation.box
+            box = (min(max(x1, 0), width), min(max(y1, 0), height), min(max(x2, 0), width), min(max(y2, 0), height))
+            outside = max(-x1, -y1, x2 - width, y2 - height)
+            if outside > OUTSIDE_TOLERANCE or not has_area(box):
+                # check_photos may have scaled the box to less than SMALLEST_SIDE
+                kind = "box outside the photo" if outside > 0 else "box without area"
+                problems.add(kind, _describe_box(annotation, record), record.image_id)
+            if has_area(box):
+                yield annotation if box == annotation.box else dataclasses.replace(annotation, box=box)
 
-
-def _clipped(record: Record, problems: Problems) -> Iterator[Annotation]:
-    width, height = record.width, record.height
-    for annotation in record.annotations:
-        x1, y1, x2, y2 = annotation.box
-        box = (min(max(x1, 0), width), min(max(y1, 0), height), min(max(x2, 0), width), min(max(y2, 0), height))
-        outside = max(-x1, -y1, x2 - width, y2 - height)
-        if outside > OUTSIDE_TOLERANCE or not has_area(box):
-            # check_photos may have scaled the box to less than SMALLEST_SIDE
-            kind = "box outside the photo" if outside > 0 else "box without area"
-            problems.add(kind, _describe_box(annotation, record), record.image_id)
-        if has_area(box):
-            yield annotation if box == annotation.box else dataclasses.replace(annotation, box=box)
+    return list(problems.kept([record.with_annotations(clipped(record)) for record in records]))
 
 
 def describe(record: Record, annotation_id: int | str | None = None) -> str:
@@ -175,10 +165,8 @@ def has_area(box: Box) -> bool:
 
 
 def check_photos(records: Sequence[Record], problems: Problems) -> list[Record]:
-    """Return the records whose photo can be read, with size and boxes in pixels of the image from `read_image`.
-
-    JPEG and PNG files are not decoded, so damage inside a JPEG file is found only when the photo is used.
-    """
+    """Return the records whose photo can be read, with size and boxes in pixels of the image from `read_image`. JPEG
+    and PNG files are not decoded, so damage inside a JPEG file is found only when the photo is used."""
     title = "checking photos" if len(records) >= 5000 else None  # fewer photos take about a second
     checked = [_check_photo(record, problems) for record in progress(records, title)]
     return list(problems.kept(filter(None, checked)))
@@ -194,10 +182,8 @@ def file_identity(path: Path) -> Hashable:
 
 
 def drop_repeated_files(raw: RawDataset, problems: Problems) -> RawDataset:
-    """Keep the first of several records of one photo file, or none of them if their objects differ.
-
-    Objects differ, for example, if an export has merged frames of two videos under the same file names.
-    """
+    """Keep the first of several records of one photo file. Keep none of them if their objects differ, as in an export
+    that has merged frames of two videos under the same file names."""
     first: dict[Hashable, Record] = {}
     for record in raw.records:
         identity = file_identity(record.path)

@@ -29,15 +29,8 @@ def read_coco(
     """Read a COCO detection file.
 
     Label i is the i-th of the file's ``categories``, whatever its id is. ``iscrowd``, ``difficult`` and ``ignore`` all
-    set ``Annotation.ignore``.
-
-    Args:
-        images: folder of the photos; ``file_name`` is relative to it.
-        problems: collects the problems of single records.
-        allow_outside: accept a ``file_name`` outside ``images``.
-
-    Raises:
-        DataError: the file is missing or is not COCO JSON, or (mode "refuse") a record is broken.
+    set ``Annotation.ignore``. A ``file_name`` is relative to the folder ``images``. Raise DataError if the file is
+    missing or is not COCO JSON, or (mode "refuse") a record is broken.
     """
     tree = _load(annotations)
     labels = _read_categories(tree["categories"], annotations)

@@ -12,6 +12,7 @@ import itertools
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -44,43 +45,31 @@ logger = logging.getLogger(__name__)
 Target = dict[str, Tensor | int]
 
 
+@dataclass(eq=False, repr=False)
 class DetectionDataset(torch.utils.data.Dataset):
     """Photos with boxes. ``dataset[i]`` is ``(image, target)``.
 
     The image is float32 [3, H, W] RGB in [0, 1], in the size of the photo or of its augmentation. The target has the
     keys ``boxes`` float32 [N, 4] (xyxy, pixels), ``labels`` int64 [N] in 1..K, ``image_id`` int, ``area`` float32 [N]
-    (square pixels) and ``iscrowd`` int64 [N].
-
-    Args:
-        records: the photos; label i is ``classes[i - 1]``.
-        classes: names of the K classes.
-        transforms: augmentation. Its random numbers depend on (seed, epoch, index) only, so a resumed run and any
-            number of processes get the same views.
-        train: leave out objects to ignore (crowd, difficult), and replace photos that cannot be decoded by the next
-            photo. If False, objects to ignore have ``iscrowd`` 1, and a photo that cannot be decoded is an error.
-        seed: seed of the augmentation.
-        on_bad: "refuse" makes a photo that cannot be decoded an error in training too.
-        labelled: False if some photos have no annotations; a photo without boxes may then show objects.
+    (square pixels) and ``iscrowd`` int64 [N]. In training, objects to ignore (crowd, difficult) are left out, and a
+    photo that cannot be decoded is replaced by the next photo. Otherwise objects to ignore have ``iscrowd`` 1.
 
     Raises:
         DataError: ``on_bad`` is unknown, or two records have the same ``image_id``.
     """
 
-    def __init__(
-        self,
-        records: Sequence[Record],
-        classes: Sequence[str],
-        transforms: Augmentation | None = None,
-        train: bool = False,
-        seed: int = 0,
-        on_bad: str = "repair",
-        labelled: bool = True,
-    ) -> None:
-        if on_bad not in MODES:
-            raise DataError(f"on_bad is {on_bad!r:.60}, expected one of {', '.join(MODES)}")
-        self.records, self.classes = tuple(records), tuple(classes)
-        self.transforms, self.train, self.on_bad, self.labelled = transforms, train, on_bad, labelled
-        self.seed, self.epoch = seed, 0
+    records: Sequence[Record]
+    classes: Sequence[str]  # label i is classes[i - 1]
+    transforms: Augmentation | None = None  # its random numbers depend on (seed, epoch, index) only
+    train: bool = False
+    seed: int = 0
+    on_bad: str = "repair"  # "refuse" makes a photo that cannot be decoded an error in training too
+    labelled: bool = True  # False if some photos have no annotations; a photo without boxes may then show objects
+
+    def __post_init__(self) -> None:
+        if self.on_bad not in MODES:
+            raise DataError(f"on_bad is {self.on_bad!r:.60}, expected one of {', '.join(MODES)}")
+        self.records, self.classes, self.epoch = tuple(self.records), tuple(self.classes), 0
         self._paths = {record.image_id: record.path for record in self.records}
         self._undecodable: set[int] = set()
         if len(self._paths) < len(self.records):
@@ -111,11 +100,8 @@ class DetectionDataset(torch.utils.data.Dataset):
         return self.records[index].height, self.records[index].width
 
     def sample(self, index: int, epoch: int) -> tuple[Tensor, Target]:
-        """Return ``(image, target)`` of photo ``index`` with the augmentation of any ``epoch``.
-
-        Raises:
-            DataError: the photo cannot be decoded (see ``train`` and ``on_bad``).
-        """
+        """Return ``(image, target)`` of photo ``index`` with the augmentation of any ``epoch``. Raise DataError if the
+        photo cannot be decoded (see ``on_bad``)."""
         index = range(len(self))[index]  # accepts negative indices; raises IndexError
         record, image = self._read(index)
         annotations = [a for a in record.annotations if not (self.train and a.ignore)]
@@ -197,9 +183,7 @@ def _readable_photos() -> Iterator[None]:
 
 def fingerprint(dataset: DetectionDataset, hashes: Sequence[str] | None = None) -> str:
     """Return the SHA-256 of the classes and of each photo's content, id, size and objects, in the order of the photos.
-
-    It does not depend on paths and augmentation. ``hashes`` can be those of `photo_hashes`, to avoid reading the files.
-    """
+    It does not depend on paths and augmentation. ``hashes`` of `photo_hashes` avoid reading the files again."""
     digest = hashlib.sha256(repr(dataset.classes).encode())
     hashes = [content for _, content in photo_hashes(dataset)] if hashes is None else hashes
     for record, content in zip(dataset.records, hashes, strict=True):
@@ -209,13 +193,10 @@ def fingerprint(dataset: DetectionDataset, hashes: Sequence[str] | None = None) 
 
 
 def require_disjoint(**datasets: DetectionDataset) -> None:
-    """Check that no photo is in two of the data sets, or twice in one of them.
+    """Raise DataError if two of the data sets share a photo, a data set has a file twice, or a photo cannot be read.
 
     Two data sets share a photo if they have files with the same content. Only files of equal size are read. Within a
     data set, files are not compared by content.
-
-    Raises:
-        DataError: two data sets share photos, a data set has a file twice, or a photo cannot be read.
     """
     digest, sizes = functools.cache(sha256), {}
     with _readable_photos():
@@ -266,6 +247,7 @@ def to_coco(dataset: DetectionDataset) -> COCO:
     return coco
 
 
+@dataclass(eq=False)
 class EpochSampler(Sampler[int]):
     """Sampler of the photos of one process in one epoch.
 
@@ -277,15 +259,17 @@ class EpochSampler(Sampler[int]):
     single process, because the scores of a photo depend in the last digits on the other photos of its batch.
     """
 
-    def __init__(
-        self, dataset: DetectionDataset, batch_size: int, train: bool, seed: int, rank: int = 0, world_size: int = 1
-    ) -> None:
-        self.dataset, self.batch_size, self.train, self.seed = dataset, batch_size, train, seed
-        self.rank, self.world_size = rank, world_size
-        self.epoch, self.start = 0, 0
+    dataset: DetectionDataset
+    batch_size: int
+    train: bool
+    seed: int
+    rank: int = 0
+    world_size: int = 1
+    epoch: int = 0
+    start: int = 0  # batches of the epoch that are left out
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
-        """Set the epoch of the sampler and of the data set. The first ``start`` batches of the epoch are left out."""
+        """Set the epoch of the sampler and of the data set."""
         self.epoch, self.start = epoch, start
         self.dataset.set_epoch(epoch)
 
@@ -313,14 +297,9 @@ def build_loader(
 ) -> DataLoader:
     """Return a loader of batches ``(list of images, list of targets)`` for process ``rank``.
 
-    Call ``loader.sampler.set_epoch`` before each epoch. See `EpochSampler` for the photos of each process.
-
-    Args:
-        batch_size: photos per batch. In training, the sum over all processes.
-        workers: number of worker processes; 0 loads photos in this process.
-
-    Raises:
-        DataError: the data set is too small, or (in training) batches cannot be split evenly.
+    Call ``loader.sampler.set_epoch`` before each epoch. See `EpochSampler` for the photos of each process. In training,
+    ``batch_size`` is the sum over all processes. With 0 ``workers``, photos are loaded in this process. Raise DataError
+    if the data set is too small, or (in training) batches cannot be split evenly.
     """
     parts = world_size if train else 1  # processes that share a batch
     if batch_size < 1 or batch_size % parts:
@@ -369,7 +348,6 @@ def load_dataset(
     """Read, check and join data sets, with the objects of ``DATA.CLASSES`` only.
 
     Args:
-        cfg: the configuration; its node ``DATA`` and ``SEED`` are used.
         names: names of data sets in the catalog or in ``DATA.DATASETS``.
         train: limit the photos without objects, augment, and leave out objects to ignore.
         labels: which labels the data sets must have. ``required``: all photos are annotated, and there is an object.

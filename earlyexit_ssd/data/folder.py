@@ -14,13 +14,9 @@ from earlyexit_ssd.progress import progress
 
 
 def read_photo_folder(name: str, folder: Path, problems: Problems) -> RawDataset:
-    """Read all photos in ``folder`` and its subfolders, sorted by path, without hidden files.
-
-    The data set is not ``labelled``, so exits can learn from the full path alone.
-
-    Raises:
-        DataError: ``folder`` is not a folder or has no photo, or (mode "refuse") a photo cannot be read.
-    """
+    """Read all photos in ``folder`` and its subfolders, sorted by path, without hidden files. The data set is not
+    ``labelled``, so exits can learn from the full path alone. Raise DataError if ``folder`` is not a folder or has no
+    photo, or (mode "refuse") a photo cannot be read."""
     if not os.path.isdir(folder):
         raise DataError(f"{folder}: data set {name!r} is a file, expected a folder of photos; correct DATA.DATASETS")
     paths, others = find_files(folder, PHOTO_SUFFIXES)

@@ -56,12 +56,8 @@ REPAIRS = {
 
 
 class Problems:
-    """The problems of one data set, counted by kind.
-
-    Args:
-        on_bad: "repair" counts problems, and the caller repairs the records. "refuse" raises at the first problem.
-            "skip" counts problems and leaves out their photos.
-    """
+    """The problems of one data set, counted by kind. Mode "repair" counts problems, and the caller repairs the records.
+    "refuse" raises at the first problem. "skip" counts problems and leaves out their photos."""
 
     def __init__(self, on_bad: str = "repair") -> None:
         if on_bad not in MODES:

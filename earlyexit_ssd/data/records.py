@@ -59,7 +59,8 @@ class RawDataset:
 
 
 Reader = Callable[..., RawDataset]
-"""``read(name, annotations, photos, problems, allow_outside)``; ``photos`` is a folder or the name of a split."""
+"""``read(name, annotations, photos, problems, allow_outside)``. ``photos`` is a folder or the name of a split.
+``problems`` collects the problems of single records. ``allow_outside`` accepts files outside the data set's folders."""
 
 
 @dataclass(frozen=True)
@@ -77,13 +78,8 @@ FORMATS: dict[str, Format] = {}
 def register_format(
     name: str, recognises: Callable[[str, Path], bool], names_split: bool = False, **repairs: str
 ) -> Callable[[Reader], Reader]:
-    """Return a decorator that registers a reader as `Format` ``name``.
-
-    If several formats recognise an entry, the format that was registered last reads it.
-
-    Args:
-        repairs: kind of problem (with _ for a space) -> description of its repair, for `problems.REPAIRS`.
-    """
+    """Return a decorator that registers a reader as `Format` ``name``. The last registered format that recognises an
+    entry reads it. ``repairs`` are added to `problems.REPAIRS`: kind of problem (with _ for a space) -> its repair."""
 
     def register(read: Reader) -> Reader:
         REPAIRS.update({kind.replace("_", " "): repair for kind, repair in repairs.items()})
@@ -121,11 +117,9 @@ def union_of_classes(raws: Sequence[RawDataset]) -> tuple[str, ...]:
 def select_classes(raws: Sequence[RawDataset], classes: Sequence[str], train: bool = False) -> list[Record]:
     """Return the photos of all data sets with the objects of ``classes`` only, which get the labels 1..K.
 
-    Photos without these objects stay, as negatives. The photos of several data sets are numbered anew from 1. Without
-    ``train``, a class may be missing if a data set has ``open_classes``.
-
-    Raises:
-        DataError: a class is in no data set, or is named twice.
+    Photos without these objects stay, as negatives. The photos of several data sets are numbered anew from 1. Raise
+    DataError if a class is named twice, or is in no data set. Without ``train``, a class may be missing if a data set
+    has ``open_classes``.
     """
     labels = {canonical(name): label for label, name in enumerate(classes, start=1)}
     if len(labels) < len(classes):

@@ -32,15 +32,9 @@ _BIT_COUNT = np.array([bin(value).count("1") for value in range(256)], dtype=np.
 
 
 def parse_block(text: str, fps: float | None = None) -> int:
-    """Return the number of photos in a block, at least 1.
-
-    Args:
-        text: a number of photos such as "25", or seconds such as "5s".
-        fps: photos of a folder per second of video, for seconds only.
-
-    Raises:
-        EarlyExitError: ``text`` or ``fps`` is invalid, or ``fps`` is missing or not needed.
-    """
+    """Return the number of photos in a block, at least 1. ``text`` is a number of photos such as "25", or seconds such
+    as "5s", which need ``fps``, the photos of a folder per second of video. Raise EarlyExitError if ``text`` or ``fps``
+    is invalid, or ``fps`` is missing or not needed."""
     match = re.fullmatch(r"\s*(\d{1,6}|\d{0,6}\.?\d{1,6}(?=\s*s))\s*(s?)\s*", str(text))
     value = f"block is {text!r:.60}"
     if match is None or not float(match[1]) > 0:
@@ -60,11 +54,8 @@ def parse_block(text: str, fps: float | None = None) -> int:
 
 
 def block_of_each(paths: Sequence[Path], photos: int) -> np.ndarray:
-    """Return the number of the block of each photo, from 0, int64 [len(paths)].
-
-    A block has ``photos`` consecutive photos of a folder, or fewer at its end. Photos are sorted by name. Numbers in
-    names are compared as numbers, so 10 follows 9.
-    """
+    """Return the number of the block of each photo, from 0, int64 [len(paths)]. A block has ``photos`` consecutive
+    photos of a folder, or fewer at its end. Photos are sorted by name, and numbers in names as numbers."""
 
     def sort_key(index: int) -> tuple[str, list[tuple[int, str]]]:
         parts = re.split(r"(\d+)", paths[index].name)
@@ -89,9 +80,7 @@ class Repeats:
 
 def distinct(dataset: DetectionDataset, near: bool = True) -> tuple[DetectionDataset, Repeats]:
     """Return the data set with the first of all photos that are duplicates of each other, and the number left out.
-
-    ``near`` compares pictures too, not only files. Do not use it for frames of a video, which are similar.
-    """
+    ``near`` compares pictures too, not only files. Do not use it for frames of a video, which are similar."""
     digests = [digest for _, digest in photo_hashes(dataset)]
     _, first = np.unique(digests, return_index=True)
     hashes = PerceptualHashes.read([record.path for record in dataset.records]) if near else None
@@ -137,9 +126,7 @@ class PerceptualHashes:
 
     def has_duplicate_of(self, bits: np.ndarray, grey: np.ndarray, among: Sequence[int] | None = None) -> bool:
         """Return whether a photo with ``bits`` [8] and ``grey`` [16, 16] is a near-duplicate of one of these photos.
-
-        ``among`` are the indices of the photos to compare with; None: all.
-        """
+        ``among`` are the indices of the photos to compare with; None: all."""
         indices = np.arange(len(self.bits)) if among is None else np.array(among, np.int64)
         candidates = indices[_BIT_COUNT[self.bits[indices] ^ bits].sum(1) <= MAX_BITS]
         return any(np.abs(self.grey[candidate] - grey).max() <= MAX_GREY for candidate in candidates)

@@ -37,14 +37,8 @@ _FACES = np.array([(0, 1, 5, 4), (1, 2, 6, 5), (2, 3, 7, 6), (3, 0, 4, 7), (4, 5
 
 
 class Camera:
-    """A pinhole camera with a square picture of ``size`` x ``size`` pixels.
-
-    Args:
-        eye: position.
-        yaw: rotation to the left of the y axis, in radians.
-        pitch: rotation downwards, in radians.
-        focal: focal length in units of ``size``.
-    """
+    """A pinhole camera at ``eye`` with a picture of ``size`` x ``size`` pixels and a focal length of ``focal`` times
+    ``size``. ``yaw`` turns it to the left of the y axis, ``pitch`` downwards (radians)."""
 
     def __init__(self, eye: tuple[float, float, float], yaw: float, pitch: float, focal: float, size: int) -> None:
         self.eye, self.focal, self.size = np.array(eye, np.float32), focal, size
@@ -82,10 +76,8 @@ def paint(things: list[Furniture], camera: Camera, canvas: np.ndarray, light: Li
     """Paint furniture on ``canvas`` (uint8 [H, W, 4], ``SCALE`` times the camera's size), in place.
 
     The fourth channel becomes a mask: i for visible pixels of the i-th chair of ``things`` (from 1), otherwise 0.
-
-    Returns:
-        For each chair the tight box around its visible pixels, xyxy in pixels of the camera, or None if too little of
-        the chair is visible.
+    Return for each chair the tight box around its visible pixels (xyxy, pixels of the camera), or None if too little of
+    the chair is visible.
     """
     (lamp, ambient), chairs = light, [thing.chair for thing in things]
     # Paint from far to near. For circles that do not meet, distance**2 - radius**2 gives a correct order.
@@ -301,15 +293,10 @@ def render_scene(rng: Generator, size: int) -> tuple[Image.Image, list[Box]]:
 def ensure_synthetic(root: Path, sizes: tuple[int, int, int], image_size: int, seed: int) -> Path:
     """Return the folder of the data set (COCO JSON and JPEG) in ``root``. Render the data set if it does not exist.
 
-    A picture depends on ``image_size``, ``seed``, its split and its index only. The data set is rendered in a temporary
-    folder and renamed, so it is complete if it exists. A lock makes a second process wait for the first.
-
-    Args:
-        sizes: numbers of photos in the splits train, calib and test.
-        image_size: width and height in pixels.
-
-    Raises:
-        CannotWrite: the disk is full, or the folder is read-only.
+    ``sizes`` are the numbers of photos in the splits train, calib and test. A picture depends on its width and height
+    ``image_size`` (pixels), ``seed``, its split and its index only. The data set is rendered in a temporary folder and
+    renamed, so it is complete if it exists. A lock makes a second process wait for the first. Raise CannotWrite if the
+    disk is full or the folder is read-only.
     """
     folder, name = Path(root) / FOLDER, f"{image_size}px_{'_'.join(map(str, sizes))}_seed{seed}_v{VERSION}"
     if not (folder / name).exists():

@@ -17,10 +17,8 @@ Window = tuple[int, int, int, int]  # of whole pixels; the transforms state its 
 
 
 def mixed_seed(*numbers: int) -> int:
-    """Return a seed in [0, 2**63) from non-negative integers such as (seed, epoch, index).
-
-    NumPy guarantees that ``SeedSequence`` stays the same in later versions, so resumed runs get the same augmentation.
-    """
+    """Return a seed in [0, 2**63) from non-negative integers such as (seed, epoch, index), the same in every version of
+    NumPy."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 
@@ -89,11 +87,8 @@ CANVAS = (124, 116, 104)  # ImageNet's mean colour, RGB, 0..255
 
 
 class RandomZoomOut(A.DualTransform):
-    """Shrink the photo by a factor of 1 to 4 and place it at random on a canvas of the photo's original size.
-
-    torchvision's ``RandomZoomOut`` enlarges the canvas instead, to up to 16 times the pixels. After the detector's
-    resize both results are the same.
-    """
+    """Shrink the photo by a factor of 1 to 4 and place it at random on a canvas of the photo's original size. After the
+    detector's resize the result is that of torchvision's ``RandomZoomOut``, which enlarges the canvas."""
 
     _targets = A.core.type_definitions.Targets.IMAGE, A.core.type_definitions.Targets.BBOXES
 
@@ -130,16 +125,9 @@ class Augmentation:
     def __call__(
         self, image: np.ndarray, boxes: np.ndarray, labels: np.ndarray, seed: int
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Augment a photo with its boxes and labels.
+        """Augment a photo (uint8 RGB [H, W, 3]) with its boxes (float [N, 4], xyxy in pixels) and labels (int [N]).
 
-        Args:
-            image: uint8 RGB [H, W, 3].
-            boxes: float [N, 4], xyxy in pixels.
-            labels: int [N].
-            seed: seed of all random numbers.
-
-        Returns:
-            Image uint8 [H', W', 3], boxes float32 [M, 4] (xyxy, its pixels) and labels int64 [M], with M <= N.
+        Return an image uint8 [H', W', 3], its boxes float32 [M, 4] (xyxy, pixels) and labels int64 [M], with M <= N.
         """
         # all transforms share a generator; set_random_seed would give each of them the same random numbers
         self._compose.set_random_state(np.random.default_rng(seed), random.Random(seed))

@@ -43,14 +43,7 @@ def read_voc(name: str, devkit: Path, split: str, problems: Problems, allow_outs
 
     VOC's class names become COCO's. ``difficult`` sets ``Annotation.ignore``. VOC counts pixels from 1 and
     includes both ends, so xmin..xmax becomes [xmin - 1, xmax]. Photos are numbered by their line, without empty lines.
-
-    Args:
-        devkit: a folder such as VOCdevkit/VOC2012.
-        problems: collects the problems of single records.
-        allow_outside: accept annotations and photos outside the devkit's folders.
-
-    Raises:
-        DataError: the split is missing, or (mode "refuse") a record is broken.
+    Raise DataError if the split is missing, or (mode "refuse") a record is broken.
     """
     listing, folder = devkit / "ImageSets" / "Main" / f"{split}.txt", devkit / "Annotations"
     if not os.path.isfile(listing):
@@ -72,10 +65,8 @@ def read_voc(name: str, devkit: Path, split: str, problems: Problems, allow_outs
 def read_xml_folder(
     name: str, annotations: Path, images: Path, problems: Problems, allow_outside: bool = False
 ) -> RawDataset:
-    """Read all VOC XML files in the folder ``annotations`` and its subfolders; the photos are in ``images``.
-
-    The classes are those of the objects found, sorted. See :func:`read_voc` for boxes, other arguments and errors.
-    """
+    """Read all VOC XML files in the folder ``annotations`` and its subfolders. The photos are in ``images``. The
+    classes are those of the objects, sorted. See :func:`read_voc` for boxes and errors."""
     xml_files, other_files = find_files(annotations, _XML)
     if not xml_files:
         raise DataError(f"{annotations}: no XML file here or in a subfolder, expected a VOC annotation file per photo")
@@ -136,12 +127,8 @@ class _XmlReader:
     photos: Callable[[Path], list[Path]] = field(default_factory=lambda: _file_index(PHOTO_SUFFIXES))
 
     def read(self, name: str, sources: Sequence[tuple[int, str, Path]], benchmark: Sequence[str] = ()) -> RawDataset:
-        """Read XML files.
-
-        Args:
-            sources: image id, name relative to ``annotations`` without suffix, and XML file of each photo.
-            benchmark: the classes of the data set if it has no other classes than these.
-        """
+        """Read ``sources``: image id, name relative to ``annotations`` without suffix, and XML file of each photo.
+        ``benchmark`` are the classes of the data set if it has no other classes."""
         photos: list[tuple[Record, list[_Object]]] = []
         seen: set[Path] = set()
         for image_id, stem, source in sources:

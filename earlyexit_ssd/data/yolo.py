@@ -39,14 +39,9 @@ def read_yolo(name: str, description: Path, split: str, problems: Problems, allo
     with three or more points is a polygon, and its bounding box is used. If data.yaml has ``kpt_shape``, the keypoints
     after the box are ignored.
 
-    Args:
-        description: data.yaml, with ``names``, splits, and ``path`` if the data are in another folder. A split is a
-            folder of photos, a text file that lists photos, or a list of folders and text files.
-        problems: collects the problems of single photos and lines.
-        allow_outside: accept photos outside the folder of data.yaml.
-
-    Raises:
-        DataError: data.yaml or the split is invalid, or (mode "refuse") a photo or line is broken.
+    ``description`` is data.yaml, with ``names``, splits, and ``path`` if the data are in another folder. A split is a
+    folder of photos, a text file that lists photos, or a list of folders and text files. Raise DataError if data.yaml
+    or the split is invalid, or (mode "refuse") a photo or line is broken.
     """
     tree = read_yaml(description, "description of YOLO data", "write the keys path, train, val and names", DataError)
     if not isinstance(tree, Mapping):

@@ -27,18 +27,9 @@ ARRAYS_OF_HEAD = ("cls_logits", "bbox_regression")
 
 
 class TapCache:
-    """Taps and full-path outputs on disk. Row ``view * photos + index`` belongs to photo ``index``.
-
-    Args:
-        folder: folder of the files.
-        model: determines the shape of a row.
-        photos: number of photos.
-        views: number of views of each photo.
-        dtype: ``float16`` (relative rounding error up to 2^-11) or ``float32`` (no rounding).
-
-    Attributes:
-        gibibytes: size on disk.
-    """
+    """Taps and full-path outputs of ``photos`` x ``views`` on disk. Row ``view * photos + index`` belongs to photo
+    ``index``. ``model`` determines the shape of a row. ``dtype`` is ``float16`` (relative rounding error up to 2^-11)
+    or ``float32`` (no rounding). The attribute ``gibibytes`` is the size on disk."""
 
     def __init__(self, folder: Path, model: EarlyExitSSDLite, photos: int, views: int, dtype: str = "float16") -> None:
         self.folder, self.photos, self.views, self._dtype = folder, photos, views, np.dtype(dtype)
@@ -54,16 +45,10 @@ class TapCache:
             raise EarlyExitError(f"{needs}, EXITS_PHASE.CACHE_GIB allows {gibibytes}; raise CACHE_GIB, or {fix}")
 
     def build(self, model: EarlyExitSSDLite, loader: DataLoader, contents: str) -> None:
-        """Compute the cache, unless it is complete; then open it for reading.
+        """Compute the cache, unless it is complete; then open it for reading. Raise EarlyExitError if the disk is full.
 
-        Args:
-            model: a model with a frozen trunk.
-            loader: yields the photos in order. The epoch of its sampler selects the view.
-            contents: text that identifies photos, boxes and views. If it or the weights have changed, the cache is
-                computed again.
-
-        Raises:
-            EarlyExitError: the disk is full.
+        The ``loader`` yields the photos in order. The epoch of its sampler selects the view. ``contents`` identifies
+        photos, boxes and views. If it or the weights have changed, the cache is computed again.
         """
         contents = f"{contents} {_weights_hash(model)} {self.views} {self._dtype}"
         store = ArrayStore(self.folder, "cache", contents, self.photos * self.views, self._row)
@@ -77,8 +62,7 @@ class TapCache:
             store.finish(targets)
         barrier()
         store.read()
-        self._arrays: dict[str, np.memmap] = store.arrays
-        self.targets: list[dict[str, Tensor]] = store.rest
+        self._arrays, self.targets = store.arrays, store.rest
 
     def _fill(self, store: ArrayStore, model: EarlyExitSSDLite, loader: DataLoader) -> Iterator[dict[str, Tensor]]:
         device = next(model.parameters()).device
@@ -100,9 +84,9 @@ class TapCache:
 
     def rows(self, rows: np.ndarray, device: torch.device) -> TapBatch:
         """Return a batch in fp32 of the rows with the indices ``rows``, in increasing order."""
-        order, values = np.sort(rows), {}
-        for name, array in self._arrays.items():
-            values[name] = torch.from_numpy(array[order].astype(np.float32)).to(device)
+        order = np.sort(rows)
+        arrays = {name: array[order].astype(np.float32) for name, array in self._arrays.items()}
+        values = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
         head = {name: values.pop(name) for name in ARRAYS_OF_HEAD}
         return TapBatch(list(values.values()), head, to_device([self.targets[row] for row in order], device))
 

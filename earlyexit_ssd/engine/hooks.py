@@ -28,6 +28,7 @@ LogLine = dict[str, float | None]
 """``step``, ``epoch``, ``lr``, ``loss``, its parts ``loss/<name>``, ``seconds`` and the figures of ``Log.measure``."""
 
 
+@dataclass
 class Checkpoint(Hook):
     """Save the state to ``path`` every ``period`` steps and at the end of each epoch. Resume from it if it exists.
 
@@ -35,9 +36,10 @@ class Checkpoint(Hook):
     at any moment leaves a valid file.
     """
 
-    def __init__(self, path: Path, period: int, ema: ExponentialMovingAverage | None = None) -> None:
-        self.path, self.period, self.ema = path, period, ema
-        self.signal_name = ""
+    path: Path
+    period: int
+    ema: ExponentialMovingAverage | None = None
+    signal_name: str = ""  # of the signal that stopped the loop
 
     def before_training(self, trainer: Trainer) -> None:
         """Load the file, and handle signals."""
@@ -59,7 +61,6 @@ class Checkpoint(Hook):
         self.signal_name = signal.Signals(number).name
 
     def _parts(self, trainer: Trainer) -> dict[str, object]:
-        """Return the objects with a state."""
         parts = {"model": trainer.model, "optimizer": trainer.optimizer, "scaler": trainer.scaler, "ema": self.ema}
         return {name: part for name, part in parts.items() if part is not None}
 

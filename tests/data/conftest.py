@@ -13,7 +13,8 @@ from fvcore.common.config import CfgNode
 from PIL import Image
 
 from earlyexit_ssd.config import get_cfg
-from earlyexit_ssd.data.problems import MODES
+from earlyexit_ssd.data.problems import MODES, Problems
+from earlyexit_ssd.errors import DataError
 
 CATEGORIES = ({"id": 62, "name": "chair"}, {"id": 3, "name": "cat"})
 # x, y, width, height in a photo of 60 x 40: two chairs and a cat
@@ -44,9 +45,8 @@ def make_coco(tmp_path: Path) -> Callable[..., CfgNode]:
         photos: tuple[dict[str, Any], ...] = (),
         **parts: Any,
     ) -> CfgNode:
-        images = [{"id": i, "file_name": f"{name}{i}.png", "width": 60, "height": 40} for i in (10, 20, 30)] + list(
-            photos
-        )
+        images = [{"id": i, "file_name": f"{name}{i}.png", "width": 60, "height": 40} for i in (10, 20, 30)]
+        images += photos
         for image in images:
             if "file_name" in image and not (tmp_path / name / image["file_name"]).exists():
                 write_photo(tmp_path / name / image["file_name"])
@@ -104,6 +104,18 @@ def voc_xml() -> Callable[..., str]:
 @pytest.fixture(params=MODES)
 def on_bad(request: pytest.FixtureRequest) -> str:
     return request.param
+
+
+def repaired_and_skipped(read: Callable[[Problems], Any], counts: dict[str, int], message: str) -> tuple[Any, Any]:
+    """Return ``read(problems)`` in the modes "repair" and "skip", which must count ``counts``. In mode "refuse" it must
+    raise a one-line error that matches ``message``."""
+    with pytest.raises(DataError, match=message) as error:
+        read(Problems("refuse"))
+    assert "\n" not in str(error.value)
+    repair, skip = Problems("repair"), Problems("skip")
+    results = read(repair), read(skip)
+    assert repair.counts == skip.counts == counts
+    return results
 
 
 @pytest.fixture

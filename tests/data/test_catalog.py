@@ -9,7 +9,6 @@ import pytest
 
 from earlyexit_ssd.config import get_cfg
 from earlyexit_ssd.data import catalog, records
-from earlyexit_ssd.data import catalog as builtin
 from earlyexit_ssd.data.problems import Problems
 from earlyexit_ssd.data.records import RawDataset
 from earlyexit_ssd.errors import ConfigError, DataError
@@ -21,8 +20,19 @@ def _own_catalog(monkeypatch):
     monkeypatch.delenv(catalog.ROOT_VARIABLE, raising=False)
 
 
-def load(name, cfg, on_bad="repair"):
-    return catalog.load(name, cfg.DATA, Problems(on_bad))
+@pytest.fixture
+def cfg(tmp_path):
+    cfg = get_cfg()
+    cfg.DATA.ROOT = str(tmp_path / "root")
+    return cfg
+
+
+def load(name, cfg):
+    return catalog.load(name, cfg.DATA, Problems())
+
+
+def names(raw):
+    return [record.path.name for record in raw.records]
 
 
 def test_root_is_the_config_key_then_the_variable_then_datasets(monkeypatch):
@@ -49,32 +59,27 @@ def test_register(tmp_path):
         catalog.register("mine", lambda root, data, problems: raw)
 
 
-def test_register_coco(make_coco, tmp_path):
+def test_register_coco_and_voc(make_coco, make_voc, voc_xml, tmp_path):
     cfg = make_coco()
+    make_voc({"a": voc_xml()})
     catalog.register_coco("relative", "tiny.json", "tiny")
     catalog.register_coco("absolute", tmp_path / "tiny.json", tmp_path / "tiny")
+    catalog.register_voc("myvoc", "VOCdevkit/VOC2012", "trainval")
     assert len(load("relative", cfg).records) == 3
+    assert names(load("myvoc", cfg)) == ["a.jpg"]
     cfg.DATA.ROOT = "/nowhere"
     assert len(load("absolute", cfg).records) == 3
 
 
-def test_register_voc(make_voc, voc_xml, tmp_path):
-    make_voc({"a": voc_xml()})
-    catalog.register_voc("myvoc", "VOCdevkit/VOC2012", "trainval")
-    cfg = get_cfg()
-    cfg.DATA.ROOT = str(tmp_path)
-    assert len(load("myvoc", cfg).records) == 1
-
-
 def test_datasets_of_the_configuration(make_coco, make_voc, voc_xml, voc_object):
-    cfg = make_coco()
+    cfg = make_coco(name="furniture_test")  # it precedes the built-in data set
     make_voc({"a": voc_xml(voc_object("chair", (1, 1, 5, 5))), "b": voc_xml()}, split="mysplit", folder="kit")
     cfg.DATA.DATASETS = (
-        ("one", "tiny.json", "tiny"),
+        *cfg.DATA.DATASETS,
         ("two", "kit", "mysplit"),
         ("three", "kit/Annotations", "kit/JPEGImages"),
     )
-    for name, count in (("one", 3), ("two", 2), ("three", 2)):
+    for name, count in (("furniture_test", 3), ("two", 2), ("three", 2)):
         raw = load(name, cfg)
         assert (raw.name, len(raw.records)) == (name, count)
 
@@ -103,33 +108,25 @@ def test_user_format_precedes_built_in_formats(make_coco, tmp_path, monkeypatch,
     assert load("tiny", cfg).classes == ("chair", "cat")
 
 
-def test_datasets_of_the_configuration_precede_built_in_datasets(make_coco):
-    cfg = make_coco(name="furniture_test")
-    assert len(load("furniture_test", cfg).records) == 3
+TINY = ("tiny", "tiny.json", "tiny")
 
 
 @pytest.mark.parametrize(
-    ("entries", "wrong"),
+    ("entries", "message"),
     [
-        (("a", "b", "c"), "'a'"),
-        ((("tiny", "tiny.json", "tiny"), ("a", "b")), r"\('a', 'b'\)"),
-        (((1, "b", "c"),), r"\(1, 'b', 'c'\)"),
+        (("a", "b", "c"), "has 'a', expected triples"),
+        ((TINY, ("a", "b")), r"has \('a', 'b'\), expected triples"),
+        (((1, "b", "c"),), r"has \(1, 'b', 'c'\), expected triples"),
+        ((TINY, ("tiny", "other.json", "other")), "has two data sets named 'tiny'; give each its own name"),
     ],
 )
-def test_datasets_of_the_configuration_are_triples(make_coco, entries, wrong):
+def test_datasets_of_the_configuration_are_triples_with_unique_names(make_coco, entries, message):
     """The error is raised for every name that is loaded."""
     cfg = make_coco()
     cfg.DATA.DATASETS = entries
-    with pytest.raises(ConfigError, match=rf"DATA.DATASETS has {wrong}, expected triples") as error:
+    with pytest.raises(ConfigError, match=f"DATA.DATASETS {message}") as error:
         load("tiny", cfg)
     assert "\n" not in str(error.value)
-
-
-def test_datasets_of_the_configuration_have_unique_names(make_coco):
-    cfg = make_coco()
-    cfg.DATA.DATASETS = (*cfg.DATA.DATASETS, ("tiny", "other.json", "other"))
-    with pytest.raises(ConfigError, match="DATA.DATASETS has two data sets named 'tiny'; give each its own name"):
-        load("tiny", cfg)
 
 
 @pytest.mark.parametrize(
@@ -143,19 +140,16 @@ def test_datasets_of_the_configuration_have_unique_names(make_coco):
         ("voc_xml_sample_trainval", "voc_xml_sample/VOCdevkit/VOC2012"),
     ],
 )
-def test_missing_folder_error_names_the_path_and_the_fix(tmp_path, name, missing):
-    cfg = get_cfg()
-    cfg.DATA.ROOT = str(tmp_path)
+def test_missing_folder_error_names_the_path_and_the_fix(cfg, name, missing):
     with pytest.raises(DataError, match=f"{missing}: data set '{name}' not found") as error:
         load(name, cfg)
     message = str(error.value)
-    assert str(tmp_path) in message
-    assert "DATA.ROOT" in message
-    assert "EARLYEXIT_SSD_DATASETS" in message
+    assert cfg.DATA.ROOT in message
+    assert "set DATA.ROOT or the environment variable EARLYEXIT_SSD_DATASETS" in message
     assert ("DATA.DOWNLOAD" in message) == name.startswith("voc_20")
 
 
-def test_missing_photo_folder(make_coco, tmp_path):
+def test_missing_photo_folder(make_coco):
     cfg = make_coco()
     cfg.DATA.DATASETS = (("tiny", "tiny.json", "lost"),)
     with pytest.raises(DataError, match="lost: data set 'tiny' not found"):
@@ -173,47 +167,25 @@ def test_built_in_names():
     assert expected <= set(catalog._LOADERS)
 
 
-@pytest.fixture
-def cfg(tmp_path):
-    cfg = get_cfg()
-    cfg.DATA.ROOT = str(tmp_path / "root")
-    return cfg
-
-
 def test_download_by_torchvision(cfg, make_voc, voc_xml, tmp_path, monkeypatch):
-    """A fake of torchvision's class unpacks a devkit."""
-    devkit = make_voc({"a": voc_xml()}, split="test", folder="unpacked/VOC2007")
-    calls = []
-
-    def download(root, year, image_set, download):
-        calls.append((year, image_set, download))
-        assert not (tmp_path / "root" / "VOCdevkit").exists(), "a partly unpacked devkit is not in its final folder"
-        shutil.copytree(devkit, Path(root) / "VOCdevkit" / "VOC2007")
-
-    monkeypatch.setattr("torchvision.datasets.VOCDetection", download)
-    cfg.DATA.DOWNLOAD = True
-    for _ in range(2):
-        raw = catalog.load("voc_2007_test", cfg.DATA, Problems())
-        assert [record.path.name for record in raw.records] == ["a.jpg"]
-    assert calls == [("2007", "test", True)], "an existing devkit is not downloaded again"
-    assert [path.name for path in (tmp_path / "root").iterdir()] == ["VOCdevkit"], "no temporary folder is left"
-
-
-def test_second_split_is_added_to_the_devkit(cfg, make_voc, voc_xml, tmp_path, monkeypatch):
-    """VOC2007's two archives unpack into one folder."""
+    """A fake of torchvision's class unpacks devkits. VOC2007's two archives unpack into one folder."""
     devkits = {
         split: make_voc({name: voc_xml()}, split=split, folder=f"unpacked/{split}/VOC2007")
         for name, split in (("a", "test"), ("b", "trainval"))
     }
+    root, calls = tmp_path / "root", []
 
-    def download(root, year, image_set, download):
-        shutil.copytree(devkits[image_set], Path(root) / "VOCdevkit" / "VOC2007")
+    def download(folder, year, image_set, download):
+        calls.append((year, image_set, download))
+        assert not (root / f"VOCdevkit/VOC2007/ImageSets/Main/{image_set}.txt").exists(), "unpacked elsewhere"
+        shutil.copytree(devkits[image_set], Path(folder) / "VOCdevkit" / "VOC2007")
 
     monkeypatch.setattr("torchvision.datasets.VOCDetection", download)
     cfg.DATA.DOWNLOAD = True
-    for split, photo in (("test", "a.jpg"), ("trainval", "b.jpg"), ("test", "a.jpg")):
-        raw = catalog.load(f"voc_2007_{split}", cfg.DATA, Problems())
-        assert [record.path.name for record in raw.records] == [photo]
+    for split, photo in (("test", "a.jpg"), ("test", "a.jpg"), ("trainval", "b.jpg"), ("test", "a.jpg")):
+        assert names(load(f"voc_2007_{split}", cfg)) == [photo]
+        assert [path.name for path in root.iterdir()] == ["VOCdevkit"], "no temporary folder is left"
+    assert calls == [("2007", "test", True), ("2007", "trainval", True)], "an existing split is not downloaded again"
 
 
 @pytest.mark.parametrize("failure", [OSError("<urlopen error no\nnetwork>"), RuntimeError("File not found")])
@@ -224,7 +196,7 @@ def test_failed_download_is_a_one_line_error(cfg, monkeypatch, failure):
     monkeypatch.setattr("torchvision.datasets.VOCDetection", download)
     cfg.DATA.DOWNLOAD = True
     with pytest.raises(DataError, match=r"VOC 2012 could not be downloaded to .*check the network") as error:
-        catalog.load("voc_2012_train", cfg.DATA, Problems())
+        load("voc_2012_train", cfg)
     assert "\n" not in str(error.value)
 
 
@@ -240,9 +212,9 @@ def test_synthetic_scenes_are_rendered_with_the_settings(cfg, make_coco, tmp_pat
         shutil.copytree(tmp_path / "tiny", folder / "calib")
         return folder
 
-    monkeypatch.setattr(builtin, "ensure_synthetic", render)
+    monkeypatch.setattr(catalog, "ensure_synthetic", render)
     cfg.DATA.SYNTHETIC.SIZES = (3, 2, 1)
     cfg.DATA.SYNTHETIC.SEED = 5
-    raw = catalog.load("synthetic_chairs_calib", cfg.DATA, Problems())
+    raw = load("synthetic_chairs_calib", cfg)
     assert calls == [(tmp_path / "root", (3, 2, 1), 192, 5)]
     assert raw.records[0].path == tmp_path / "root" / "synthetic_chairs" / "calib" / "tiny10.png"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+from collections.abc import Iterable
 from pathlib import Path
 
 import cv2
@@ -26,25 +27,31 @@ from earlyexit_ssd.data.checks import (
     parse_flag,
     resize_record,
 )
-from earlyexit_ssd.data.problems import Problems
+from earlyexit_ssd.data.problems import REPAIRS, Problems
 from earlyexit_ssd.data.records import Annotation, RawDataset, Record
 from earlyexit_ssd.errors import DataError
+from tests.data.conftest import repaired_and_skipped
 
 GOOD = Annotation((1, 2, 11, 12), 1, id=1)
 BAD = {
-    "zero width": ((5, 5, 5, 9), "box without area", None),
-    "negative height": ((5, 9, 8, 5), "box without area", None),
-    "not a number": ((5, math.nan, 8, 9), "box with NaN or infinity", None),
-    "infinite": ((5, 5, math.inf, 9), "box with NaN or infinity", None),
-    "partly outside": ((-10, 5, 20, 45), "box outside the photo", (0, 5, 20, 40)),
-    "wholly outside": ((70, 5, 90, 15), "box outside the photo", None),
-    "wholly outside, near": ((60.2, 5, 60.9, 15), "box outside the photo", None),
+    "zero width": ((5, 5, 5, 9), "box without area", []),
+    "negative height": ((5, 9, 8, 5), "box without area", []),
+    "not a number": ((5, math.nan, 8, 9), "box with NaN or infinity", []),
+    "infinite": ((5, 5, math.inf, 9), "box with NaN or infinity", []),
+    "partly outside": ((-10, 5, 20, 45), "box outside the photo", [(0, 5, 20, 40)]),
+    "wholly outside": ((70, 5, 90, 15), "box outside the photo", []),
+    "wholly outside, near": ((60.2, 5, 60.9, 15), "box outside the photo", []),
+    "half a pixel outside": ((5, 5, 60.5, 30), "box outside the photo", [(5, 5, 60, 30)]),
 }
 
 
 def checked_records(raw: RawDataset, problems: Problems) -> list[Record]:
     """Check and clip the boxes, as load_dataset does."""
     return clip_boxes(check_boxes(raw, problems).records, problems)
+
+
+def boxes_of(records: Iterable[Record]) -> list[list[tuple[float, ...]]]:
+    return [[annotation.box for annotation in record.annotations] for record in records]
 
 
 def dataset(annotation: Annotation) -> RawDataset:
@@ -56,39 +63,21 @@ def dataset(annotation: Annotation) -> RawDataset:
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_boxes(case, on_bad):
-    box, kind, repaired = BAD[case]
-    problems = Problems(on_bad)
+def test_bad_boxes(case):
+    box, kind, clipped = BAD[case]
     raw = dataset(Annotation(box, 2, id=77))
-    if on_bad == "refuse":
-        with pytest.raises(DataError, match=kind) as error:
-            checked_records(raw, problems)
-        message = str(error.value)
-        assert message.startswith("boxes.json: photo bad.jpg (id 2), annotation 77 has box")
-        assert ", ".join(f"{value:g}" for value in box) in message
-        assert "60 x 40" in message
-        assert "\n" not in message
-        return
-    checked = checked_records(raw, problems)
-    assert problems.counts == {kind: 1}
-    if on_bad == "skip":
-        assert [record.image_id for record in checked] == [1]
-    else:
-        expected = [GOOD.box] if repaired is None else [GOOD.box, repaired]
-        assert [a.box for a in checked[1].annotations] == expected
+    values = ", ".join(f"{value:g}" for value in box)
+    message = rf"^boxes.json: photo bad.jpg \(id 2\), annotation 77 has box .* = {values}, .*60 x 40 .*: {kind}"
+    results = repaired_and_skipped(lambda problems: boxes_of(checked_records(raw, problems)), {kind: 1}, message)
+    assert results == ([[GOOD.box], [GOOD.box, *clipped]], [[GOOD.box]])
 
 
 @pytest.mark.parametrize("label", [0, 3, -1])
-def test_labels_outside_the_classes(label, on_bad):
-    problems = Problems(on_bad)
+def test_labels_outside_the_classes(label):
     raw = dataset(Annotation((1, 1, 5, 5), label, id="a9"))
-    if on_bad == "refuse":
-        with pytest.raises(DataError, match=f"annotation a9 has label {label}, expected 1 to 2: unknown label"):
-            check_boxes(raw, problems)
-        return
-    checked = check_boxes(raw, problems)
-    assert problems.counts == {"unknown label": 1}
-    assert [len(record.annotations) for record in checked.records] == ([1, 1] if on_bad == "repair" else [1])
+    message = f"annotation a9 has label {label}, expected 1 to 2: unknown label"
+    results = repaired_and_skipped(lambda p: boxes_of(check_boxes(raw, p).records), {"unknown label": 1}, message)
+    assert results == ([[GOOD.box], [GOOD.box]], [[GOOD.box]])
 
 
 def test_rounding_at_the_border_is_not_counted():
@@ -99,23 +88,11 @@ def test_rounding_at_the_border_is_not_counted():
     assert not problems.counts
 
 
-@pytest.mark.parametrize("box", [(-1, 5, 20, 30), (5, 5, 60.5, 30)])
-def test_box_half_a_pixel_or_more_outside_is_counted(box):
-    problems = Problems()
-    checked_records(dataset(Annotation(box, 1)), problems)
-    assert problems.counts == {"box outside the photo": 1}
-
-
-def test_boxes_that_are_too_thin_after_scaling(on_bad):
+def test_boxes_that_are_too_thin_after_scaling():
     """A photo of 60 x 40 that was annotated as one of 60,000 x 40,000, scaled."""
-    problems = Problems(on_bad)
     record = Record(1, Path("a.jpg"), 60, 40, (Annotation((1, 1, 1.005, 9), 1),))
-    if on_bad == "refuse":
-        with pytest.raises(DataError, match="box without area"):
-            clip_boxes([record], problems)
-        return
-    assert [r.annotations for r in clip_boxes([record], problems)] == ([()] if on_bad == "repair" else [])
-    assert problems.counts == {"box without area": 1}
+    kind = "box without area"
+    assert repaired_and_skipped(lambda p: boxes_of(clip_boxes([record], p)), {kind: 1}, kind) == ([[]], [])
 
 
 def test_good_records_are_unchanged():
@@ -168,33 +145,24 @@ def test_parse_flag(values, meaning):
     assert [parse_flag(value) for value in values] == [meaning] * len(values)
 
 
-def test_unusable_flag_is_counted_once_per_object(on_bad):
-    problems = Problems(on_bad)
-    flags = {"iscrowd": "perhaps", "ignore": [0], "difficult": "no"}
-    if on_bad == "refuse":
-        with pytest.raises(DataError, match="^a.json: annotation 3 has iscrowd 'perhaps', expected 0 or 1: unusable"):
-            any_flag_set(flags, "a.json: annotation 3", problems, 1)
-        return
-    assert not any_flag_set(flags, "a.json: annotation 3", problems, 1)
-    assert problems.counts == {"unusable flag": 1}
-    assert problems.keeps(1) == (on_bad == "repair")
-    assert any_flag_set({"iscrowd": "1", "ignore": "perhaps"}, "a.json: annotation 4", problems, 2)
+def test_unusable_flag_is_counted_once_per_object():
+    where, flags = "a.json: annotation 3", {"iscrowd": "perhaps", "ignore": [0], "difficult": "no"}
+    kept = repaired_and_skipped(
+        lambda problems: (any_flag_set(flags, where, problems, 1), problems.keeps(1)),
+        {"unusable flag": 1},
+        f"^{where} has iscrowd 'perhaps', expected 0 or 1: unusable",
+    )
+    assert kept == ((False, True), (False, False))
+    assert any_flag_set({"iscrowd": "1", "ignore": "perhaps"}, "a.json: annotation 4", Problems(), 2)
 
 
 def test_normalized_boxes_are_an_error_if_most_and_counted_if_few(on_bad):
-    suspects = [("a.json: annotation 1", 7), ("a.json: annotation 2", 8)]
-    with pytest.raises(
-        DataError, match=r"^a.json: 2 of 3 boxes lie in 0..1 .*multiply them by the photo's width and height"
-    ):
-        check_unit(suspects, 3, Path("a.json"), Problems(on_bad))
-    problems = Problems(on_bad)
-    check_unit([], 0, Path("a.json"), problems)
-    if on_bad == "refuse":
-        with pytest.raises(DataError, match="^a.json: annotation 1: normalized box"):
-            check_unit(suspects, 4, Path("a.json"), problems)
-        return
-    check_unit(suspects, 4, Path("a.json"), problems)
-    assert problems.counts == {"normalized box": 2}
+    source, suspects = Path("a.json"), [("a.json: annotation 1", 7), ("a.json: annotation 2", 8)]
+    with pytest.raises(DataError, match=r"^a.json: 2 of 3 boxes lie in 0..1 .*multiply them by the photo's width and"):
+        check_unit(suspects, 3, source, Problems(on_bad))
+    check_unit([], 0, source, Problems("refuse"))
+    message = "^a.json: annotation 1: normalized box"
+    repaired_and_skipped(lambda problems: check_unit(suspects, 4, source, problems), {"normalized box": 2}, message)
 
 
 @pytest.mark.parametrize(
@@ -210,80 +178,48 @@ def test_boxes_in_percent_are_noted(size, bottom, count):
 
 @pytest.mark.parametrize(
     ("names", "joined"),
-    [
-        (("a", "A"), 1),
-        (("left_turn", "Left Turn"), 1),
-        (("sofa", "couch"), 1),
-        (("cup", "Cup", "CUP"), 2),
-        (("cup", "cup", "mug"), 0),
-    ],
+    [(("a", "A"), 1), (("left_turn", "Left Turn"), 1), (("sofa", "couch"), 1), (("cup", "Cup", "CUP"), 2)],
 )
-def test_equivalent_class_names_are_counted(on_bad, names, joined):
-    problems = Problems(on_bad)
-    if on_bad == "refuse" and joined:
-        with pytest.raises(DataError, match=f"^a.json: classes '{names[0]}' and '{names[1]}' are the same"):
-            check_names(names, Path("a.json"), problems)
-        return
-    check_names(names, Path("a.json"), problems)
-    assert sum(problems.counts.values()) == joined
+def test_equivalent_class_names_are_counted(names, joined):
+    message = f"^a.json: classes '{names[0]}' and '{names[1]}' are the same"
+    counts = {"two names of one class": joined}
+    repaired_and_skipped(lambda problems: check_names(names, Path("a.json"), problems), counts, message)
 
 
-# Photo files are checked before training, in every mode.
+def test_equal_class_names_are_allowed():
+    check_names(("cup", "cup", "mug"), Path("a.json"), Problems("refuse"))
+
+
+# Photo files are checked before training.
 
 CHAIR = Annotation((5, 6, 25, 36), 1, area=500.0)
 
 
 @pytest.mark.parametrize("damage", ["missing", "truncated", "text"])
-def test_missing_and_unreadable_files(photo_file, on_bad, damage):
+def test_missing_and_unreadable_files(photo_file, damage):
     good, bad = photo_file("good.jpg"), photo_file("bad.jpg")
     if damage == "missing":
         bad.unlink()
     else:
         bad.write_bytes(bad.read_bytes()[:500] if damage == "truncated" else b"text")
     records = [Record(1, bad, 60, 40, (CHAIR,)), Record(2, good, 60, 40, (CHAIR,))]
-    problems = Problems(on_bad)
     kind = "missing photo file" if damage == "missing" else "unreadable photo file"
-    if on_bad == "refuse":
-        with pytest.raises(DataError, match=kind) as error:
-            check_photos(records, problems)
-        assert "photo bad.jpg (id 1)" in str(error.value)
-        assert "\n" not in str(error.value)
-        return
-    assert check_photos(records, problems) == records[1:]
-    assert problems.counts == {kind: 1}
+    message = rf"photo bad.jpg \(id 1\).*: {kind}"
+    results = repaired_and_skipped(lambda problems: check_photos(records, problems), {kind: 1}, message)
+    assert results == (records[1:], records[1:])
 
 
-def test_photo_of_another_size_than_annotated(photo_file, on_bad):
-    """A photo of 60 x 40, annotated at 120 x 20."""
-    annotation = Annotation((10, 3, 50, 18), 1, area=500.0)
-    record = Record(1, photo_file("a.jpg"), 120, 20, (annotation,))
-    problems = Problems(on_bad)
-    if on_bad == "refuse":
-        with pytest.raises(DataError, match=r"photo a.jpg \(id 1\) is 60 x 40, annotated as 120 x 20"):
-            check_photos([record], problems)
-        return
-    checked = check_photos([record], problems)
-    assert problems.counts == {"photo of another size than annotated": 1}
-    if on_bad == "skip":
-        assert checked == []
-        return
-    assert (checked[0].width, checked[0].height) == (60, 40)
-    assert checked[0].annotations[0].box == (5, 6, 25, 36)
-    assert checked[0].annotations[0].area == 500.0
-
-
-def test_swapped_width_and_height(photo_file, on_bad):
-    """The annotated width is the photo's height. The boxes are correct and stay."""
-    record = Record(1, photo_file("a.jpg"), 40, 60, (CHAIR,))
-    problems = Problems(on_bad)
-    kind = "photo with width and height swapped"
-    if on_bad == "refuse":
-        with pytest.raises(DataError, match=f"is 60 x 40, annotated as 40 x 60: {kind}"):
-            check_photos([record], problems)
-        return
-    swapped = Record(1, record.path, 60, 40, (CHAIR,))
-    assert check_photos([record], problems) == ([] if on_bad == "skip" else [swapped])
-    assert problems.counts == {kind: 1}
+def test_photo_of_another_size_than_annotated(photo_file):
+    """The boxes are scaled, except if width and height are swapped."""
+    path, box = photo_file("a.jpg"), Annotation((10, 3, 50, 18), 1, area=500.0)
+    for size, annotation, kind in (
+        ((120, 20), box, "photo of another size than annotated"),
+        ((40, 60), CHAIR, "photo with width and height swapped"),
+    ):
+        record = Record(1, path, *size, (annotation,))
+        message = rf"photo a.jpg \(id 1\) is 60 x 40, annotated as {size[0]} x {size[1]}: {kind}"
+        results = repaired_and_skipped(lambda problems, r=record: check_photos([r], problems), {kind: 1}, message)
+        assert results == ([Record(1, path, 60, 40, (CHAIR,))], [])
 
 
 @pytest.mark.parametrize(("area", "resized"), [(None, None), (3.0, 18.0)])
@@ -318,20 +254,14 @@ UNUSUAL = {
 
 
 @pytest.mark.parametrize("name", UNUSUAL)
-def test_photos_that_are_not_8_bit_rgb(tmp_path, on_bad, name, caplog):
+def test_photos_that_are_not_8_bit_rgb(tmp_path, name):
     mode, kind, options = UNUSUAL[name]
     Image.new(mode, (60, 40)).save(tmp_path / name, **options)
     record = Record(1, tmp_path / name, 60, 40, (CHAIR,))
-    problems = Problems(on_bad)
-    if on_bad == "refuse":
-        with pytest.raises(DataError, match=rf"photo {name} \(id 1\) has .*: {kind}"):
-            check_photos([record], problems)
-        return
-    assert check_photos([record], problems) == ([record] if on_bad == "repair" else [])
-    assert problems.counts == {kind: 1}
-    with caplog.at_level(logging.WARNING):
-        problems.log("set")
-    assert f"set: 1 x {kind} (" in caplog.text
+    message = rf"photo {name} \(id 1\) has .*: {kind}"
+    results = repaired_and_skipped(lambda problems: check_photos([record], problems), {kind: 1}, message)
+    assert results == ([record], [])
+    assert kind in REPAIRS
 
 
 def test_16_bit_colour(tmp_path):
@@ -342,21 +272,17 @@ def test_16_bit_colour(tmp_path):
     assert problems.counts == {"photo of more than 8 bits": 1}
 
 
-def test_repeated_files_are_dropped(photo_file, on_bad):
+def test_repeated_files_are_dropped(photo_file):
     """Duplicates with equal objects are dropped. If the objects differ, all entries are dropped. Links are resolved."""
     copied, mixed, alone = (photo_file(f"{name}.png") for name in ("copied", "mixed", "alone"))
     link = mixed.with_name("link.png")
     link.symlink_to(mixed)
     paths = (copied, copied, mixed, alone, link, mixed.with_name("lost.png"), mixed.with_name("lost.png"))
     objects = {2: (CHAIR,), 4: ()}
-    records = [Record(i, path, 60, 40, objects.get(i, ())) for i, path in enumerate(paths)]
-    problems = Problems(on_bad)
-    raw = RawDataset("set", ("chair",), tuple(records))
-    if on_bad == "refuse":
-        with pytest.raises(
-            DataError, match=r"photo copied.png \(id 1\) is the same file as id 0, .*: one file under two ids"
-        ):
-            drop_repeated_files(raw, problems)
-        return
-    assert [record.image_id for record in drop_repeated_files(raw, problems).records] == [0, 3, 5, 6]
-    assert problems.counts == {"one file under two ids": 2}
+    raw = RawDataset("set", ("chair",), tuple(Record(i, p, 60, 40, objects.get(i, ())) for i, p in enumerate(paths)))
+    results = repaired_and_skipped(
+        lambda problems: [record.image_id for record in drop_repeated_files(raw, problems).records],
+        {"one file under two ids": 2},
+        r"photo copied.png \(id 1\) is the same file as id 0, .*: one file under two ids",
+    )
+    assert results == ([0, 3, 5, 6], [0, 3, 5, 6])

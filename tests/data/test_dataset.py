@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from pycocotools.cocoeval import COCOeval
 
+from earlyexit_ssd.config import get_cfg
 from earlyexit_ssd.data import class_names, load_dataset, require_disjoint
 from earlyexit_ssd.data.dataset import (
     DetectionDataset,
@@ -29,23 +30,23 @@ from earlyexit_ssd.data.dataset import (
 )
 from earlyexit_ssd.data.records import Annotation, Record
 from earlyexit_ssd.data.transforms import build_transforms
-from earlyexit_ssd.errors import ConfigError, DataError
+from earlyexit_ssd.errors import DataError
 
 CHAIR = Annotation((5, 6, 25.5, 36), 1, area=500.0)
 CROWD = Annotation((30, 10, 40, 20), 2, ignore=True)
 
 
+CLASSES = ("chair", "cat")
+
+
 @pytest.fixture
 def records(photo_file):
-    return [
-        Record(7, photo_file("a.png"), 60, 40, (CHAIR, CROWD)),
-        Record(8, photo_file("b.png"), 60, 40, ()),
-        Record(9, photo_file("c.png"), 60, 40, (CROWD,)),
-    ]
+    objects = {"a.png": (CHAIR, CROWD), "b.png": (), "c.png": (CROWD,)}
+    return [Record(i, photo_file(name), 60, 40, own) for i, (name, own) in enumerate(objects.items(), start=7)]
 
 
 def test_image_and_target_for_evaluation(records):
-    dataset = DetectionDataset(records, ("chair", "cat"))
+    dataset = DetectionDataset(records, CLASSES)
     image, target = dataset[0]
     pixels = np.asarray(Image.open(records[0].path))
     assert image.dtype == torch.float32
@@ -64,7 +65,7 @@ def test_image_and_target_for_evaluation(records):
 
 
 def test_ignored_objects_are_dropped_in_training(records):
-    dataset = DetectionDataset(records, ("chair", "cat"), train=True)
+    dataset = DetectionDataset(records, CLASSES, train=True)
     assert dataset[0][1]["labels"].tolist() == [1]
     assert dataset[0][1]["iscrowd"].tolist() == [0]
     empty = dataset[2][1]
@@ -73,12 +74,14 @@ def test_ignored_objects_are_dropped_in_training(records):
     assert empty["labels"].dtype == empty["iscrowd"].dtype == torch.int64
 
 
+def same(a, b) -> bool:
+    """Return whether two samples have the same image and boxes."""
+    return torch.equal(a[0], b[0]) and torch.equal(a[1]["boxes"], b[1]["boxes"])
+
+
 def test_views_depend_on_seed_epoch_and_index_only(records):
     def make(seed):
-        return DetectionDataset(records, ("chair", "cat"), build_transforms("ssd"), train=True, seed=seed)
-
-    def same(a, b):
-        return a[0].shape == b[0].shape and torch.equal(a[0], b[0]) and torch.equal(a[1]["boxes"], b[1]["boxes"])
+        return DetectionDataset(records, CLASSES, build_transforms("ssd"), train=True, seed=seed)
 
     dataset, other = make(0), make(0)
     dataset.set_epoch(3)
@@ -91,36 +94,37 @@ def test_views_depend_on_seed_epoch_and_index_only(records):
 
 
 def test_area_after_augmentation_is_that_of_the_box(records):
-    dataset = DetectionDataset(records, ("chair", "cat"), build_transforms("flip"), train=True)
+    dataset = DetectionDataset(records, CLASSES, build_transforms("flip"), train=True)
     assert dataset[0][1]["area"].tolist() == pytest.approx([615])
 
 
 def test_unreadable_photo_is_replaced_in_training(records, caplog):
     records[2].path.write_bytes(records[2].path.read_bytes()[:200])
-    dataset = DetectionDataset(records, ("chair", "cat"), train=True)
-    with caplog.at_level(logging.WARNING):
-        image, target = dataset[2]
-        dataset[2]
-    assert target["image_id"] == 7, "the next photo; after the last one comes the first"
+    dataset = DetectionDataset(records, CLASSES, train=True)
+    image, target = dataset[2]
+    dataset[2]
+    assert target["image_id"] == 7, "the next photo; after the last photo comes the first"
     assert torch.equal(image, dataset[0][0])
     assert len(caplog.messages) == 1
     assert "c.png: not a readable photo" in caplog.messages[0]
     assert "(1 replaced so far)" in caplog.messages[0]
 
 
-@pytest.mark.parametrize(("train", "mode"), [(True, "refuse"), (False, "repair"), (False, "skip")])
-def test_unreadable_photo_is_an_error_in_evaluation_and_in_refuse_mode(records, train, mode):
-    records[2].path.unlink()
-    dataset = DetectionDataset(records, ("chair", "cat"), train=train, on_bad=mode)
-    with pytest.raises(DataError, match=r"c.png: no such photo"):
-        dataset[2]
-
-
-def test_no_readable_photo_is_an_error(records):
+@pytest.mark.parametrize(
+    ("train", "mode", "message"),
+    [
+        (True, "refuse", "c.png: no such photo"),
+        (False, "repair", "c.png: no such photo"),
+        (False, "skip", "c.png: no such photo"),
+        (True, "repair", "none of 3 photos can be decoded"),
+    ],
+)
+def test_unreadable_photos_are_an_error(records, train, mode, message):
     for record in records:
         record.path.unlink()
-    with pytest.raises(DataError, match="none of 3 photos can be decoded"):
-        DetectionDataset(records, ("chair", "cat"), train=True)[1]
+    dataset = DetectionDataset(records, CLASSES, train=train, on_bad=mode)
+    with pytest.raises(DataError, match=message):
+        dataset[2]
 
 
 def test_photo_of_another_size_than_its_record_is_an_error(photo_file):
@@ -135,11 +139,10 @@ def test_image_ids_are_unique(records):
 
 
 def test_repeated_photos_have_different_views(records):
-    dataset = DetectionDataset(records, ("chair", "cat"), build_transforms("ssd"), train=True)
+    dataset = DetectionDataset(records, CLASSES, build_transforms("ssd"), train=True)
     dataset = dataset.subset([*[records[0]] * 3, records[1]])
     assert [int(dataset[place][1]["image_id"]) for place in range(len(dataset))] == [7, 7, 7, 8]
-    first, second, third = (dataset[place][0] for place in range(3))
-    assert not torch.equal(first, second) and not torch.equal(second, third)
+    assert not same(dataset[0], dataset[1]) and not same(dataset[1], dataset[2])
 
 
 # Repeated photos of rare classes.
@@ -155,12 +158,10 @@ def photos(*labels, ignore=()):
 
 
 def test_repeat_factors_by_hand():
-    """Of eight photos, one shows a cat and two a dog: f = 1/8 and 1/4. For t = 1/2 the factors are 2 and 2 ** 0.5."""
+    """Of eight photos, one shows a cat and two a dog: f = 1/8 and 1/4. For t = 1/2 the factors are 2 and 2 ** 0.5.
+    Objects to ignore do not count."""
     dataset = photos((1,), (1,), (1,), (1, 2), (1, 3), (3, 3), (), (1,))
     assert repeat_factors(dataset, 0.5) == pytest.approx([1, 1, 1, 2, 2**0.5, 2**0.5, 1, 1])
-
-
-def test_repeat_factors_leave_out_ignored_objects():
     assert repeat_factors(photos((1,), (2,), ignore=(2,)), 1.0) == pytest.approx([2**0.5, 1])
 
 
@@ -191,39 +192,28 @@ def record(tmp_path):
     return Record(7, tmp_path / "a.jpg", 10, 20, (BOX,))
 
 
-def fingerprint_of(*records, classes=("chair", "cat")):
+def fingerprint_of(*records, classes=CLASSES):
     return fingerprint(DetectionDataset(records, classes))
 
 
 def test_fingerprint_depends_on_photos_boxes_ids_and_classes(record, tmp_path):
     (tmp_path / "b.jpg").write_bytes(b"another")
-    changed = [
-        dataclasses.replace(record, annotations=(dataclasses.replace(BOX, box=(1.0, 2.0, 3.0, 4.5)),)),
-        dataclasses.replace(record, annotations=(dataclasses.replace(BOX, label=2),)),
-        dataclasses.replace(record, annotations=(dataclasses.replace(BOX, ignore=True),)),
-        dataclasses.replace(record, annotations=()),
-        dataclasses.replace(record, path=tmp_path / "b.jpg"),
-        dataclasses.replace(record, image_id=8),
-    ]
-    fingerprints = [
+    boxes = [{"box": (1.0, 2.0, 3.0, 4.5)}, {"label": 2}, {"ignore": True}]
+    changes = [{"annotations": (dataclasses.replace(BOX, **change),)} for change in boxes]
+    changes += [{"annotations": ()}, {"path": tmp_path / "b.jpg"}, {"image_id": 8}]
+    changed = [dataclasses.replace(record, **change) for change in changes]
+    fingerprints = {
         fingerprint_of(record),
         fingerprint_of(record, changed[5]),
         fingerprint_of(record, classes=("cat", "chair")),
-        *(fingerprint_of(other) for other in changed),
-    ]
-    assert len(set(fingerprints)) == len(fingerprints)
+        *map(fingerprint_of, changed),
+    }
+    assert len(fingerprints) == 3 + len(changed)
 
 
 def test_fingerprint_does_not_depend_on_paths(record, tmp_path):
-    (tmp_path / "elsewhere").mkdir()
-    moved = shutil.copy(record.path, tmp_path / "elsewhere" / "c.jpg")
-    assert fingerprint_of(record) == fingerprint_of(dataclasses.replace(record, path=tmp_path / moved))
-
-
-def test_fingerprint_of_a_missing_photo_is_an_error(record):
-    record.path.unlink()
-    with pytest.raises(DataError, match=r"a.jpg: photo cannot be read"):
-        fingerprint_of(record)
+    moved = shutil.copy(record.path, tmp_path / "c.jpg")
+    assert fingerprint_of(record) == fingerprint_of(dataclasses.replace(record, path=moved))
 
 
 # No photo in two splits.
@@ -251,11 +241,12 @@ def test_shared_photo_is_an_error(photo_file, tmp_path, how):
         again.symlink_to(b)
     elif how == "copy":
         shutil.copy(b, again)
-    with pytest.raises(DataError, match=r"^train and test share photos \(1\), the first: ") as error:
+    example = f"{b} and {again if how == 'copy' else b}"
+    with pytest.raises(DataError) as error:
         require_disjoint(train=dataset(a, b), calib=dataset(c), test=dataset(again))
-    assert f"the first: {b} and {again if how == 'copy' else b}; " in str(error.value)
-    assert "remove them from one data set" in str(error.value)
-    assert "\n" not in str(error.value)
+    message = str(error.value)
+    assert message.startswith(f"train and test share photos (1), the first: {example}; remove them from one data set")
+    assert "\n" not in message
 
 
 def test_photo_listed_twice_is_an_error(make_coco):
@@ -268,11 +259,10 @@ def test_photo_listed_twice_is_an_error(make_coco):
         require_disjoint(train=dataset(*[load_dataset(cfg, "tiny").records[0].path] * 2))
 
 
-def test_missing_photo_in_a_split_is_an_error(photo_file):
-    photo = photo_file("a.png")
-    photo.unlink()
-    with pytest.raises(DataError, match=r"a.png: photo cannot be read \(No such file or directory\)"):
-        require_disjoint(train=dataset(photo))
+@pytest.mark.parametrize("function", [fingerprint, lambda photos: require_disjoint(train=photos)])
+def test_missing_photo_is_an_error(tmp_path, function):
+    with pytest.raises(DataError, match=r"lost.png: photo cannot be read \(No such file or directory\)"):
+        function(dataset(tmp_path / "lost.png"))
 
 
 def test_only_files_of_equal_size_are_read(photo_file, monkeypatch):
@@ -295,36 +285,24 @@ def test_require_disjoint_is_fast(tmp_path):
 
 
 def test_to_coco_by_hand(records, capsys):
-    coco = to_coco(DetectionDataset(records, ("chair", "cat")))
+    coco = to_coco(DetectionDataset(records, CLASSES))
     assert capsys.readouterr().out == ""
     assert coco.getImgIds() == [7, 8, 9]
+    image = {"id": 7, "file_name": str(records[0].path), "width": 60, "height": 40}
+    assert coco.loadImgs([7]) == [image]
     assert coco.loadCats([1, 2]) == [{"id": 1, "name": "chair"}, {"id": 2, "name": "cat"}]
     assert coco.loadAnns([1, 2, 3]) == [
         {"id": 1, "image_id": 7, "category_id": 1, "bbox": [5, 6, 20.5, 30], "area": 500.0, "iscrowd": 0},
         {"id": 2, "image_id": 7, "category_id": 2, "bbox": [30, 10, 10, 10], "area": 100, "iscrowd": 1},
         {"id": 3, "image_id": 9, "category_id": 2, "bbox": [30, 10, 10, 10], "area": 100, "iscrowd": 1},
     ]
-
-
-def test_to_coco_equals_the_targets(records):
-    """torchvision's reference evaluation builds the ground truth from the targets."""
-    dataset = DetectionDataset(records, ("chair", "cat"))
-    coco = to_coco(dataset)
-    for image, target in (dataset[index] for index in range(len(dataset))):
-        entry = coco.imgs[target["image_id"]]
-        assert (entry["width"], entry["height"]) == (image.shape[-1], image.shape[-2])
-        boxes = target["boxes"].clone()
-        boxes[:, 2:] -= boxes[:, :2]
-        own = coco.imgToAnns[target["image_id"]]
-        assert [a["bbox"] for a in own] == boxes.tolist()
-        assert [a["area"] for a in own] == target["area"].tolist()
-        assert [a["iscrowd"] for a in own] == target["iscrowd"].tolist()
-        assert [a["category_id"] for a in own] == target["labels"].tolist()
+    empty = to_coco(DetectionDataset(records[1:2], CLASSES))
+    assert (empty.getImgIds(), empty.getAnnIds()) == ([8], [])
 
 
 def test_cocoeval_ignores_ignored_objects(records, capsys):
     """The chair is detected perfectly. The detection on the crowd of cats is neither a true nor a false positive."""
-    coco = to_coco(DetectionDataset(records, ("chair", "cat")))
+    coco = to_coco(DetectionDataset(records, CLASSES))
     chair = {"image_id": 7, "category_id": 1, "bbox": [5, 6, 20.5, 30], "score": 0.9}
     results = coco.loadRes([chair, {**chair, "category_id": 2, "bbox": [30, 10, 10, 10]}])
     evaluation = COCOeval(coco, results, "bbox")
@@ -333,12 +311,6 @@ def test_cocoeval_ignores_ignored_objects(records, capsys):
     evaluation.summarize()
     assert evaluation.stats[0] == pytest.approx(1.0)
     assert (evaluation.eval["precision"][:, :, 1] == -1).all(), "no cat counts as ground truth"
-
-
-def test_to_coco_without_objects(photo_file):
-    coco = to_coco(DetectionDataset([Record(1, photo_file("a.png"), 60, 40)], ("chair",)))
-    assert coco.getAnnIds() == []
-    assert coco.getImgIds() == [1]
 
 
 # The order of photos, in one process, in several, and in a resumed run.
@@ -361,8 +333,8 @@ class Numbers:
         self.epoch = epoch
 
 
-def batches(count, batch_size, epoch=0, start=0, **options) -> list[list[int]]:
-    loader = build_loader(Numbers(count), batch_size, 0, seed=options.pop("seed", 0), **options)
+def batches(count, batch_size, epoch=0, start=0, seed=0, **options) -> list[list[int]]:
+    loader = build_loader(Numbers(count), batch_size, 0, seed=seed, **options)
     loader.sampler.set_epoch(epoch, start)
     indices = [[int(image[0]) for image in images] for images, _ in loader]
     assert len(indices) == len(loader)
@@ -394,11 +366,8 @@ def test_training_drops_the_last_incomplete_batch_unless_it_is_the_only_one(coun
     assert lengths == ([size] * (count // size) if count >= size else [count])
 
 
-def test_evaluation_loads_every_photo_once_in_order():
-    assert batches(7, 3, train=False) == [[0, 1, 2], [3, 4, 5], [6]]
-
-
 def test_evaluation_distributes_whole_batches():
+    assert batches(7, 3, train=False) == [[0, 1, 2], [3, 4, 5], [6]]
     assert batches(7, 3, train=False, rank=0, world_size=2) == [[0, 1, 2], [6]]
     assert batches(7, 3, train=False, rank=1, world_size=2) == [[3, 4, 5]]
     assert batches(2, 3, train=False, rank=1, world_size=2) == []
@@ -418,6 +387,8 @@ def test_order_depends_on_seed_and_epoch_only():
     assert batches(50, 5, 2, train=True) == first
     assert batches(50, 5, 3, train=True) != first
     assert batches(50, 5, 2, train=True, seed=1) != first
+    unset = build_loader(Numbers(50), 5, 0, True, 0).sampler
+    assert list(unset) == [index for batch in batches(50, 5, 0, train=True) for index in batch]
     assert sorted(index for batch in first for index in batch) == list(range(50))
 
 
@@ -453,10 +424,9 @@ def test_views_do_not_depend_on_the_number_of_workers(photo_file):
         loader = build_loader(dataset, 2, workers, True, 0)
         loader.sampler.set_epoch(1)
         views.append([view for images, targets in loader for view in zip(images, targets, strict=True)])
-    for (image, target), (image2, target2) in zip(*views, strict=True):
-        assert torch.equal(image, image2)
-        assert torch.equal(target["boxes"], target2["boxes"])
-        assert target["image_id"] == target2["image_id"]
+    for view, again in zip(*views, strict=True):
+        assert same(view, again)
+        assert view[1]["image_id"] == again[1]["image_id"]
 
 
 class Blurred(Numbers):
@@ -490,13 +460,6 @@ def test_impossible_batches(count, size, world, message):
         build_loader(Numbers(count), size, 0, True, 0, world_size=world)
 
 
-def test_sampler_without_set_epoch_is_epoch_zero():
-    sampler = build_loader(Numbers(9), 3, 0, True, 0).sampler
-    order = list(sampler)
-    sampler.set_epoch(0)
-    assert list(sampler) == order
-
-
 # load_dataset, from the configuration to the data set.
 
 
@@ -506,6 +469,9 @@ def test_all_classes_of_the_file_by_default(make_coco):
     assert dataset.classes == ("chair", "cat")
     assert [len(record.annotations) for record in dataset.records] == [2, 1, 0]
     assert dataset[0][1]["iscrowd"].tolist() == [0, 1]
+    cfg.DATA.AUGMENTATION = "ssdlite"
+    assert load_dataset(cfg, "tiny", train=True).transforms
+    assert load_dataset(cfg, "tiny").transforms is None
 
 
 def test_one_class_detector(make_coco):
@@ -543,11 +509,12 @@ def test_negative_share_and_limit(make_coco):
 
 
 def test_bad_records_of_all_kinds(make_coco, tmp_path, on_bad, caplog):
+    box = {"category_id": 62, "bbox": [5, 5, 10, 10]}
     cfg = make_coco(
         entries=(
-            {"id": 4, "image_id": 30, "category_id": 62, "bbox": [5, 5, 0, 5]},
-            {"id": 5, "image_id": 40, "category_id": 62, "bbox": [5, 5, 10, 10]},
-            {"id": 6, "image_id": 50, "category_id": 62, "bbox": [-5, 5, 15, 10]},
+            {"id": 4, "image_id": 30, **box, "bbox": [5, 5, 0, 5]},
+            {"id": 5, "image_id": 40, **box},
+            {"id": 6, "image_id": 50, **box, "bbox": [-5, 5, 15, 10]},
         ),
         photos=(
             {"id": 40, "file_name": "lost.png", "width": 60, "height": 40},
@@ -555,15 +522,13 @@ def test_bad_records_of_all_kinds(make_coco, tmp_path, on_bad, caplog):
         ),
     )
     (tmp_path / "tiny" / "lost.png").unlink()
-    (tmp_path / "tiny" / "big.png").unlink()
     (tmp_path / "tiny" / "tiny10.png").rename(tmp_path / "tiny" / "big.png")
     cfg.DATA.ON_BAD = on_bad
     if on_bad == "refuse":
         with pytest.raises(DataError, match=r"tiny.json: photo tiny30.png .id 30., annotation 4 has box"):
             load_dataset(cfg, "tiny")
         return
-    with caplog.at_level(logging.WARNING):
-        dataset = load_dataset(cfg, "tiny")
+    dataset = load_dataset(cfg, "tiny")
     kept = {record.image_id: record for record in dataset.records}
     assert set(kept) == ({20, 30, 50} if on_bad == "repair" else {20})
     if on_bad == "repair":
@@ -573,9 +538,7 @@ def test_bad_records_of_all_kinds(make_coco, tmp_path, on_bad, caplog):
     counts = {"box without area": 1, "box outside the photo": int(on_bad == "repair"), "2 x missing photo file": 1}
     for kind, count in counts.items():
         assert sum(kind in message for message in caplog.messages) == count
-    for image, target in (dataset[i] for i in range(len(dataset))):
-        assert image.shape == (3, 40, 60)
-        assert (target["boxes"][:, 2:] > target["boxes"][:, :2]).all()
+    assert {image.shape for image, _ in (dataset[i] for i in range(len(dataset)))} == {(3, 40, 60)}
 
 
 def test_no_box_and_no_photo_are_errors(make_coco, tmp_path):
@@ -592,20 +555,6 @@ def test_no_box_and_no_photo_are_errors(make_coco, tmp_path):
         photo.unlink()
     with pytest.raises(DataError, match="no usable photo is left"):
         load_dataset(cfg, "tiny")
-
-
-def test_unknown_data_set(make_coco):
-    with pytest.raises(ConfigError, match="'tinny'"):
-        load_dataset(make_coco(), ["tinny"])
-
-
-def test_loader_end_to_end(make_coco):
-    cfg = make_coco()
-    cfg.DATA.AUGMENTATION = "ssdlite"
-    loader = build_loader(load_dataset(cfg, "tiny", train=True), 2, 0, True, cfg.SEED)
-    images, targets = next(iter(loader))
-    assert len(images) == len(targets) == 2
-    assert all(isinstance(image, torch.Tensor) and image.shape[0] == 3 for image in images)
 
 
 def test_classes_of_xml_folders(make_coco, make_voc, voc_xml, voc_object):
@@ -641,8 +590,8 @@ def test_boxes_of_a_photo_with_swapped_width_and_height(make_coco, caplog):
     dataset = load_dataset(make_coco(photos=(image,), images=[image], annotations=entries), "tiny")
     assert [a.box for a in dataset.records[0].annotations] == [(30, 10, 55, 30), (50, 30, 60, 40)]
     assert dataset[0][0].shape == (3, 40, 60)
-    assert sum("1 x photo with width and height swapped" in message for message in caplog.messages) == 1
-    assert sum("1 x box outside the photo" in message for message in caplog.messages) == 1
+    assert caplog.text.count("1 x photo with width and height swapped") == 1
+    assert caplog.text.count("1 x box outside the photo") == 1
 
 
 @pytest.mark.shared
@@ -655,20 +604,18 @@ def test_boxes_of_a_photo_with_swapped_width_and_height(make_coco, caplog):
         ("voc_xml_sample_trainval", 74, None, 13),
     ],
 )
-def test_shared_sets(make_coco, shared_root, name, photos, chair_photos, chairs):
-    cfg = make_coco()
-    cfg.DATA.ROOT = str(shared_root / "data")
-    cfg.DATA.CLASSES = ("chair",)
-    cfg.DATA.DATASETS = ()
-    cfg.DATA.ON_BAD = "refuse"
+def test_shared_sets(shared_root, name, photos, chair_photos, chairs):
+    cfg = get_cfg()
+    cfg.DATA.update(ROOT=str(shared_root / "data"), CLASSES=("chair",), ON_BAD="refuse")
     dataset = load_dataset(cfg, name)
     counts = [len(record.annotations) for record in dataset.records]
     assert len(dataset) == photos
     assert sum(counts) == chairs
     assert chair_photos is None or sum(count > 0 for count in counts) == chair_photos
-    image, target = dataset[counts.index(max(counts))]
-    assert image.shape[1:] == (dataset.records[counts.index(max(counts))].height, image.shape[2])
-    assert len(target["boxes"]) == max(counts)
+    fullest = counts.index(max(counts))
+    image, target = dataset[fullest]
+    assert image.shape == (3, dataset.records[fullest].height, dataset.records[fullest].width)
+    assert len(target["boxes"]) == counts[fullest]
 
 
 def test_sets_with_ignored_boxes_only_are_reported(make_coco, caplog):
@@ -690,9 +637,7 @@ def test_file_under_two_ids_is_counted(make_coco, caplog):
     assert [record.image_id for record in load_dataset(cfg, "tiny").records] == [20, 30]
     assert "1 x one file under two ids" in caplog.text
     cfg.DATA.ON_BAD = "refuse"
-    with pytest.raises(
-        DataError, match="photo tiny10.png .id 40. is the same file as id 10, .*: one file under two ids"
-    ):
+    with pytest.raises(DataError, match="photo tiny10.png .id 40. is the same file as id 10, .*: one file under two"):
         load_dataset(cfg, "tiny")
 
 

@@ -1,11 +1,11 @@
 import contextlib
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import get_args
 
 import pytest
-from PIL import Image
 
 from earlyexit_ssd.config import get_cfg
 from earlyexit_ssd.data import class_names, load_dataset
@@ -13,18 +13,18 @@ from earlyexit_ssd.data.dataset import Labels
 from earlyexit_ssd.data.folder import photo_path, read_photo_folder
 from earlyexit_ssd.data.problems import Problems
 from earlyexit_ssd.errors import DataError
-from earlyexit_ssd.images import PHOTO_SUFFIXES, find_files
 from tests.data.conftest import write_photo
 
 
 @pytest.fixture
 def folder(tmp_path):
     """A folder with two photos, one of them in a subfolder, a hidden photo and a text file."""
-    write_photo(tmp_path / "photos" / "b.png", (60, 40))
-    write_photo(tmp_path / "photos" / "deep" / "a.JPG", (30, 50))
-    write_photo(tmp_path / "photos" / ".thumbnails" / "b.png")
-    (tmp_path / "photos" / "notes.txt").write_text("none")
-    return tmp_path / "photos"
+    root = tmp_path / "photos"
+    write_photo(root / "b.png", (60, 40))
+    write_photo(root / "deep" / "a.JPG", (30, 50))
+    write_photo(root / ".thumbnails" / "b.png")
+    (root / "notes.txt").touch()
+    return root
 
 
 def config(root, **data):
@@ -32,31 +32,39 @@ def config(root, **data):
     cfg.DATA.ROOT = str(root)
     cfg.DATA.DATASETS = (("mine", "", "photos"),)
     cfg.DATA.TRAIN = ("mine",)
-    for key, value in data.items():
-        cfg.DATA[key] = value
+    cfg.DATA.update(data)
     return cfg
 
 
-def test_find_files_is_sorted_and_skips_hidden_folders(folder):
-    photos, others = find_files(folder, PHOTO_SUFFIXES)
-    assert [str(path.relative_to(folder)) for path in photos] == ["b.png", "deep/a.JPG"]
-    assert [path.name for path in others] == ["notes.txt"]
+def write_coco(root, name, annotations):
+    """Write a COCO data set of one photo. Return its entry of DATA.DATASETS."""
+    write_photo(root / name / "a.png", (60, 40))
+    image = {"id": 1, "file_name": "a.png", "width": 60, "height": 40}
+    content = {"images": [image], "annotations": annotations, "categories": [{"id": 1, "name": "chair"}]}
+    (root / f"{name}.json").write_text(json.dumps(content))
+    return name, f"{name}.json", name
 
 
 def test_records_have_sizes_and_no_boxes(folder):
     raw = read_photo_folder("mine", folder, Problems("refuse"))
     assert [(record.image_id, record.width, record.height) for record in raw.records] == [(1, 60, 40), (2, 30, 50)]
+    assert [record.path.relative_to(folder).as_posix() for record in raw.records] == ["b.png", "deep/a.JPG"]
     assert not raw.labelled and not any(record.annotations for record in raw.records)
 
 
-def test_folder_without_photos_is_an_error(tmp_path):
-    with pytest.raises(DataError, match=r"data set 'mine' has no photo here .* expected .jpg, "):
-        read_photo_folder("mine", tmp_path, Problems("repair"))
-
-
-def test_file_instead_of_a_folder_is_an_error(folder):
-    with pytest.raises(DataError, match="b.png: data set 'mine' is a file, expected a folder of photos"):
-        read_photo_folder("mine", folder / "b.png", Problems("repair"))
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("", r"data set 'mine' has no photo here .* expected .jpg, "),
+        ("a.txt", "a.txt: data set 'mine' is a file, expected a folder of photos"),
+        ("lost", "lost: data set 'mine' not found"),
+    ],
+)
+def test_folder_without_photos_is_an_error(tmp_path, path, message):
+    (tmp_path / "a.txt").touch()
+    cfg = config(tmp_path, DATASETS=(("mine", "", path),), CLASSES=("chair",))
+    with pytest.raises(DataError, match=message):
+        load_dataset(cfg, cfg.DATA.TRAIN, train=True, labels="optional")
 
 
 def test_broken_photo_is_dropped_or_refused(folder):
@@ -82,12 +90,8 @@ def test_unlabelled_photos_are_an_error_if_labels_are_required(folder, tmp_path)
 
 
 def test_unlabelled_photos_beside_labelled_photos_are_an_error(folder, tmp_path):
-    write_photo(tmp_path / "labelled" / "a.png", (60, 40))
     box = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [5, 5, 20, 20], "area": 400, "iscrowd": 0}
-    image = {"id": 1, "file_name": "a.png", "width": 60, "height": 40}
-    content = {"images": [image], "annotations": [box], "categories": [{"id": 1, "name": "chair"}]}
-    (tmp_path / "labelled.json").write_text(json.dumps(content))
-    datasets = (("theirs", "labelled.json", "labelled"), ("mine", "", "photos"))
+    datasets = (write_coco(tmp_path, "theirs", [box]), ("mine", "", "photos"))
     cfg = config(tmp_path, DATASETS=datasets, TRAIN=("theirs", "mine"))
     with pytest.raises(DataError, match="'mine' is a folder of photos without labels"):
         load_dataset(cfg, cfg.DATA.TRAIN, train=True)
@@ -95,11 +99,8 @@ def test_unlabelled_photos_beside_labelled_photos_are_an_error(folder, tmp_path)
 
 
 def test_labels_argument_of_load_dataset(folder, tmp_path):
-    write_photo(tmp_path / "empty" / "a.png", (60, 40))
-    image = {"id": 1, "file_name": "a.png", "width": 60, "height": 40}
-    content = {"images": [image], "annotations": [], "categories": [{"id": 1, "name": "chair"}]}
-    (tmp_path / "empty.json").write_text(json.dumps(content))
-    cfg = config(tmp_path, DATASETS=(("empty", "empty.json", "empty"), ("mine", "", "photos")), CLASSES=("chair",))
+    datasets = (write_coco(tmp_path, "empty", []), ("mine", "", "photos"))
+    cfg = config(tmp_path, DATASETS=datasets, CLASSES=("chair",))
 
     def accepted_values(name):
         accepted = set()
@@ -123,26 +124,19 @@ def test_unlabelled_photos_need_classes(folder, tmp_path):
         class_names(cfg)
 
 
-def test_missing_folder_is_an_error(tmp_path):
-    Image.new("RGB", (4, 4)).save(tmp_path / "x.png")
-    cfg = config(tmp_path, CLASSES=("chair",))
-    with pytest.raises(DataError, match="photos: data set 'mine' not found"):
-        load_dataset(cfg, cfg.DATA.TRAIN, train=True, labels="optional")
-
-
 def test_every_file_is_read_or_counted(tmp_path, caplog):
     """Suffixes may have any case. Linked folders are read once. A pipe counts as another kind of file."""
-    (tmp_path / "photos").mkdir()
+    root = tmp_path / "photos"
     for name in ("a.jpg", "b.AVIF", "c.gif", "d.jpe"):
-        Image.new("RGB", (12, 8)).save(tmp_path / "photos" / name)
-    Image.new("RGB", (12, 8)).save(tmp_path / "photos/e.jfif", format="JPEG")
+        write_photo(root / name)
+    shutil.copy(root / "a.jpg", root / "e.jfif")
     write_photo(tmp_path / "elsewhere/f.jpg")
-    (tmp_path / "photos/linked").symlink_to(tmp_path / "elsewhere")
-    (tmp_path / "elsewhere/round").symlink_to(tmp_path / "photos")
-    os.mkfifo(tmp_path / "photos/pipe.jpg")
-    (tmp_path / "photos/clip.mp4").write_bytes(b"")
+    (root / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere/round").symlink_to(root)
+    os.mkfifo(root / "pipe.jpg")
+    (root / "clip.mp4").touch()
     problems = Problems("refuse")
-    raw = read_photo_folder("mine", tmp_path / "photos", problems)
+    raw = read_photo_folder("mine", root, problems)
     assert [record.path.name for record in raw.records] == ["a.jpg", "b.AVIF", "c.gif", "d.jpe", "e.jfif", "f.jpg"]
     assert problems.counts == {"file of another kind": 2}
     problems.log("mine")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,8 +11,6 @@ from PIL import Image
 
 from earlyexit_ssd.errors import DataError
 from earlyexit_ssd.images import read_header, read_image, read_thumbnail
-
-ORIENTATION = 0x0112
 
 
 def test_rgb_is_unchanged(tmp_path):
@@ -24,36 +23,36 @@ def test_rgb_is_unchanged(tmp_path):
     assert read_header(tmp_path / "a.png").size == (6, 4)
 
 
-def test_grey_is_repeated_in_three_channels(tmp_path):
-    Image.fromarray(np.full((4, 6), 77, np.uint8)).save(tmp_path / "a.png")
-    np.testing.assert_array_equal(read_image(tmp_path / "a.png"), np.full((4, 6, 3), 77))
+def float_image(value: float) -> Image.Image:
+    return Image.fromarray(np.full((4, 6), value, np.float32))
 
 
-def test_black_and_white(tmp_path):
-    Image.new("1", (6, 4), 1).save(tmp_path / "a.png")
-    np.testing.assert_array_equal(read_image(tmp_path / "a.png"), np.full((4, 6, 3), 255))
-
-
-@pytest.mark.parametrize(("alpha", "expected"), [(0, (255, 255, 255)), (255, (200, 100, 0)), (51, (244, 224, 204))])
-def test_transparency_is_blended_with_white(tmp_path, alpha, expected):
-    Image.new("RGBA", (6, 4), (200, 100, 0, alpha)).save(tmp_path / "a.png")
-    result = read_image(tmp_path / "a.png")
-    assert result.shape == (4, 6, 3)
-    np.testing.assert_allclose(result[0, 0], expected, atol=1)
-
-
-def test_grey_with_transparency(tmp_path):
-    Image.new("LA", (6, 4), (0, 0)).save(tmp_path / "a.png")
-    np.testing.assert_array_equal(read_image(tmp_path / "a.png"), np.full((4, 6, 3), 255))
-
-
-@pytest.mark.parametrize(("transparency", "expected"), [(None, (10, 20, 30)), (0, (255, 255, 255))])
-def test_palettes(tmp_path, transparency, expected):
+def palette_image() -> Image.Image:
     image = Image.new("P", (6, 4), 0)
     image.putpalette([10, 20, 30, 40, 50, 60])
-    options = {} if transparency is None else {"transparency": transparency}
-    image.save(tmp_path / "a.png", **options)
-    np.testing.assert_array_equal(read_image(tmp_path / "a.png")[0, 0], expected)
+    return image
+
+
+@pytest.mark.parametrize(
+    ("image", "options", "expected"),
+    [
+        (Image.new("L", (6, 4), 77), {}, (77, 77, 77)),
+        (Image.new("1", (6, 4), 1), {}, (255, 255, 255)),
+        (Image.new("RGBA", (6, 4), (200, 100, 0, 0)), {}, (255, 255, 255)),  # transparent: white
+        (Image.new("RGBA", (6, 4), (200, 100, 0, 255)), {}, (200, 100, 0)),
+        (Image.new("RGBA", (6, 4), (200, 100, 0, 51)), {}, (244, 224, 204)),
+        (Image.new("LA", (6, 4), (0, 0)), {}, (255, 255, 255)),
+        (palette_image(), {}, (10, 20, 30)),
+        (palette_image(), {"transparency": 0}, (255, 255, 255)),
+        (float_image(0.5), {"format": "TIFF"}, (128, 128, 128)),
+        (float_image(100.0), {"format": "TIFF"}, (100, 100, 100)),
+    ],
+)
+def test_colour_modes_become_rgb(tmp_path, image, options, expected):
+    image.save(tmp_path / "a", **{"format": "PNG", **options})
+    result = read_image(tmp_path / "a")
+    assert result.dtype == np.uint8
+    np.testing.assert_array_equal(result, np.full((4, 6, 3), expected))
 
 
 @pytest.mark.parametrize("suffix", ["png", "tif"])
@@ -61,12 +60,6 @@ def test_palettes(tmp_path, transparency, expected):
 def test_16_bits_are_scaled_to_8(tmp_path, suffix, value, expected):
     Image.fromarray(np.full((4, 6), value, np.uint16)).save(tmp_path / f"a.{suffix}")
     np.testing.assert_array_equal(read_image(tmp_path / f"a.{suffix}"), np.full((4, 6, 3), expected))
-
-
-@pytest.mark.parametrize(("value", "expected"), [(0.5, 128), (100.0, 100)])
-def test_floats(tmp_path, value, expected):
-    Image.fromarray(np.full((4, 6), value, np.float32)).save(tmp_path / "a.tif")
-    np.testing.assert_array_equal(read_image(tmp_path / "a.tif"), np.full((4, 6, 3), expected))
 
 
 def test_cmyk(tmp_path):
@@ -80,11 +73,13 @@ def test_cmyk(tmp_path):
     np.testing.assert_allclose(result[8, 14], (255, 255, 255), atol=12)
 
 
-def red_corner(width: int, height: int) -> Image.Image:
-    """Return a grey image whose top left quarter is red."""
-    image = Image.new("RGB", (width, height), (90, 90, 90))
-    image.paste((250, 0, 0), (0, 0, width // 2, height // 2))
-    return image
+def save_rotated(path: Path, orientation: int) -> None:
+    """Save a grey image of 64 x 32 whose top left quarter is red, with an EXIF orientation."""
+    image = Image.new("RGB", (64, 32), (90, 90, 90))
+    image.paste((250, 0, 0), (0, 0, 32, 16))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image.save(path, exif=exif)
 
 
 def red_position(pixels: np.ndarray) -> tuple[bool, bool]:
@@ -101,75 +96,59 @@ DISPLAYED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
 @pytest.mark.parametrize("orientation", DISPLAYED)
 def test_exif_rotation(tmp_path, orientation, suffix):
     path = tmp_path / f"a.{suffix}"
-    exif = Image.Exif()
-    exif[ORIENTATION] = orientation
-    red_corner(64, 32).save(path, exif=exif)
-    shown = (32, 64) if orientation >= 5 else (64, 32)
-
+    save_rotated(path, orientation)
+    size = (32, 64) if orientation >= 5 else (64, 32)
     result = read_image(path)
-    assert result.shape == (shown[1], shown[0], 3)
+    assert result.shape == (size[1], size[0], 3)
     assert red_position(result) == DISPLAYED[orientation]
-    assert read_header(path).size == shown
+    assert read_header(path).size == size
 
 
 @pytest.mark.parametrize(
-    ("annotated", "size"),
-    [((64, 32), (64, 32)), ((32, 64), (32, 64)), ((100, 50), (32, 64)), (None, (32, 64))],
+    ("orientation", "annotated", "size"),
+    [(6, (64, 32), (64, 32)), (6, (32, 64), (32, 64)), (6, (100, 50), (32, 64)), (3, (64, 32), (64, 32))],
 )
-def test_annotated_size_decides_if_exif_rotation_is_applied(tmp_path, annotated, size):
-    exif = Image.Exif()
-    exif[ORIENTATION] = 6
-    red_corner(64, 32).save(tmp_path / "a.jpg", exif=exif)
-    result = read_image(tmp_path / "a.jpg", annotated)
-    assert (result.shape[1], result.shape[0]) == size
-    assert read_header(tmp_path / "a.jpg", annotated).size == size
-    assert red_position(result) == ((True, True) if size == (64, 32) else (True, False))
+def test_annotated_size_decides_if_exif_rotation_is_applied(tmp_path, orientation, annotated, size):
+    """A rotation by 180 degrees is always applied, as by viewers and labelling tools, because the size does not show
+    whether the boxes are for the rotated image."""
+    path = tmp_path / "a.jpg"
+    save_rotated(path, orientation)
+    result = read_image(path, annotated)
+    assert (result.shape[1], result.shape[0]) == size == read_header(path, annotated).size
+    stays = orientation == 6 and size == (64, 32)
+    assert red_position(result) == DISPLAYED[1 if stays else orientation]
 
 
 def test_thumbnail_is_rotated_like_the_photo(tmp_path):
     photo = Image.new("RGB", (640, 320), "blue")
     photo.paste("red", (0, 0, 320, 320))
     exif = Image.Exif()
-    exif[ORIENTATION] = 6  # rotated by 90 degrees: the left half is displayed at the top
+    exif[0x0112] = 6  # rotated by 90 degrees: the left half is displayed at the top
     photo.save(tmp_path / "a.jpg", exif=exif)
     small = read_thumbnail(tmp_path / "a.jpg", None, 64)
     assert small.size == (32, 64) and small.getpixel((16, 8))[0] > 200 and small.getpixel((16, 56))[2] > 200
     assert read_thumbnail(tmp_path / "a.jpg", (640, 320), 64).size == (64, 32)
 
 
-def test_rotation_by_180_degrees_is_applied_with_any_annotated_size(tmp_path):
-    """The size stays the same, so it does not show whether the boxes are for the rotated image. Viewers and labelling
-    tools rotate it."""
-    exif = Image.Exif()
-    exif[ORIENTATION] = 3
-    red_corner(64, 32).save(tmp_path / "a.jpg", exif=exif)
-    assert red_position(read_image(tmp_path / "a.jpg", (64, 32))) == DISPLAYED[3]
-
-
-def test_tiff_is_rotated_once(tmp_path):
-    exif = Image.Exif()
-    exif[ORIENTATION] = 6
-    red_corner(64, 32).save(tmp_path / "a.tif", exif=exif)
-    result = read_image(tmp_path / "a.tif")
-    assert result.shape == (64, 32, 3)
-    assert read_header(tmp_path / "a.tif").size == (32, 64)
-    assert red_position(result) == DISPLAYED[6]
+def require_unreadable(path: Path | str, message: str) -> None:
+    """Check that both functions raise a one-line DataError."""
+    for function in (read_image, read_header):
+        with pytest.raises(DataError, match=message) as error:
+            function(path)
+        assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "bmp"])
 @pytest.mark.parametrize("share", [0.3, 0.95])
-def test_truncated_files_are_unreadable_for_both_functions(photo_file, suffix, share):
+def test_truncated_files_are_unreadable(photo_file, suffix, share):
     path = photo_file(f"a.{suffix}")
     content = path.read_bytes()
     path.write_bytes(content[: int(len(content) * share)])
-    for function in (read_image, read_header):
-        with pytest.raises(DataError, match=f"a.{suffix}: not a readable photo") as error:
-            function(path)
-        assert "\n" not in str(error.value)
+    require_unreadable(path, f"a.{suffix}: not a readable photo")
 
 
 def test_damaged_png_is_unreadable(photo_file):
@@ -177,9 +156,7 @@ def test_damaged_png_is_unreadable(photo_file):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 0xFF
     path.write_bytes(bytes(content))
-    for function in (read_image, read_header):
-        with pytest.raises(DataError, match="not a readable photo"):
-            function(path)
+    require_unreadable(path, "not a readable photo")
 
 
 def test_bytes_after_the_end_of_a_jpeg_are_ignored(photo_file):
@@ -188,44 +165,35 @@ def test_bytes_after_the_end_of_a_jpeg_are_ignored(photo_file):
     assert read_header(path).size == (60, 40)
 
 
-def test_missing_empty_and_text_files_are_errors(tmp_path):
-    (tmp_path / "empty.jpg").write_bytes(b"")
-    (tmp_path / "text.jpg").write_text("hello")
-    for function in (read_image, read_header):
-        with pytest.raises(DataError, match=r"lost.jpg: no such photo"):
-            function(tmp_path / "lost.jpg")
-        with pytest.raises(DataError, match=r"empty.jpg: not a readable photo"):
-            function(tmp_path / "empty.jpg")
-        with pytest.raises(DataError, match=r"text.jpg: not a readable photo"):
-            function(tmp_path / "text.jpg")
-
-
 def test_header_of_a_png_is_read_without_decoding(photo_file, monkeypatch):
     path = photo_file("a.png")
     monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", None)
     assert read_header(path).size == (60, 40)
 
 
-@pytest.mark.parametrize("name", ["pipe.jpg", "folder.jpg"])
-def test_pipes_and_folders_are_not_opened(tmp_path, name):
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("empty.jpg", "empty.jpg: not a readable photo"),
+        ("text.jpg", "text.jpg: not a readable photo"),
+        ("pipe.jpg", "pipe.jpg: a folder, pipe or device, expected a photo"),
+        ("folder.jpg", "folder.jpg: a folder, pipe or device, expected a photo"),
+        ("lost.jpg", "lost.jpg: no such photo"),
+        ("nul\0.jpg", "no such photo"),
+        ("x" * 5000, "no such photo"),
+        ("\ud800.jpg", "no such photo"),
+    ],
+)
+def test_paths_that_are_no_photo(tmp_path, name, message):
     """Reading a pipe would never end."""
+    (tmp_path / "empty.jpg").touch()
+    (tmp_path / "text.jpg").write_text("hello")
     os.mkfifo(tmp_path / "pipe.jpg")
     (tmp_path / "folder.jpg").mkdir()
-    for function in (read_image, read_header):
-        with pytest.raises(DataError, match=f"{name}: a folder, pipe or device, expected a photo"):
-            function(tmp_path / name)
-
-
-@pytest.mark.parametrize("name", ["nul\0.jpg", "x" * 5000, "\ud800.jpg"])
-def test_impossible_file_names(tmp_path, name):
-    for function in (read_image, read_header):
-        with pytest.raises(DataError, match="no such photo"):
-            function(tmp_path / name)
+    require_unreadable(tmp_path / name, message)
 
 
 def test_photos_larger_than_the_limit_are_not_decoded(tmp_path, recwarn):
     Image.new("1", (9500, 9500)).save(tmp_path / "large.png")
-    for function in (read_image, read_header):
-        with pytest.raises(DataError, match="large.png: photo of 9500 x 9500 pixels, expected at most 89,478,485"):
-            function(tmp_path / "large.png")
+    require_unreadable(tmp_path / "large.png", "large.png: photo of 9500 x 9500 pixels, expected at most 89,478,485")
     assert not recwarn.list

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import subprocess
 import sys
@@ -101,9 +102,7 @@ def test_crop_keeps_objects_with_centre_inside_and_limits_its_shape(boxes, seed)
 def test_photo_without_objects_is_not_cropped():
     for seed in range(20):
         image, boxes, kept = CROP(coordinates_image(200, 120), np.zeros((0, 4)), np.zeros(0, int), seed)
-        assert image.shape == (120, 200, 3)
-        assert boxes.shape == (0, 4)
-        assert kept.shape == (0,)
+        assert (image.shape, boxes.shape, kept.shape) == ((120, 200, 3), (0, 4), (0,))
 
 
 def test_crop_reaches_the_minimum_iou(monkeypatch):
@@ -151,12 +150,10 @@ def test_view_depends_on_the_seed_only(preset):
     differ = 0
     for seed in range(12):
         np.random.seed(seed)
-        image, boxes, labels = first(IMAGE, BOXES, LABELS, seed)
+        image, boxes, labels = view = first(IMAGE, BOXES, LABELS, seed)
         second(IMAGE, BOXES, LABELS, 99)  # earlier draws do not matter
-        again = second(IMAGE, BOXES, LABELS, seed)
-        np.testing.assert_array_equal(image, again[0])
-        np.testing.assert_array_equal(boxes, again[1])
-        np.testing.assert_array_equal(labels, again[2])
+        for value, again in zip(view, second(IMAGE, BOXES, LABELS, seed), strict=True):
+            np.testing.assert_array_equal(value, again)
         differ += image.shape != IMAGE.shape or not np.array_equal(image, IMAGE)
         assert image.dtype == np.uint8
         assert (boxes.dtype, labels.dtype) == (np.float32, np.int64)
@@ -236,8 +233,7 @@ def test_augmentation_is_fast():
 
 def test_update_check_of_albumentations_is_disabled():
     """Importing the package sets the variable."""
-    code = (
-        "import os; os.environ.pop('NO_ALBUMENTATIONS_UPDATE', None); import earlyexit_ssd; "
-        "print(os.environ['NO_ALBUMENTATIONS_UPDATE'])"
-    )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "1\n"
+    code = "import os, earlyexit_ssd; print(os.environ['NO_ALBUMENTATIONS_UPDATE'])"
+    environment = {name: value for name, value in os.environ.items() if name != "NO_ALBUMENTATIONS_UPDATE"}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert run.stdout == "1\n"

@@ -3,20 +3,34 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 
 from earlyexit_ssd.data.problems import Problems
+from earlyexit_ssd.data.records import RawDataset
 from earlyexit_ssd.data.voc import VOC_CLASSES, read_voc, read_xml_folder
 from earlyexit_ssd.errors import DataError
-from tests.data.conftest import write_photo
+from tests.data.conftest import repaired_and_skipped, write_photo
+
+
+def read(devkit: Path, problems: Problems | None = None, split: str = "trainval") -> RawDataset:
+    return read_voc("v", devkit, split, problems or Problems("refuse"))
+
+
+def read_folder(root: Path, problems: Problems | None = None, **options: bool) -> RawDataset:
+    """Read the XML files in the folder x. The photos are in the folder p."""
+    return read_xml_folder("v", root / "x", root / "p", problems or Problems("refuse"), **options)
+
+
+def paths_of(raw: RawDataset, folder: Path) -> list[str]:
+    return [os.path.relpath(record.path, folder) for record in raw.records]
 
 
 def test_one_based_pixels_become_zero_based_boxes(make_voc, voc_xml, voc_object):
     """One box covers the whole photo of 60 x 40, the other its last pixel."""
     text = voc_xml(voc_object("sofa", (1, 1, 60, 40)), voc_object("dog", (60, 40, 60, 40), difficult=1))
-    raw = read_voc("v", make_voc({"a": text}), "trainval", Problems())
-
+    raw = read(make_voc({"a": text}))
     assert raw.classes == VOC_CLASSES
     whole, pixel = raw.records[0].annotations
     assert whole.box == (0, 0, 60, 40)
@@ -34,43 +48,39 @@ def test_voc_classes_have_names_of_coco():
 
 def test_classes_are_those_that_occur_if_one_is_not_in_voc(make_voc, voc_xml, voc_object):
     text = voc_xml(voc_object("stool", (1, 1, 9, 9)), voc_object("chair", (1, 1, 9, 9)))
-    raw = read_voc("v", make_voc({"a": text}), "trainval", Problems())
+    raw = read(make_voc({"a": text}))
     assert raw.classes == ("chair", "stool")
     assert [a.label for a in raw.records[0].annotations] == [2, 1]
 
 
-def test_xml_folder_has_the_classes_that_occur(make_voc, voc_xml, voc_object):
+def test_xml_folder_has_the_classes_that_occur(make_voc, voc_xml, voc_object, tmp_path):
     """They are not VOC's twenty, even if all names are names of VOC."""
-    devkit = make_voc({"a": voc_xml(voc_object("sofa", (1, 1, 9, 9))), "b": voc_xml()})
+    devkit = make_voc({"b": voc_xml(), "a": voc_xml(voc_object("sofa", (1, 1, 9, 9)))})
     raw = read_xml_folder("v", devkit / "Annotations", devkit / "JPEGImages", Problems())
     assert (raw.classes, raw.open_classes) == (("couch",), True)
+    assert paths_of(raw, devkit / "JPEGImages") == ["a.jpg", "b.jpg"]
     (devkit / "Annotations/a.xml").unlink()
     raw = read_xml_folder("v", devkit / "Annotations", devkit / "JPEGImages", Problems())
     assert (raw.classes, raw.open_classes, len(raw.records)) == ((), True, 1)
-    assert read_voc("v", make_voc({"b": voc_xml()}, "negatives"), "negatives", Problems()).classes == ()
+    assert read(make_voc({"b": voc_xml()}, "negatives"), split="negatives").classes == ()
+    with pytest.raises(DataError, match="no XML file here"):
+        read_xml_folder("v", devkit / "JPEGImages", tmp_path, Problems())
 
 
 def test_boxes_of_parts_are_not_read(make_voc, voc_xml):
     part = "<part><name>head</name><bndbox><xmin>2</xmin><ymin>2</ymin><xmax>3</xmax><ymax>3</ymax></bndbox></part>"
     box = "<bndbox><xmax>30</xmax><xmin>11</xmin><ymax>20.5</ymax><ymin>5</ymin></bndbox>"
-    raw = read_voc(
-        "v", make_voc({"a": voc_xml(f"<object><name>person</name>{part}{box}</object>")}), "trainval", Problems()
-    )
+    raw = read(make_voc({"a": voc_xml(f"<object><name>person</name>{part}{box}</object>")}))
     assert [a.box for a in raw.records[0].annotations] == [(10, 4, 30, 20.5)]
-
-
-def test_xml_folder(make_voc, voc_xml, voc_object, tmp_path):
-    devkit = make_voc({"b": voc_xml(), "a": voc_xml(voc_object("chair", (1, 1, 5, 5)))})
-    raw = read_xml_folder("v", devkit / "Annotations", devkit / "JPEGImages", Problems())
-    assert [record.path.name for record in raw.records] == ["a.jpg", "b.jpg"]
-    with pytest.raises(DataError, match="no XML file here"):
-        read_xml_folder("v", devkit / "JPEGImages", tmp_path, Problems())
 
 
 def test_missing_split_is_an_error_with_the_existing_splits(make_voc, voc_xml):
     devkit = make_voc({"a": voc_xml()})
     with pytest.raises(DataError, match=r"val.txt: no such list of photos, expected .*: trainval"):
-        read_voc("v", devkit, "val", Problems())
+        read(devkit, split="val")
+
+
+SIZE = "<size><width>60</width><height>40</height></size>"
 
 
 @pytest.mark.parametrize(
@@ -80,92 +90,69 @@ def test_missing_split_is_an_error_with_the_existing_splits(make_voc, voc_xml):
         ('<?xml version="1.0" encoding="gbk"?><annotation/>', "unreadable annotation file", "multi-byte encodings"),
         ('<?xml version="1.0" encoding="klingon"?><annotation/>', "unreadable annotation file", "encoding"),
         (
-            "<annotation><size><width>60</width><height>40</height></size><object><name>cat</name></object>"
-            "</annotation>",
+            f"<annotation>{SIZE}<object><name>cat</name></object></annotation>",
             "malformed box",
             r"object 1 \(cat\) has xmin, ymin, xmax, ymax = \[None",
         ),
-        (
-            "<annotation><size><width>60</width><height>40</height></size><object/></annotation>",
-            "annotation without a needed key",
-            "object 1 has no <name>",
-        ),
+        (f"<annotation>{SIZE}<object/></annotation>", "annotation without a needed key", "object 1 has no <name>"),
         ("<annotation/>", "photo without width and height", "width None and height None"),
-        (
-            "<annotation><size><width>0</width><height>40</height></size></annotation>",
-            "photo without width and height",
-            "'0'",
-        ),
+        (f"<annotation>{SIZE.replace('60', '0')}</annotation>", "photo without width and height", "'0'"),
     ],
 )
-def test_broken_files(make_voc, voc_xml, on_bad, text, kind, value):
+def test_broken_files(make_voc, voc_xml, text, kind, value):
     devkit = make_voc({"good": voc_xml(), "bad": text})
-    problems = Problems(on_bad)
-    if on_bad == "refuse":
-        with pytest.raises(DataError, match=value) as error:
-            read_voc("v", devkit, "trainval", problems)
-        assert "bad.xml" in str(error.value)
-        return
-    raw = read_voc("v", devkit, "trainval", problems)
-    assert problems.counts == {kind: 1}
-    dropped = on_bad == "skip" or kind == "unreadable annotation file"
-    assert [record.path.stem for record in raw.records] == (["good"] if dropped else ["good", "bad"])
-    assert (raw.records[-1].width, raw.records[-1].height) == (60, 40)
+    message = f"bad.xml.*{value}.*: {kind}"
+    repaired, skipped = repaired_and_skipped(lambda problems: read(devkit, problems), {kind: 1}, message)
+    dropped = kind == "unreadable annotation file"
+    assert [record.path.stem for record in repaired.records] == (["good"] if dropped else ["good", "bad"])
+    assert (repaired.records[-1].width, repaired.records[-1].height) == (60, 40)
+    assert [record.path.stem for record in skipped.records] == ["good"]
 
 
 def test_missing_xml_and_repeated_lines_are_counted(make_voc, voc_xml):
     devkit = make_voc({"a": voc_xml()})
     (devkit / "ImageSets/Main/trainval.txt").write_text("a -1\n\na  1\nlost\n", encoding="utf-8-sig")
     problems = Problems()
-    raw = read_voc("v", devkit, "trainval", problems)
-    assert [record.path.stem for record in raw.records] == ["a"]
+    assert paths_of(read(devkit, problems), devkit) == ["JPEGImages/a.jpg"]
     assert problems.counts == {"duplicate photo id": 1, "unreadable annotation file": 1}
 
 
-def test_photo_is_found_by_the_filename_in_the_xml(make_voc, voc_xml):
-    devkit = make_voc({"a": voc_xml()})
-    (devkit / "JPEGImages/a.jpg").rename(devkit / "JPEGImages/other.jpg")
-    raw = read_voc("v", devkit, "trainval", Problems())
-    assert raw.records[0].path.name == "other.jpg"
-
-
 @pytest.mark.parametrize(
-    ("listing", "names", "read"),
+    ("listing", "listed", "others"),
     [
-        ("my photo 1\nmy photo 2\n", ("my photo 1", "my photo 2"), ("my photo 1", "my photo 2")),
-        ("my photo 1  1\nmy photo 2 -1\n", ("my photo 1", "my photo 2"), ("my photo 1", "my photo 2")),
-        ("my photo 1\t0\r\n\r\nb\t1\r\n", ("my photo 1", "b"), ("my photo 1", "b")),
-        ('"my photo 1"\n"b" 1\n', ("my photo 1", "b"), ("my photo 1", "b")),
-        ("cup 1\ncup 2\n", ("cup 1", "cup 2", "cup"), ("cup 1", "cup 2")),
-        ("cup 1\ncup 0\n", ("cup 1", "cup 0", "cup"), ("cup 1", "cup 0")),
-        ("cup  1\ncup 1  1\n", ("cup 1", "cup"), ("cup", "cup 1")),
-        ("cup 1\ncup 1 -1\n", ("cup 1", "cup"), ("cup", "cup 1")),
-        ("sub/a 1\n", ("sub/a",), ("sub/a",)),
+        ("my photo 1\nmy photo 2\n", ["my photo 1", "my photo 2"], []),
+        ("my photo 1  1\nmy photo 2 -1\n", ["my photo 1", "my photo 2"], []),
+        ("my photo 1\t0\r\n\r\nb\t1\r\n", ["my photo 1", "b"], []),
+        ('"my photo 1"\n"b" 1\n', ["my photo 1", "b"], []),
+        ("cup 1\ncup 2\n", ["cup 1", "cup 2"], ["cup"]),
+        ("cup 1\ncup 0\n", ["cup 1", "cup 0"], ["cup"]),
+        ("cup  1\ncup 1  1\n", ["cup", "cup 1"], []),
+        ("cup 1\ncup 1 -1\n", ["cup", "cup 1"], []),
+        ("sub/a 1\n", ["sub/a"], []),
     ],
 )
-def test_lines_of_a_split(make_voc, voc_xml, listing, names, read):
+def test_lines_of_a_split(make_voc, voc_xml, listing, listed, others):
     """Names may have spaces or quotes, and the last column of lists per class, even if a photo with the shorter name
     exists."""
     devkit = make_voc({"good": voc_xml()})
-    for name in names:
+    for name in listed + others:
         (devkit / "Annotations" / name).parent.mkdir(exist_ok=True)
         (devkit / f"Annotations/{name}.xml").write_text(voc_xml())
         write_photo(devkit / f"JPEGImages/{name}.jpg")
     (devkit / "ImageSets/Main/trainval.txt").write_bytes(listing.encode("utf-8-sig"))
-    raw = read_voc("v", devkit, "trainval", Problems("refuse"))
-    assert [record.path for record in raw.records] == [devkit / f"JPEGImages/{name}.jpg" for name in read]
+    assert paths_of(read(devkit), devkit / "JPEGImages") == [f"{name}.jpg" for name in listed]
 
 
 def test_split_that_is_not_a_text_file_is_an_error(make_voc, voc_xml):
     devkit = make_voc({"a": voc_xml()})
     (devkit / "ImageSets/Main/latin.txt").write_bytes("b\u00e4r".encode("latin-1"))
     with pytest.raises(DataError, match=r"latin.txt: cannot be read as a list of photos .*; save it as text in UTF-8"):
-        read_voc("v", devkit, "latin", Problems())
+        read(devkit, split="latin")
     (devkit / "ImageSets/Main/folder.txt").mkdir()
     os.mkfifo(devkit / "ImageSets/Main/pipe.txt")
     for split in ("folder", "pipe", "a" * 5000, "nul\0"):
         with pytest.raises(DataError, match="no such list of photos"):
-            read_voc("v", devkit, split, Problems())
+            read(devkit, split=split)
 
 
 @pytest.mark.parametrize("line", ["../JPEGImages/secret", "/etc/passwd", "nul\0", "x" * 5000, "pipe"])
@@ -175,13 +162,14 @@ def test_lines_without_an_annotation_file_are_counted(make_voc, voc_xml, line):
     os.mkfifo(devkit / "Annotations/pipe.xml")
     (devkit / "ImageSets/Main/trainval.txt").write_text(f"a\n{line}\n")
     problems = Problems()
-    assert [record.path.name for record in read_voc("v", devkit, "trainval", problems).records] == ["a.jpg"]
+    assert paths_of(read(devkit, problems), devkit) == ["JPEGImages/a.jpg"]
     assert sum(problems.counts.values()) == 1
 
 
 @pytest.mark.parametrize(
-    ("filename", "photos", "read", "kind"),
+    ("filename", "photos", "used", "kind"),
     [
+        ("b.jpg", ("b.jpg",), "b.jpg", None),
         ("a.png", ("a.jpg", "a.png"), "a.png", None),
         ("a.JPG", ("a.jpg", "a.JPG"), "a.JPG", None),
         ("C:\\photos\\a.png", ("a.jpg", "a.png"), "a.png", None),
@@ -195,31 +183,31 @@ def test_lines_without_an_annotation_file_are_counted(make_voc, voc_xml, line):
         ("../secret.jpg", ("a.jpg",), "a.jpg", None),
     ],
 )
-def test_photo_of_an_annotation(tmp_path, voc_xml, on_bad, filename, photos, read, kind):
+def test_photo_of_an_annotation(tmp_path, voc_xml, filename, photos, used, kind):
     """<filename> precedes the name of the XML file. If neither is unique, no photo is used."""
     (tmp_path / "x").mkdir()
     (tmp_path / "x/a.xml").write_text(voc_xml().replace("other.jpg", filename))
     for name in (*photos, "../secret.jpg"):
         write_photo(tmp_path / "p" / name)
-    problems = Problems(on_bad)
-    if on_bad == "refuse" and kind:
-        with pytest.raises(DataError, match=f"a.xml: .*: {kind}"):
-            read_xml_folder("v", tmp_path / "x", tmp_path / "p", problems)
-        return
-    raw = read_xml_folder("v", tmp_path / "x", tmp_path / "p", problems)
-    expected = [] if read is None or (on_bad == "skip" and kind) else [tmp_path / "p" / read]
-    assert [record.path for record in raw.records] == expected
-    problems.counts.pop("photo without annotations", None)
-    assert problems.counts == ({kind: 1} if kind else {})
+
+    def read_paths(problems):
+        paths = paths_of(read_folder(tmp_path, problems), tmp_path / "p")
+        problems.counts.pop("photo without annotations", None)
+        return paths
+
+    if kind:
+        results = repaired_and_skipped(read_paths, {kind: 1}, f"a.xml: .*: {kind}")
+        assert results == ([used] if used else [], [])
+    else:
+        assert read_paths(Problems("refuse")) == [used]
 
 
 def test_photos_outside_are_read_if_allowed(tmp_path, voc_xml):
-    (tmp_path / "x").mkdir()
-    (tmp_path / "p").mkdir()
+    for folder in ("x", "p"):
+        (tmp_path / folder).mkdir()
     write_photo(tmp_path / "secret.jpg")
     (tmp_path / "x/a.xml").write_text(voc_xml().replace("other.jpg", str(tmp_path / "secret.jpg")))
-    raw = read_xml_folder("v", tmp_path / "x", tmp_path / "p", Problems("refuse"), allow_outside=True)
-    assert [record.path for record in raw.records] == [tmp_path / "secret.jpg"]
+    assert paths_of(read_folder(tmp_path, allow_outside=True), tmp_path) == ["secret.jpg"]
 
 
 def test_files_that_are_left_out_are_counted(tmp_path, voc_xml, caplog):
@@ -230,44 +218,37 @@ def test_files_that_are_left_out_are_counted(tmp_path, voc_xml, caplog):
         (tmp_path / "x" / name).write_text(voc_xml())
     (tmp_path / "x/sub/flat.xml").write_text(voc_xml().replace("other.jpg", "e.jpg"))
     problems = Problems("refuse")
-    raw = read_xml_folder("v", tmp_path / "x", tmp_path / "p", problems)
-    read = [record.path.relative_to(tmp_path / "p").as_posix() for record in raw.records]
-    assert read == ["a.jpg", "b.jpg", "sub/c.jpg", "e.jpg"]
+    raw = read_folder(tmp_path, problems)
+    assert paths_of(raw, tmp_path / "p") == ["a.jpg", "b.jpg", "sub/c.jpg", "e.jpg"]
     assert problems.counts == {"photo without annotations": 1, "file of another kind": 1}
     problems.log("v")
     assert "v: 1 x photo without annotations (left out); the first: " in caplog.text and "sub/d.jpg" in caplog.text
 
 
 @pytest.mark.parametrize(
-    ("text", "ignore"),
-    [("Unspecified", False), ("False", False), ("0.0", False), ("no", False), ("", False), ("TRUE", True), ("1", True)],
+    ("text", "ignore", "unusable"),
+    [("Unspecified", False, 0), ("0.0", False, 0), ("", False, 0), ("TRUE", True, 0), ("perhaps", False, 1)],
 )
-def test_difficult_as_text(make_voc, voc_xml, voc_object, text, ignore):
-    devkit = make_voc({"a": voc_xml(voc_object("cat", (1, 1, 9, 9), difficult=text))})
-    raw = read_voc("v", devkit, "trainval", Problems("refuse"))
-    assert [annotation.ignore for annotation in raw.records[0].annotations] == [ignore]
-
-
-def test_unusable_flag_is_counted(make_voc, voc_xml, voc_object):
+def test_difficult_as_text(make_voc, voc_xml, voc_object, text, ignore, unusable):
     problems = Problems()
-    devkit = make_voc({"a": voc_xml(voc_object("cat", (1, 1, 9, 9), difficult="perhaps"))})
-    assert not read_voc("v", devkit, "trainval", problems).records[0].annotations[0].ignore
-    assert problems.counts == {"unusable flag": 1}
+    raw = read(make_voc({"a": voc_xml(voc_object("cat", (1, 1, 9, 9), difficult=text))}), problems)
+    assert [annotation.ignore for annotation in raw.records[0].annotations] == [ignore]
+    assert problems.counts["unusable flag"] == unusable
 
 
 def test_normalized_boxes(make_voc, voc_xml, voc_object):
     normalized, pixels = voc_object("cat", (0.1, 0.2, 0.5, 0.6)), voc_object("cat", (5, 5, 9, 9))
     devkit = make_voc({"a": voc_xml(normalized), "b": voc_xml(pixels)})
     problems = Problems("skip")
-    assert [record.path.name for record in read_voc("v", devkit, "trainval", problems).records] == ["b.jpg"]
+    assert paths_of(read(devkit, problems), devkit) == ["JPEGImages/b.jpg"]
     assert problems.counts == {"normalized box": 1}
     (devkit / "Annotations/b.xml").write_text(voc_xml(normalized, normalized))
     with pytest.raises(DataError, match="Annotations: 3 of 3 boxes lie in 0..1 and look normalized"):
-        read_voc("v", devkit, "trainval", Problems())
+        read(devkit, Problems())
 
 
 def test_two_names_of_one_class_are_counted(make_voc, voc_xml, voc_object):
     problems = Problems()
     text = voc_xml(voc_object("sofa", (1, 1, 9, 9)), voc_object("couch", (1, 1, 9, 9)))
-    assert read_voc("v", make_voc({"a": text}), "trainval", problems).classes == VOC_CLASSES
+    assert read(make_voc({"a": text}), problems).classes == VOC_CLASSES
     assert problems.counts == {"two names of one class": 1}

@@ -98,17 +98,15 @@ def test_trainer_fits_a_line():
 
 
 def test_hooks_run_after_every_step_and_can_stop():
-    class StopAtFive(Hook):
-        def __init__(self):
-            self.steps = []
+    steps = []
 
+    class StopAtFive(Hook):
         def after_step(self, trainer):
-            self.steps.append(trainer.step)
+            steps.append(trainer.step)
             trainer.stop = trainer.step == 5
 
-    hook = StopAtFive()
-    assert not line_trainer([hook]).run()
-    assert hook.steps == [1, 2, 3, 4, 5]
+    assert not line_trainer([StopAtFive()]).run()
+    assert steps == [1, 2, 3, 4, 5]
 
 
 def test_hooks_nest_and_end_after_an_error():
@@ -160,10 +158,9 @@ def test_diverged_gradient_does_not_change_the_weights():
 def test_gradients_are_clipped():
     trainer = line_trainer(clip_gradient=1e-6, optimizer=None)
     trainer.optimizer = torch.optim.SGD(trainer.model.parameters(), lr=1.0)
-    before = torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()])
+    before = nn.utils.parameters_to_vector(trainer.model.parameters()).detach().clone()
     trainer.train_step(next(iter(trainer.loader.epoch(0, 0))))
-    after = torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()])
-    assert (after - before).norm() <= 1.01e-6
+    assert (nn.utils.parameters_to_vector(trainer.model.parameters()) - before).norm() <= 1.01e-6
 
 
 def test_bf16_trains():
