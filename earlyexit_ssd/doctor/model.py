@@ -20,7 +20,7 @@ from torchvision.ops import box_iou
 from earlyexit_ssd.doctor import findings
 from earlyexit_ssd.evaluation.verdict import DETECTS_AP50, LARGEST_LOSS
 
-MODEL_CHECKS: list[findings.Check] = []  # in the order of the table
+MODEL_CHECKS: dict[str, findings.Check] = {}  # in the order of the table
 check = functools.partial(findings.check, MODEL_CHECKS)
 
 BOX_CODER = BoxCoder(weights=(10.0, 10.0, 5.0, 5.0))  # torchvision's encoding of boxes in its SSD

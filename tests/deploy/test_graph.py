@@ -46,7 +46,7 @@ def test_photos_are_resized_as_torchvision_does(monkeypatch, size, openvino, lar
     monkeypatch.setattr(graph, "LARGE", large)
     scope = Scope(itertools.count())
     photo_size = scope("Slice", scope("Shape", "image"), scope.constant([0], np.int64), scope.constant([2], np.int64))
-    x = preprocess(scope, "image", photo_size, contract(openvino=openvino))
+    x = preprocess(scope, photo_size, contract(openvino=openvino))
     photo = helper.make_tensor_value_info("image", TensorProto.UINT8, ["h", "w", 3])
     model = helper.make_model(
         scope.graph("test", [(x, TensorProto.FLOAT, [1, 3, 24, 32])], [photo]),

@@ -205,11 +205,13 @@ def test_a_recording_predicts_the_temporal_exit():
 def test_every_nth_frame_by_hand():
     """A ball jumps every four frames, so computing frames 0, 4, 8, ... changes no answer."""
     recording = Recording.of(RedBox(), [scene(20 * (index // 4)) for index in range(16)], 0.5)
-    assert recording.every_nth(1.0) == 0.0
+    assert not any(recording.changed(frames).any() for frames in recording.nth_frames(1.0))
     computed = np.arange(16) % 4 == 0
     assert not recording.changed(computed).any()
     assert recording.changed(np.arange(16) == 0).tolist() == [False] * 4 + [True] * 12
-    assert recording.every_nth(16.0, offsets=1) == 12 / 16
+    assert np.flatnonzero(recording.nth_frames(16.0)[0]).tolist() == [0]
+    # with offset 1/8, floor(frame / 16 + 1/8) rises at frame 14
+    assert np.flatnonzero(recording.nth_frames(16.0)[1]).tolist() == [0, 14]
 
 
 def test_the_speedup_counts_the_comparison():
