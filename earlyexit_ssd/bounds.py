@@ -4,8 +4,8 @@ The p-values here test H0: E[loss] > epsilon. If p <= delta, the mean loss is at
 for every distribution of the losses and every number of photos. The photos must be independent draws of one source, and
 the routing must not be fitted on them.
 
-Losses are [n] in [0, 1], one per photo. epsilon, the largest acceptable mean loss, and delta are in (0, 1). Other values
-raise EarlyExitError. Without photos, p-values and bounds are 1.
+Losses are [n] in [0, 1], one per photo. epsilon, the largest acceptable mean loss, and delta are in (0, 1). Other
+values raise EarlyExitError. Without photos, p-values and bounds are 1.
 """
 
 from __future__ import annotations
