@@ -13,8 +13,8 @@ from tests.deploy.fakes import scene
 
 @pytest.fixture
 def folder(tmp_path):
-    for name in ("b.PNG", "a.jpg", "deep/c.bmp"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+    for name in ("b.PNG", "a.jpg", "deep/down/c.bmp"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (8, 6), (10, 20, 30)).save(tmp_path / name)
     (tmp_path / "street.mp4").touch()
     (tmp_path / "notes.txt").touch()
@@ -24,7 +24,7 @@ def folder(tmp_path):
 def test_kinds_of_sources(folder, caplog):
     arguments = ["0", "rtsp://me:secret@cam/1", str(folder / "notes.txt"), str(folder / "no.mov"), folder]
     found = find_sources(arguments)
-    inside = [str(folder / name) for name in ("a.jpg", "b.PNG", "deep/c.bmp", "street.mp4")]
+    inside = [str(folder / name) for name in ("a.jpg", "b.PNG", "deep/down/c.bmp", "street.mp4")]
     assert [source.name for source in found[4:]] == inside
     assert [source.kind for source in found] == ["live", "live", "photo", "video", "photo", "photo", "photo", "video"]
     assert found[1].title == "rtsp://cam/1"
@@ -34,7 +34,7 @@ def test_kinds_of_sources(folder, caplog):
 
 def test_patterns(folder):
     (folder / "odd[1].jpg").touch()
-    for pattern, name in (("a.[jJ]*", "a.jpg"), ("**/*.bmp", "deep/c.bmp"), ("odd[1].jpg", "odd[1].jpg")):
+    for pattern, name in (("a.[jJ]*", "a.jpg"), ("**/*.bmp", "deep/down/c.bmp"), ("odd[1].jpg", "odd[1].jpg")):
         assert find_sources([f"{folder}/{pattern}"]) == [Source(str(folder / name), "photo")]
 
 
