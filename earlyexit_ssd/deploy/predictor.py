@@ -66,11 +66,8 @@ class Detections:
         return len(self.boxes)
 
     def to_supervision(self) -> Any:
-        """Return ``supervision.Detections``. ``class_id`` has the labels, ``data["class_name"]`` the class names.
-
-        Raises:
-            EarlyExitError: the package supervision is not installed.
-        """
+        """Return ``supervision.Detections``. ``class_id`` has the labels, ``data["class_name"]`` the class names. Raise
+        EarlyExitError if the package supervision is not installed."""
         supervision, data = import_package("supervision"), {"class_name": np.array(self.class_names, dtype=str)}
         return supervision.Detections(xyxy=self.boxes, confidence=self.scores, class_id=self.labels, data=data)
 
@@ -165,11 +162,8 @@ class Predictor:
         return self._detect_and_record(image, "image")
 
     def predict(self, images: Iterable[Array]) -> list[Detections]:
-        """Detect in photos of any sizes, one after another, since each leaves at its own exit.
-
-        Raises:
-            EarlyExitError: a photo is invalid. The message has its index.
-        """
+        """Detect in photos of any sizes, one after another, since each leaves at its own exit. The EarlyExitError for
+        an invalid photo has its index."""
         if isinstance(images, np.ndarray) and images.ndim < 4:
             raise EarlyExitError(
                 f"images {list(images.shape)}: expected a list of photos; call predictor(image) for one"
@@ -181,11 +175,8 @@ class Predictor:
 
         The p-value is for independent photos. If the certificate has a block length (``--block`` of the calibration),
         one frame of each block is compared. Without a block length the test is too sensitive for video. See
-        `earlyexit_ssd.drift.DriftRecord`.
-
-        Returns:
-            the comparison; None without a certificate, with other thresholds than the file's, or before the first
-            photo.
+        `earlyexit_ssd.drift.DriftRecord`. Return None without a certificate, with other thresholds than the file's, or
+        before the first photo.
         """
         return self._drift_record and self._drift_record.drift()
 
@@ -268,11 +259,8 @@ def _number_in_0_1(name: str, value: object) -> float:
 
 
 def as_photo(image: object, name: str = "image") -> Array:
-    """Convert an image that :meth:`Predictor.__call__` accepts to contiguous uint8 RGB [H, W, 3].
-
-    Raises:
-        EarlyExitError: an array of another type, shape or range. The message starts with ``name``.
-    """
+    """Convert an image that :meth:`Predictor.__call__` accepts to contiguous uint8 RGB [H, W, 3]. Raise an
+    EarlyExitError that starts with ``name`` for an array of another type, shape or range."""
     if not isinstance(image, np.ndarray):
         raise EarlyExitError(f"{name}: a {type(image).__name__}, expected a numpy array uint8 [H, W, 3] RGB")
     if image.ndim == 3 and image.shape[2] == 1:

@@ -58,9 +58,7 @@ def find_sources(arguments: Sequence[str | os.PathLike[str]]) -> list[Source]:
 
     A number is a camera, and an argument with ``://`` is a stream. A folder gives all photos and videos in it and in
     its subfolders. A pattern (``*``, ``?``, ``[...]``, ``**``) gives all matching files. Any other argument is a file.
-
-    Raises:
-        DataError: a folder without photos and videos, or a pattern without matching files.
+    A folder without photos and videos, or a pattern without matching files, raises DataError.
     """
     sources: list[Source] = []
     for argument in map(os.fspath, arguments):

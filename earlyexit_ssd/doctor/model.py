@@ -157,10 +157,8 @@ def confidence_ignores_objects(evidence: ModelEvidence) -> dict[str, float]:
 
 
 def area_under_curve(values: Tensor, positive: Tensor) -> float:
-    """Return the area under the ROC curve of ``values`` [n], where ties count half (Mann and Whitney 1947).
-
-    ``positive`` [n] says which values belong to the positive class.
-    """
+    """Return the area under the ROC curve of ``values`` [n] for the positive class, bool [n]. Ties count half (Mann and
+    Whitney 1947)."""
     ranks = torch.from_numpy(rankdata(values.double().numpy()))
     count = int(positive.sum())
     return ((ranks[positive].sum() - count * (count + 1) / 2) / (count * (len(positive) - count))).item()
