@@ -68,7 +68,7 @@ def test_photos_and_all_outputs(tmp_path):
 
 def test_lower_scores_are_dropped(tmp_path):
     source = photo(tmp_path / "a.png")
-    assert "0 found" in next(predict(RedBox(0.4), [source], tmp_path, save=[]))
+    assert "0 found" in next(predict(RedBox(0.4), [source], tmp_path, save=["none"]))
     assert "1 found" in next(predict(RedBox(0.4), [source], tmp_path, save=[], score=0.4 - 1e-6))
     with pytest.raises(EarlyExitError, match=r"score 1.5: expected a number in \[0, 1\]"):
         next(predict(RedBox(), [source], tmp_path, score=1.5))
