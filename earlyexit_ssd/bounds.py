@@ -3,6 +3,9 @@
 The p-values here test H0: E[loss] > epsilon. If p <= delta, the mean loss is at most epsilon with confidence 1 - delta,
 for every distribution of the losses and every number of photos. The photos must be independent draws of one source, and
 the routing must not be fitted on them.
+
+Losses are [n] in [0, 1], one per photo. epsilon, the largest acceptable mean loss, and delta are in (0, 1). Other
+values raise EarlyExitError. Without photos, p-values and bounds are 1.
 """
 
 from __future__ import annotations
@@ -30,13 +33,6 @@ def hoeffding_bentkus_p_value(losses: np.ndarray, epsilon: float) -> float:
     For the mean m of n losses it is the minimum of exp(-n h(min(m, epsilon), epsilon)), where h(a, b) =
     a log(a / b) + (1 - a) log((1 - a) / (1 - b)), and e P(Binomial(n, epsilon) <= ceil(n m)). Source: Bates et al.
     2021, "Distribution-free, risk-controlling prediction sets", section 3.1.
-
-    Args:
-        losses: [n], in [0, 1], one per photo in any order. Without photos the p-value is 1.0.
-        epsilon: largest acceptable mean loss, in (0, 1).
-
-    Raises:
-        EarlyExitError: a loss or ``epsilon`` outside its range.
     """
     from scipy import stats  # not installed on a device that only runs exported files
 
@@ -63,16 +59,8 @@ def betting_p_value(losses: np.ndarray, epsilon: float, *, delta: float = 0.1) -
 
     Source: Waudby-Smith & Ramdas 2024, "Estimating means of bounded random variables by betting", in the form of
     Bates et al. 2021, section 3.1, where the cap is 1. With BET_CAP, 1 - BET_CAP of the capital is left after a loss
-    of 1.
-
-    Args:
-        losses: [n], in [0, 1], in the order of the bets. Without photos the p-value is 1.0. Shuffle them with a seed
-            first, because photos sorted by data set or by hour are not exchangeable.
-        epsilon: largest acceptable mean loss, in (0, 1).
-        delta: level that the bets are tuned for, in (0, 1). The p-value is valid at every level.
-
-    Raises:
-        EarlyExitError: a loss, ``epsilon`` or ``delta`` outside its range.
+    of 1. ``losses`` are in the order of the bets. Shuffle them with a seed first, because photos sorted by data set or
+    by hour are not exchangeable. The bets are tuned for the level ``delta``, and the p-value is valid at every level.
     """
     losses = _checked(losses, epsilon=epsilon, delta=delta)
     count = len(losses)
@@ -93,8 +81,8 @@ BOUNDS: dict[str, PValue] = {"hoeffding_bentkus": hoeffding_bentkus_p_value, "be
 def upper_bound(losses: np.ndarray, delta: float, p_value: PValue = hoeffding_bentkus_p_value) -> float:
     """Return the upper confidence bound of the expected loss at level ``delta``, in (0, 1].
 
-    It is the smallest epsilon with ``p_value(losses, epsilon) <= delta``, rounded up by at most 1e-6. ``losses`` are
-    [n], in [0, 1]. ``p_value`` is one of :data:`BOUNDS`, or another function that decreases in epsilon.
+    It is the smallest epsilon with ``p_value(losses, epsilon) <= delta``, rounded up by at most 1e-6. ``p_value`` is
+    one of :data:`BOUNDS`, or another function that decreases in epsilon.
     """
     losses = _checked(losses, delta=delta)
     low, high = 0.0, 1.0  # no mean exceeds 1

@@ -217,18 +217,12 @@ class DriftMonitor:
         self._logged_at: dict[str, int] = {}
 
     def update(self, exit_index: Values, confidence: Values) -> list[str]:
-        """Add the decisions of a batch, in the order of the photos. The checks do not depend on the batch size.
+        """Add the decisions of a batch, in the order of the photos, and return one line per test that found drift.
 
-        Args:
-            exit_index: int [m], the exit of each photo.
-            confidence: [m], the confidence of each photo at its exit. At the full path it may be NaN.
-
-        Returns:
-            one line per test that found drift in these photos. Each is logged at most once per ``window`` photos.
-
-        Raises:
-            EarlyExitError: an exit that the reference does not have, or a confidence that is not finite. Then no photo
-                of the batch is added.
+        ``exit_index`` is int [m], and ``confidence`` [m] is the confidence of each photo at its exit. At the full path
+        it may be NaN. The checks do not depend on the batch size. Each line is logged at most once per ``window``
+        photos. An exit that the reference does not have, or another confidence that is not finite, raises
+        EarlyExitError. Then no photo of the batch is added.
         """
         names = self.reference.exit_names
         taken = _exits(exit_index, names)

@@ -1,6 +1,7 @@
 """The house rules on imports and on the size of the tools."""
 
 import ast
+from collections.abc import Iterable
 from pathlib import Path
 
 from setuptools import find_packages
@@ -16,16 +17,21 @@ ORDER = [
 COMMON = {"bounds", "command_line", "drift", "errors", "files", "images", "plain", "progress", "runtimes"}
 
 
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def imported_by(nodes: Iterable[ast.AST]) -> list[list[str]]:
+    """Return the modules that these statements import, each as the parts of its name."""
+    names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    names += [node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module]
+    return [name.split(".") for name in names]
+
+
 def imported_parts(path: Path) -> set[str]:
     """Return the folders and files of the package that a file imports."""
-    modules = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and node.module:
-            modules.add(node.module)
-        elif isinstance(node, ast.Import):
-            modules |= {alias.name for alias in node.names}
-    parts = [module.split(".") for module in modules]
-    return {names[1] for names in parts if names[0] == "earlyexit_ssd" and len(names) > 1}
+    modules = imported_by(list(ast.walk(parsed(path))))
+    return {names[1] for names in modules if names[0] == "earlyexit_ssd" and len(names) > 1}
 
 
 def test_every_folder_is_in_the_order():
@@ -47,12 +53,9 @@ def test_common_files_import_no_folder():
 
 
 def test_deploy_and_common_files_do_not_import_pytorch():
-    for path in (PACKAGE / "deploy").glob("*.py"):
-        assert imported_parts(path) <= {"deploy", *COMMON}, path
     for path in [*(PACKAGE / "deploy").glob("*.py"), *(PACKAGE / f"{name}.py" for name in COMMON)]:
-        first = [node for node in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(node, ast.Import)]
-        names = {alias.name.split(".")[0] for node in first for alias in node.names}
-        assert not names & {"torch", "torchvision", "scipy", "cv2"}, path
+        at_import = {names[0] for names in imported_by(parsed(path).body)}
+        assert not at_import & {"torch", "torchvision", "scipy", "cv2"}, path
 
 
 def test_modeling_has_no_optimizer_and_evaluation_no_plots():
@@ -70,36 +73,25 @@ def test_benchmarks_are_not_installed_and_not_imported():
     """The studies import the package. The package and its tools may not import them."""
     for folder in (PACKAGE, PACKAGE.parent / "tools"):
         for path in folder.rglob("*.py"):
-            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-                names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-                names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-                assert not any(name.split(".")[0] == "benchmarks" for name in names), path
-    assert all(name.split(".")[0] == "earlyexit_ssd" for name in distribution_packages())
-
-
-def distribution_packages() -> list[str]:
-    """Return the packages that setup.py puts into the wheel."""
-    root = PACKAGE.parent
-    call = next(
-        node
-        for node in ast.walk(ast.parse((root / "setup.py").read_text(encoding="utf-8")))
-        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "find_packages"
-    )
-    return find_packages(str(root), **{word.arg: ast.literal_eval(word.value) for word in call.keywords})
+            assert "benchmarks" not in {names[0] for names in imported_by(list(ast.walk(parsed(path))))}, path
+    calls = [node for node in ast.walk(parsed(PACKAGE.parent / "setup.py")) if isinstance(node, ast.Call)]
+    (call,) = (call for call in calls if getattr(call.func, "id", "") == "find_packages")
+    arguments = {word.arg: ast.literal_eval(word.value) for word in call.keywords}
+    installed = find_packages(str(PACKAGE.parent), **arguments)
+    assert installed and all(name.split(".")[0] == "earlyexit_ssd" for name in installed)
 
 
 def test_no_circular_imports():
     """Imports inside functions count too."""
-    modules = {
-        "earlyexit_ssd." + ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path
-        for path in PACKAGE.rglob("*.py")
-    }
-    modules = {name.removesuffix(".__init__"): path for name, path in modules.items()}
+    modules = {}
+    for path in PACKAGE.rglob("*.py"):
+        name = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
+        modules[name.removesuffix(".__init__")] = path
     imports: dict[str, set[str]] = {}
     for name, path in modules.items():
         found = [
             f"{node.module}.{alias.name}" if f"{node.module}.{alias.name}" in modules else node.module
-            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+            for node in ast.walk(parsed(path))
             if isinstance(node, ast.ImportFrom)
             for alias in node.names
         ]

@@ -292,22 +292,16 @@ def machine() -> dict[str, object]:
 # Each detector has its own process, so that its memory and threads can be measured.
 
 
-class _Worker:
+class _Worker(ProcessPoolExecutor):
     """A process of a detector. ``worker(job, ...)`` runs ``job(...)`` in it and returns the result."""
 
     def __init__(self, contestant: Contestant) -> None:
+        super().__init__(1, mp_context=get_context("spawn"))
         self.contestant = contestant
-        self._pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
-
-    def __enter__(self) -> _Worker:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._pool.shutdown(cancel_futures=True)
 
     def __call__(self, job: Callable[..., Any], *arguments: Any) -> Any:
         try:
-            return self._pool.submit(job, *arguments).result()
+            return self.submit(job, *arguments).result()
         except BrokenProcessPool:
             raise EarlyExitError(
                 f"{self.contestant.name}: its process died, maybe out of memory; time fewer detectors at once"

@@ -88,11 +88,6 @@ class Scope:
         self.constants.append(numpy_helper.from_array(np.asarray(value, dtype), name))
         return name
 
-    def zeros(self, shape: Sequence[int], elem_type: int) -> str:
-        """Add a node that returns zeros, since OpenVINO loses the shape of an empty constant. Return its name."""
-        zero = helper.make_tensor("zero", elem_type, [1], [0])
-        return self("ConstantOfShape", self.constant(shape, np.int64), value=zero)
-
     def many(self, count: int, op_type: str, *inputs: str, **attributes: Any) -> list[str]:
         """Add a node with ``count`` outputs. Return their names."""
         outputs = [f"{op_type.lower()}_{next(self.numbers)}" for _ in range(count)]
@@ -139,53 +134,48 @@ Branch = tuple[Scope, Sequence[str]]  # one branch of an If: its scope and the n
 def build_graph(segments: Sequence[Segment], contract: Contract, metadata: Mapping[str, str]) -> onnx.ModelProto:
     """Build a model from a photo uint8 [height, width, 3] RGB to `OUTPUTS`.
 
-    ``thresholds`` [exits] and ``score_thresh`` [classes] are inputs too, with defaults unless it is for OpenVINO.
-
-    Args:
-        segments: segments from shallow to deep, the full path last.
-        contract: settings and thresholds.
-        metadata: metadata of the file, text by key.
+    ``thresholds`` [exits] and ``score_thresh`` [classes] are inputs too, with defaults unless it is for OpenVINO. The
+    segments are from shallow to deep, the full path last. ``metadata`` of the file is text by key.
     """
     scope, size, state = _start(contract)
-    names = _add_segments(scope, segments, state, size, contract)
-    outputs = [(name, *type_) for name, type_ in zip(names, OUTPUTS.values(), strict=True)]
-    return _model(scope, outputs, ["image"], contract, tuple(OUTPUTS), metadata)
+    values = _add_segments(scope, segments, state, size, contract)
+    outputs = {name: (value, *OUTPUTS[name]) for name, value in zip(OUTPUTS, values, strict=True)}
+    return _model(scope, outputs, ["image"], contract, metadata)
 
 
 def first_stage(segment: Segment, contract: Contract) -> onnx.ModelProto:
     """Build a model from a photo to the first segment's outputs."""
     scope, _, state = _start(contract)
-    names, outputs = scope.inline(segment.model, state), []
-    for value in segment.model.graph.output:
-        tensor = value.type.tensor_type
-        outputs.append((names[value.name], tensor.elem_type, [dim.dim_value for dim in tensor.shape.dim]))
-    return _model(scope, outputs, ["image"], contract, tuple(names))
+    values, outputs = scope.inline(segment.model, state), {}
+    for output in segment.model.graph.output:
+        tensor = output.type.tensor_type
+        outputs[output.name] = values[output.name], tensor.elem_type, [dim.dim_value for dim in tensor.shape.dim]
+    return _model(scope, outputs, ["image"], contract)
 
 
 def last_stage(contract: Contract) -> onnx.ModelProto:
     """Build a model from `HEAD` and ``photo_size`` int64 [2] (height, width) to boxes, labels and scores."""
-    scope, names = Scope(itertools.count()), tuple(OUTPUTS)[:3]
+    scope = Scope(itertools.count())
     values = postprocess(scope, *HEAD, "photo_size", contract)
-    outputs = [(value, *OUTPUTS[name]) for value, name in zip(values, names, strict=True)]
-    return _model(scope, outputs, [*HEAD, "photo_size"], contract, names)
+    outputs = {name: (value, *OUTPUTS[name]) for name, value in zip(OUTPUTS, values, strict=False)}
+    return _model(scope, outputs, [*HEAD, "photo_size"], contract)
 
 
 def _start(contract: Contract) -> tuple[Scope, str, dict[str, str]]:
     """Return a scope, the name of the photo's size (height, width) in it, and the first segment's inputs."""
     scope = Scope(itertools.count())
     size = scope("Slice", scope("Shape", "image"), scope.constant([0], np.int64), scope.constant([2], np.int64))
-    return scope, size, {"x_in": preprocess(scope, "image", size, contract)}
+    return scope, size, {"x_in": preprocess(scope, size, contract)}
 
 
 def _model(
     scope: Scope,
-    outputs: Sequence[Value],
+    outputs: Mapping[str, Value],
     inputs: Sequence[str],
     contract: Contract,
-    names: Sequence[str],
     metadata: Mapping[str, str] | None = None,
 ) -> onnx.ModelProto:
-    """Return the scope as a model. Its outputs get these ``names``."""
+    """Return the scope as a model. ``outputs`` maps names of the model's outputs to values in the scope."""
     anchors, classes = len(contract.anchors), len(contract.score_thresh)
     types = {
         "image": (TensorProto.UINT8, ["height", "width", 3]),
@@ -201,9 +191,9 @@ def _model(
             if not contract.openvino:  # OpenVINO would treat an input with a default as a constant
                 scope.constants.append(default)
             values.append(helper.make_tensor_value_info(name, default.data_type, list(default.dims)))
-    graph = scope.graph("earlyexit_ssd", outputs, values)
+    graph = scope.graph("earlyexit_ssd", list(outputs.values()), values)
     # the last nodes are the Identity nodes of the outputs
-    for node, value, name in zip(graph.node[-len(outputs) :], graph.output, names, strict=True):
+    for node, value, name in zip(graph.node[-len(outputs) :], graph.output, outputs, strict=True):
         node.output[0] = value.name = name
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], producer_name="earlyexit_ssd")
     model.ir_version = IR_VERSION
@@ -265,8 +255,11 @@ def _add_segments(
         logits, offsets, *routing = _add_heads(scope, segments, values, contract)
         return [*postprocess(scope, logits, offsets, size, contract), *routing]
     condition, leave, go_on = _leaves(scope, segment, values), Scope(scope.numbers), Scope(scope.numbers)
-    shapes = ([0, 4], TensorProto.FLOAT), ([0], TensorProto.INT64), ([0], TensorProto.FLOAT)
-    no_objects = [leave.zeros(*shape) for shape in shapes]
+    no_objects = []
+    for elem_type, shape in list(OUTPUTS.values())[:3]:  # no constants, since OpenVINO loses the shape of an empty one
+        shape = leave.constant([0, *shape[1:]], np.int64)
+        zero = helper.make_tensor("zero", elem_type, [1], [0])
+        no_objects.append(leave("ConstantOfShape", shape, value=zero))
     no_objects += [leave.constant(segment.index, np.int64), leave("Squeeze", values[CONFIDENCE])]
     rest = _add_segments(go_on, deeper, _next_inputs(values), size, contract)
     return scope.if_else(condition, list(OUTPUTS.values()), (leave, no_objects), (go_on, rest))
@@ -303,19 +296,17 @@ def _next_inputs(values: Mapping[str, str]) -> dict[str, str]:
 # Preprocessing and postprocessing as in torchvision's GeneralizedRCNNTransform and SSD.postprocess_detections.
 
 
-def preprocess(scope: Scope, image: str, size: str, contract: Contract) -> str:
-    """Resize (bilinear without antialiasing) and normalise a photo.
+def preprocess(scope: Scope, size: str, contract: Contract) -> str:
+    """Resize (bilinear without antialiasing) and normalise the photo ``image``, uint8 [H, W, 3].
 
-    The photo is uint8 [H, W, 3] and ``size`` int64 [2] (H, W). The result is float32 [1, 3, *contract.size].
+    ``size`` is int64 [2] (H, W). The result is float32 [1, 3, *contract.size].
     """
     if contract.openvino:
-        return _gather_and_resize(scope, image, size, contract)
+        return _gather_and_resize(scope, size, contract)
     large, small = Scope(scope.numbers), Scope(scope.numbers)
     is_large = scope("Greater", scope("ReduceProd", size, keepdims=0), scope.constant(LARGE, np.int64))
-    gathered = _gather_and_resize(large, image, size, contract)
-    resized = _convert_and_resize(small, image, contract)
-    types = [(TensorProto.FLOAT, [1, 3, *contract.size])]
-    return scope.if_else(is_large, types, (large, [gathered]), (small, [resized]))[0]
+    branches = (large, [_gather_and_resize(large, size, contract)]), (small, [_convert_and_resize(small, contract)])
+    return scope.if_else(is_large, [(TensorProto.FLOAT, [1, 3, *contract.size])], *branches)[0]
 
 
 def _normalise(scope: Scope, pixels: str, contract: Contract, layout: Callable[[np.ndarray], np.ndarray]) -> str:
@@ -325,17 +316,17 @@ def _normalise(scope: Scope, pixels: str, contract: Contract, layout: Callable[[
     return scope("Add", scope("Mul", pixels, scale), shift)
 
 
-def _convert_and_resize(scope: Scope, image: str, contract: Contract) -> str:
+def _convert_and_resize(scope: Scope, contract: Contract) -> str:
     """Convert the whole photo to floats, then resize it."""
     # uint8 is transposed faster than float32
-    pixels = scope("Cast", scope("Transpose", image, perm=[2, 0, 1]), to=TensorProto.FLOAT)
+    pixels = scope("Cast", scope("Transpose", "image", perm=[2, 0, 1]), to=TensorProto.FLOAT)
     pixels = scope("Unsqueeze", pixels, scope.constant([0], np.int64))
     target = scope.constant([1, 3, *contract.size], np.int64)
     pixels = scope("Resize", pixels, "", "", target, mode="linear", coordinate_transformation_mode="half_pixel")
     return _normalise(scope, pixels, contract, lambda values: values.reshape(1, 3, 1, 1))
 
 
-def _gather_and_resize(scope: Scope, image: str, size: str, contract: Contract) -> str:
+def _gather_and_resize(scope: Scope, size: str, contract: Contract) -> str:
     """Gather the four pixels around each output point, convert only these to floats, and interpolate.
 
     Arithmetic is on rows of width * 3 values, and the transposition comes last. This halves the time in OpenVINO.
@@ -351,7 +342,7 @@ def _gather_and_resize(scope: Scope, image: str, size: str, contract: Contract) 
     if contract.openvino:  # OpenVINO gathers single values faster than pixels, ONNX Runtime does not
         left, right = _value_indices(scope, left, width), _value_indices(scope, right, width)
     for indices in (top, bottom):
-        row = scope("Gather", image, indices, axis=0)
+        row = scope("Gather", "image", indices, axis=0)
         row = scope("Reshape", row, scope.constant([height, -1], np.int64)) if contract.openvino else row
         sides = [scope("Reshape", scope("Gather", row, side, axis=1), row_shape) for side in (left, right)]
         rows.append(_interpolate(scope, *(scope("Cast", side, to=TensorProto.FLOAT) for side in sides), x_weight))

@@ -66,11 +66,8 @@ class Detections:
         return len(self.boxes)
 
     def to_supervision(self) -> Any:
-        """Return ``supervision.Detections``. ``class_id`` has the labels, ``data["class_name"]`` the class names.
-
-        Raises:
-            EarlyExitError: the package supervision is not installed.
-        """
+        """Return ``supervision.Detections``. ``class_id`` has the labels, ``data["class_name"]`` the class names. Raise
+        EarlyExitError if the package supervision is not installed."""
         supervision, data = import_package("supervision"), {"class_name": np.array(self.class_names, dtype=str)}
         return supervision.Detections(xyxy=self.boxes, confidence=self.scores, class_id=self.labels, data=data)
 
@@ -121,18 +118,16 @@ class Predictor:
                 "runtime='openvino' in Python"
             )
         load = OpenVino if runtime == "openvino" else OnnxRuntime
-        self._network = _Staged(path, load, threads) if path.is_dir() else _OneFile(load(path, threads=threads))
+        self._network = _Staged(path, load, threads) if path.is_dir() else load(path, threads=threads)
+        self._fixed_thresholds = "score_thresh" not in self._network.inputs  # OpenVINO makes them constants
         try:
             self._read_metadata(self._network.metadata)
         except (KeyError, TypeError, ValueError) as error:
             reason = f"{type(error).__name__}: {error}"
             raise EarlyExitError(f"{path}: not a file of earlyexit export ({reason}); export the model again") from None
         self.path, self.runtime, self.threads = path, runtime, threads
-        self.thresholds = dict(zip(self.exit_names, self._stored_thresholds, strict=False))
-        self.score_thresh = self._score_thresholds(score_thresh)
+        self._set_score_thresh(score_thresh)
         self._set_thresholds(thresholds)
-        if tuple(self.thresholds.values()) != self._stored_thresholds:
-            self._drift_record = None  # the certificate is for the stored thresholds
 
     def _read_metadata(self, metadata: Mapping[str, Any]) -> None:
         """Set attributes from metadata (JSON text by key). Raise KeyError, TypeError or ValueError if it is wrong."""
@@ -141,17 +136,18 @@ class Predictor:
         values = {key: json.loads(metadata[key]) for key in ("classes", "exit_names", "thresholds", "score_thresh")}
         self.classes: tuple[str, ...] = tuple(map(str, values["classes"]))
         self.exit_names: tuple[str, ...] = tuple(map(str, values["exit_names"]))
-        self._stored_thresholds = tuple(None if value is None else float(value) for value in values["thresholds"])
-        self._stored_score_thresh = np.array(list(map(float, values["score_thresh"])), np.float32)
+        thresholds = [None if value is None else float(value) for value in values["thresholds"]]
+        self.score_thresh = np.array(list(map(float, values["score_thresh"])), np.float32)
         self.certificate: dict[str, Any] | None = json.loads(metadata.get("certificate") or "null")
-        self._drift_record = (
-            None if self.certificate is None else DriftRecord.from_certificate(self.certificate, self.exit_names)
-        )
+        self._drift_record: DriftRecord | None = None
+        if self.certificate is not None:
+            self._drift_record = DriftRecord.from_certificate(self.certificate, self.exit_names)
         self.versions: dict[str, str] = json.loads(metadata.get("versions") or "{}")
-        if len(self._stored_score_thresh) != len(self.classes):
-            raise ValueError(f"{len(self._stored_score_thresh)} score thresholds for {len(self.classes)} classes")
-        if len(self._stored_thresholds) != len(self.exit_names) - 1:
-            raise ValueError(f"{len(self._stored_thresholds)} thresholds for {len(self.exit_names) - 1} early exits")
+        if len(self.score_thresh) != len(self.classes):
+            raise ValueError(f"{len(self.score_thresh)} score thresholds for {len(self.classes)} classes")
+        if len(thresholds) != len(self.exit_names) - 1:
+            raise ValueError(f"{len(thresholds)} thresholds for {len(self.exit_names) - 1} early exits")
+        self.thresholds: dict[str, float | None] = dict(zip(self.exit_names, thresholds, strict=False))
 
     def __call__(self, image: Array) -> Detections:
         """Detect in one photo.
@@ -166,11 +162,8 @@ class Predictor:
         return self._detect_and_record(image, "image")
 
     def predict(self, images: Iterable[Array]) -> list[Detections]:
-        """Detect in photos of any sizes, one after another, since each leaves at its own exit.
-
-        Raises:
-            EarlyExitError: a photo is invalid. The message has its index.
-        """
+        """Detect in photos of any sizes, one after another, since each leaves at its own exit. The EarlyExitError for
+        an invalid photo has its index."""
         if isinstance(images, np.ndarray) and images.ndim < 4:
             raise EarlyExitError(
                 f"images {list(images.shape)}: expected a list of photos; call predictor(image) for one"
@@ -182,20 +175,16 @@ class Predictor:
 
         The p-value is for independent photos. If the certificate has a block length (``--block`` of the calibration),
         one frame of each block is compared. Without a block length the test is too sensitive for video. See
-        `earlyexit_ssd.drift.DriftRecord`.
-
-        Returns:
-            the comparison; None without a certificate, with other thresholds than the file's, or before the first
-            photo.
+        `earlyexit_ssd.drift.DriftRecord`. Return None without a certificate, with other thresholds than the file's, or
+        before the first photo.
         """
         return self._drift_record and self._drift_record.drift()
 
-    def warm_up(self, runs: int = 2) -> None:
-        """Run a blank photo ``runs`` times, routed and through the full path, since the first calls are slower."""
+    def warm_up(self) -> None:
+        """Run a blank photo twice, routed and through the full path, since the first calls are slower."""
         blank = np.zeros((480, 640, 3), np.uint8)
-        for _ in range(runs):
-            for thresholds in (self._thresholds, np.full_like(self._thresholds, CLOSED)):
-                self._detect(blank, "image", thresholds)
+        for thresholds in 2 * (self._thresholds, np.full_like(self._thresholds, CLOSED)):
+            self._detect(blank, "image", thresholds)
 
     def _detect_and_record(self, image: Array, name: str) -> Detections:
         detections = self._detect(image, name, self._thresholds)
@@ -206,16 +195,16 @@ class Predictor:
     def _detect(self, image: Array, name: str, thresholds: Array) -> Detections:
         start = time.perf_counter()
         feeds = {"image": as_photo(image, name), "thresholds": thresholds, "score_thresh": self.score_thresh}
-        *outputs, exit_index, confidence = self._network(feeds)
-        if self._network.has_fixed_thresholds:
-            _, labels, scores = outputs
-            outputs = [values[scores > self.score_thresh[labels - 1]] for values in outputs]
-        return Detections.of(self, tuple(outputs), int(exit_index), float(confidence), start)
+        outputs = self._network(feeds)
+        boxes, labels, scores = (outputs[name] for name in ("boxes", "labels", "scores"))
+        if self._fixed_thresholds:
+            keep = scores > self.score_thresh[labels - 1]
+            boxes, labels, scores = boxes[keep], labels[keep], scores[keep]
+        exit_index, confidence = int(outputs["exit_index"]), float(outputs["exit_confidence"])
+        return Detections.of(self, (boxes, labels, scores), exit_index, confidence, start)
 
-    def _score_thresholds(self, score_thresh: float | Mapping[str, float] | None) -> Array:
-        """Return the score threshold of each class, float32 [K]."""
-        stored = self._stored_score_thresh
-        values = stored.copy()
+    def _set_score_thresh(self, score_thresh: float | Mapping[str, float] | None) -> None:
+        stored, values = self.score_thresh, self.score_thresh.copy()
         if isinstance(score_thresh, Mapping):
             for name, value in score_thresh.items():
                 if name not in self.classes:
@@ -225,13 +214,13 @@ class Predictor:
         elif score_thresh is not None:
             values[:] = _number_in_0_1("score_thresh", score_thresh)
         lowered = np.flatnonzero(values < stored)
-        if self._network.has_fixed_thresholds and len(lowered):
+        if self._fixed_thresholds and len(lowered):
             index = lowered[0]
             raise EarlyExitError(
                 f"{self.path}: score_thresh of {shown(self.classes[index])} is {values[index]:g}, but OpenVINO cannot "
                 f"lower the {stored[index]:g} in an ONNX file; export with --format openvino"
             )
-        return values
+        self.score_thresh = values
 
     def _set_thresholds(self, thresholds: Mapping[str, float] | Sequence[float] | None) -> None:
         if thresholds is not None and not isinstance(thresholds, Mapping):
@@ -252,12 +241,13 @@ class Predictor:
                     f"{self.path}: {name} was closed when the file was written; export the model with {name} open"
                 )
             if stored is not None and value != stored:
-                if self._network.has_fixed_thresholds:
+                if self._fixed_thresholds:
                     raise EarlyExitError(
                         f"{self.path}: OpenVINO cannot change the threshold of {name} in an ONNX file; export with "
                         "--format openvino"
                     )
                 self.thresholds[name] = value
+                self._drift_record = None  # the certificate is for the stored thresholds
         values = [CLOSED if value is None else value for value in self.thresholds.values()]
         self._thresholds = np.array(values, np.float32)
 
@@ -269,11 +259,8 @@ def _number_in_0_1(name: str, value: object) -> float:
 
 
 def as_photo(image: object, name: str = "image") -> Array:
-    """Convert an image that :meth:`Predictor.__call__` accepts to contiguous uint8 RGB [H, W, 3].
-
-    Raises:
-        EarlyExitError: an array of another type, shape or range. The message starts with ``name``.
-    """
+    """Convert an image that :meth:`Predictor.__call__` accepts to contiguous uint8 RGB [H, W, 3]. Raise an
+    EarlyExitError that starts with ``name`` for an array of another type, shape or range."""
     if not isinstance(image, np.ndarray):
         raise EarlyExitError(f"{name}: a {type(image).__name__}, expected a numpy array uint8 [H, W, 3] RGB")
     if image.ndim == 3 and image.shape[2] == 1:
@@ -307,27 +294,11 @@ def _as_uint8(image: Array, name: str) -> Array:
     return np.rint(image.astype(np.float32) * 255).astype(np.uint8) if limit == 1 else image.astype(np.uint8)
 
 
-# The network: one file, or one file per segment. A segment is the part of the network between two exits.
-
-_OUTPUTS = ("boxes", "labels", "scores", "exit_index", "exit_confidence")
-
-
-class _OneFile:
-    """A detector in one file. ``has_fixed_thresholds`` is true if thresholds are constants in the runtime."""
-
-    def __init__(self, network: OnnxRuntime | OpenVino) -> None:
-        self._network, self.metadata = network, network.metadata
-        self.has_fixed_thresholds = "score_thresh" not in network.inputs
-
-    def __call__(self, feeds: Mapping[str, Array]) -> list[Array]:
-        outputs = self._network(feeds)
-        return [outputs[name] for name in _OUTPUTS]
-
-
 class _Staged:
-    """A detector in a folder with one file per segment. Segments after the exit of a photo are not run."""
+    """A detector in a folder with one file per segment, with the interface of `OnnxRuntime`. A segment is the part of
+    the network between two exits. Segments after the exit of a photo are not run."""
 
-    has_fixed_thresholds = False
+    inputs = ("image", "thresholds", "score_thresh")
 
     def __init__(self, folder: Path, load: type[OnnxRuntime | OpenVino], threads: int) -> None:
         try:
@@ -348,7 +319,7 @@ class _Staged:
             ) from None
         *self._networks, self._postprocess = [load(folder / file, threads=threads) for file in files]
 
-    def __call__(self, feeds: Mapping[str, Array]) -> list[Array]:
+    def __call__(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         inputs = {"image": feeds["image"]}
         for stage, network in zip(self._stages, self._networks, strict=True):
             index, is_empty = stage
@@ -359,8 +330,9 @@ class _Staged:
             # the names of `STATE` in graph.py, which needs the package onnx
             inputs = {f"{name}_in": outputs[name] for name in ("x", "finest", "context") if name in outputs}
         if is_empty:
-            no_objects = np.zeros((0, 4), np.float32), np.zeros(0, np.int64), np.zeros(0, np.float32)
-            return [*no_objects, np.int64(index), confidence]
-        size = np.array(feeds["image"].shape[:2], np.int64)
-        detections = self._postprocess({**outputs, "photo_size": size, "score_thresh": feeds["score_thresh"]})
-        return [*(detections[name] for name in _OUTPUTS[:3]), np.int64(index), confidence]
+            boxes, labels, scores = np.zeros((0, 4), np.float32), np.zeros(0, np.int64), np.zeros(0, np.float32)
+            detections = {"boxes": boxes, "labels": labels, "scores": scores}
+        else:
+            size = np.array(feeds["image"].shape[:2], np.int64)
+            detections = self._postprocess({**outputs, "photo_size": size, "score_thresh": feeds["score_thresh"]})
+        return {**detections, "exit_index": index, "exit_confidence": confidence}

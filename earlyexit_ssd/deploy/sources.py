@@ -58,9 +58,7 @@ def find_sources(arguments: Sequence[str | os.PathLike[str]]) -> list[Source]:
 
     A number is a camera, and an argument with ``://`` is a stream. A folder gives all photos and videos in it and in
     its subfolders. A pattern (``*``, ``?``, ``[...]``, ``**``) gives all matching files. Any other argument is a file.
-
-    Raises:
-        DataError: a folder without photos and videos, or a pattern without matching files.
+    A folder without photos and videos, or a pattern without matching files, raises DataError.
     """
     sources: list[Source] = []
     for argument in map(os.fspath, arguments):
@@ -89,15 +87,9 @@ def find_sources(arguments: Sequence[str | os.PathLike[str]]) -> list[Source]:
 def read_frames(source: Source, stride: int = 1) -> Iterator[Frame | DataError]:
     """Yield the frames of a source. A frame or source that cannot be read is yielded as an error.
 
-    Only one frame is in memory at a time. If a live stream is lost, it is reopened until it is back, and each attempt
-    is logged. If it cannot be opened at the start, one error is yielded.
-
-    Args:
-        source: source to read.
-        stride: yield every ``stride``-th frame of a video or live stream, from the first; at least 1.
-
-    Raises:
-        EarlyExitError: the stride is below 1, or a video or live stream needs OpenCV, which is not installed.
+    Only one frame is in memory at a time. Of a video or live stream, every ``stride``-th frame is yielded, from the
+    first. If a live stream is lost, it is reopened until it is back, and each attempt is logged. If it cannot be opened
+    at the start, one error is yielded. A stride below 1, or a missing OpenCV, raises EarlyExitError.
     """
     if stride < 1:
         raise EarlyExitError(f"stride is {stride}, expected 1 (every frame) or more")

@@ -19,14 +19,12 @@ from typing import Annotated, Any
 import numpy as np
 from PIL import Image
 
-from earlyexit_ssd.bounds import betting_p_value, fixed_sequence_test, photos_needed, upper_bound
+from earlyexit_ssd.bounds import betting_p_value, photos_needed, upper_bound
 from earlyexit_ssd.deploy.predictor import Detections
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.files import write_json
 from earlyexit_ssd.plain import build, check_fields, read_json
 from earlyexit_ssd.progress import progress
-
-Detector = Callable[[np.ndarray], Detections]  # a `Predictor`, or a function with the same call
 
 REPEATED = "repeated"  # ``exit_name`` of repeated detections; their ``exit_index`` is -1
 CELLS = 32  # cells along the longer side of a thumbnail: a cell is 10 px wide for an input of 320 px
@@ -40,6 +38,7 @@ THRESHOLDS = tuple(0.25 * 2 ** (step / 4) for step in range(25))
 MOST_REPEATS = 10
 """Default of the largest number of repeats in a row. It limits how late a missed change is detected."""
 FEW_EVENTS = 10  # with fewer changes of the detections in the calibration frames, a rule is not well tested
+OFFSETS = 8  # number of offsets at which every n-th frame is tried
 SAME_IOU = 0.5
 FORMAT = "earlyexit_ssd stream rule/1"
 ADVICE = "write a rule with earlyexit predict --calibrate-stream"
@@ -98,32 +97,19 @@ def _iou(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True, kw_only=True)
 class StreamFigures:
-    """Figures of a rule on its calibration frames.
+    """Figures of a rule on its calibration frames."""
 
-    Attributes:
-        frames, blocks: numbers of frames and blocks.
-        block: number of frames per block. A block counts as one independent draw.
-        share: largest share of changed answers that is allowed.
-        delta: failure probability of the bound; None: no guarantee.
-        events: number of frames on which the detector's answer differs from its answer on the frame before.
-        changed: share of frames whose answer with the rule differs from the detector's.
-        bound: upper bound of ``changed`` with probability 1 - delta; None without a guarantee.
-        computed: share of frames that are computed.
-        speedup: time with every frame computed, divided by the time with the rule, comparisons included.
-        every_nth_changed: share of changed answers if every n-th frame is computed instead, at the same speed-up.
-    """
-
-    frames: Annotated[int, 1, 2**63]
-    block: Annotated[int, 1, 2**31]
-    blocks: Annotated[int, 0, 2**63]
-    share: Share
-    delta: Share | None
-    events: Annotated[int, 0, 2**63]
-    changed: Share
-    bound: Share | None
-    computed: Share
-    speedup: float
-    every_nth_changed: Share
+    frames: Annotated[int, 1, 2**63]  # number of frames
+    block: Annotated[int, 1, 2**31]  # number of frames per block, which counts as one independent draw
+    blocks: Annotated[int, 0, 2**63]  # number of blocks
+    share: Share  # largest share of changed answers that is allowed
+    delta: Share | None  # failure probability of the bound; None: no guarantee
+    events: Annotated[int, 0, 2**63]  # frames on which the detector's answer differs from that on the frame before
+    changed: Share  # share of frames whose answer with the rule differs from the detector's
+    bound: Share | None  # upper bound of ``changed`` with probability 1 - delta; None without a guarantee
+    computed: Share  # share of frames that are computed
+    speedup: float  # time with every frame computed / time with the rule, comparisons included
+    every_nth_changed: Share  # share of changed answers if every n-th frame is computed instead, at the same speed-up
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -183,11 +169,13 @@ def load_stream_rule(path: str | os.PathLike[str]) -> StreamRule:
 class TemporalExit:
     """A detector with a temporal exit. Call it with the frames of one camera, in order.
 
-    Raises:
-        EarlyExitError: the rule is for other classes, or for another score threshold than ``score`` (None: any).
+    ``detector`` is a `Predictor`, or a function with the same call. Raise EarlyExitError if the rule is for other
+    classes, or for another score threshold than ``score`` (None: any).
     """
 
-    def __init__(self, detector: Detector, rule: StreamRule, score: float | None = None) -> None:
+    def __init__(
+        self, detector: Callable[[np.ndarray], Detections], rule: StreamRule, score: float | None = None
+    ) -> None:
         classes = tuple(getattr(detector, "classes", rule.classes))
         if classes != rule.classes:
             raise EarlyExitError(
@@ -203,21 +191,22 @@ class TemporalExit:
 
     def reset(self) -> None:
         """Forget the last frame. Call it before the frames of another camera."""
-        self._last: tuple[np.ndarray, Detections] | None = None  # thumbnail and detections of the last computed frame
-        self._close, self._repeats = False, 0
+        # thumbnail and detections of the last computed frame, and whether its answer has a close call
+        self._last: tuple[np.ndarray, Detections, bool] | None = None
+        self._repeats = 0
 
     def __call__(self, image: np.ndarray) -> Detections:
         """Return the detections of the next frame, uint8 [H, W, 3] RGB. Repeated detections have the ``exit_name``
         `REPEATED` and the ``exit_index`` -1, and their ``ms`` is the time of the comparison."""
         start, small = time.perf_counter(), thumbnail(image)
         if self._last is not None and self._repeats < self.rule.most_repeats:
-            last, detections = self._last
-            if _is_repeat(small, last, self._close, self.rule.threshold):
+            last, detections, close = self._last
+            if _is_repeat(small, last, close, self.rule.threshold):
                 self._repeats += 1
                 ms = 1000 * (time.perf_counter() - start)
                 return dataclasses.replace(detections, exit_index=-1, exit_name=REPEATED, exit_confidence=None, ms=ms)
         detections = self.detector(image)
-        self._last, self._close, self._repeats = (small, detections), Answer.of(detections, self.rule.score).close, 0
+        self._last, self._repeats = (small, detections, Answer.of(detections, self.rule.score).close), 0
         return dataclasses.replace(detections, ms=1000 * (time.perf_counter() - start))
 
 
@@ -293,24 +282,21 @@ class Recording:
         ms = self.ms_compared * len(self) + self.ms * computed.sum()
         return float(self.ms * len(self) / ms) if ms else 1.0
 
-    def nth_frames(self, speedup: float, offsets: int = 8) -> list[np.ndarray]:
-        """Return ``offsets`` masks, bool [n]. Each has every n-th frame for n = ``speedup``, with another offset."""
-        frames, masks = np.arange(len(self)), []
-        for offset in range(offsets):
-            group = np.floor(frames / max(1.0, speedup) + offset / offsets)
-            masks.append(np.concatenate([[True], group[1:] > group[:-1]]))
-        return masks
-
-    def every_nth(self, speedup: float, offsets: int = 8) -> float:
-        """Return the share of changed answers if only :meth:`nth_frames` are computed, mean over the offsets."""
-        return float(np.mean([self.changed(computed).mean() for computed in self.nth_frames(speedup, offsets)]))
+    def nth_frames(self, speedup: float) -> list[np.ndarray]:
+        """Return `OFFSETS` masks, bool [n]. Each has every n-th frame for n = ``speedup``, with another offset."""
+        positions = np.arange(len(self)) / max(1.0, speedup)
+        groups = (np.floor(positions + offset / OFFSETS) for offset in range(OFFSETS))
+        return [np.concatenate([[True], group[1:] > group[:-1]]) for group in groups]
 
     def figures(
         self, threshold: float, most_repeats: int, share: float, delta: float | None, block: int
     ) -> StreamFigures:
         """Return the figures of a rule on this recording. For the arguments see `calibrate_stream`."""
         computed, changed = self.apply_rule(threshold, most_repeats)
-        blocks, speedup = block_means(changed, block), self.speedup(computed)
+        blocks, speedup, bound = block_means(changed, block), self.speedup(computed), None
+        if delta is not None:
+            bound = upper_bound(blocks, delta, functools.partial(betting_p_value, delta=delta))
+        every_nth_changed = [self.changed(frames).mean() for frames in self.nth_frames(speedup)]
         return StreamFigures(
             frames=len(self),
             block=block,
@@ -319,15 +305,11 @@ class Recording:
             delta=delta,
             events=sum(not self._is_same(index, index + 1) for index in range(len(self) - 1)),
             changed=float(changed.mean()),
-            bound=None if delta is None else upper_bound(blocks, delta, _p_value_at(delta)),
+            bound=bound,
             computed=float(computed.mean()),
             speedup=speedup,
-            every_nth_changed=self.every_nth(speedup),
+            every_nth_changed=float(np.mean(every_nth_changed)),
         )
-
-
-def _p_value_at(delta: float) -> Callable[[np.ndarray, float], float]:
-    return functools.partial(betting_p_value, delta=delta)
 
 
 def block_means(changed: np.ndarray, block: int) -> np.ndarray:
@@ -380,20 +362,20 @@ def calibrate_stream(
         _, changed = recording.apply_rule(threshold, most_repeats)
         return changed if delta is None else block_means(changed, block)
 
-    if delta is None:
-        passed = len(list(itertools.takewhile(lambda threshold: losses(threshold).mean() <= share, THRESHOLDS)))
-    else:
-        p_values = (betting_p_value(losses(threshold), share, delta=delta) for threshold in THRESHOLDS)
-        passed = fixed_sequence_test(p_values, delta)
+    def passes(threshold: float) -> bool:
+        if delta is None:
+            return losses(threshold).mean() <= share
+        return betting_p_value(losses(threshold), share, delta=delta) <= delta
+
+    passed = list(itertools.takewhile(passes, THRESHOLDS))  # fixed-sequence testing
     if not passed:
         raise _no_rule(recording, losses(THRESHOLDS[0]), share, delta, block)
-    threshold = THRESHOLDS[passed - 1]
     return StreamRule(
-        threshold=threshold,
+        threshold=passed[-1],
         score=recording.score,
         most_repeats=most_repeats,
         classes=recording.classes,
-        figures=recording.figures(threshold, most_repeats, share, delta, block),
+        figures=recording.figures(passed[-1], most_repeats, share, delta, block),
     )
 
 
@@ -405,7 +387,8 @@ def _no_rule(recording: Recording, losses: np.ndarray, share: float, delta: floa
             f"even the smallest threshold changes {changed:.1%} of the answers, expected at most {share:.1%}, since "
             "detections flicker between similar frames; allow a larger share, or run the detector on every frame"
         )
-    needed = photos_needed(losses if losses.size else np.zeros(1), share, delta, _p_value_at(delta))
+    p_value = functools.partial(betting_p_value, delta=delta)
+    needed = photos_needed(losses if losses.size else np.zeros(1), share, delta, p_value)
     about = "" if needed is None else f"; about {needed} blocks are needed ({needed * block} frames)"
     return EarlyExitError(
         f"{len(recording)} frames are {losses.size} blocks of {block}, too few to guarantee {share:.1%} at delta "

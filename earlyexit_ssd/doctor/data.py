@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -18,7 +18,7 @@ from earlyexit_ssd.data.repeats import PerceptualHashes
 from earlyexit_ssd.doctor import findings
 from earlyexit_ssd.evaluation.results import Record as Json
 
-DATA_CHECKS: list[findings.Check] = []  # in the order of the table
+DATA_CHECKS: dict[str, findings.Check] = {}  # in the order of the table
 check = functools.partial(findings.check, DATA_CHECKS)
 
 MATCH_IOU = 0.5  # IoU at which torchvision assigns a default box to an object
@@ -37,10 +37,11 @@ class Split:
     looks: PerceptualHashes  # to find near-duplicates
 
     @property
-    def objects(self) -> Counter[int]:
-        """Number of objects by label, without crowds and difficult objects."""
+    def objects_by_class(self) -> dict[str, int]:
+        """Number of objects by class, without crowds and difficult objects."""
         annotations = (annotation for record in self.records for annotation in record.annotations)
-        return Counter(annotation.label for annotation in annotations if not annotation.ignore)
+        counts = Counter(annotation.label for annotation in annotations if not annotation.ignore)
+        return {name: counts[label] for label, name in enumerate(self.classes, start=1)}
 
     def boxes(self) -> Tensor:
         """Return the boxes of these objects: xyxy as fractions of the photo's width and height, float64 [B, 4]."""
@@ -61,6 +62,11 @@ class DataEvidence:
     splits: Sequence[Split]
     default_boxes: Tensor  # of the configured detector, [A, 4] xyxy in network pixels
     size: int = 320  # side of the network's input, pixels
+
+    @property
+    def with_boxes(self) -> list[Split]:
+        """The labelled splits with enough boxes to judge."""
+        return [split for split in self.splits if split.labelled and len(split.boxes()) >= ENOUGH_BOXES]
 
     def best_ious(self, split: Split) -> Tensor:
         """Return the largest IoU of each object with a default box, [B]."""
@@ -101,23 +107,11 @@ def summarise(evidence: DataEvidence, split: Split) -> Summary:
         return np.quantile(np.asarray(values), [0.05, 0.5, 0.95]).tolist() if len(values) else None
 
     sizes = np.array([(record.width, record.height) for record in split.records], np.float64).reshape(-1, 2)
-    boxes, counts = split.boxes() * evidence.size, split.objects
+    boxes = split.boxes() * evidence.size
     sides = box_area(boxes).clamp(min=0).sqrt()
-    by_class = {name: counts[label] for label, name in enumerate(split.classes, start=1)}
     photos = quantiles(sizes.prod(1) ** 0.5), quantiles(sizes[:, 0] / sizes[:, 1])
     objects = quantiles(sides), quantiles(evidence.best_ious(split))
-    return Summary(split.name, len(split.records), len(boxes), *photos, *objects, by_class)
-
-
-def per_split(measure: Callable[[Split, DataEvidence], float]) -> Callable[[DataEvidence], dict[str, float]]:
-    """Decorate a measure of the boxes of one split, to apply it to every labelled split with enough boxes."""
-
-    @functools.wraps(measure)
-    def measure_all(evidence: DataEvidence) -> dict[str, float]:
-        judged = [split for split in evidence.splits if split.labelled and split.objects.total() >= ENOUGH_BOXES]
-        return {split.name: measure(split, evidence) for split in judged}
-
-    return measure_all
+    return Summary(split.name, len(split.records), len(boxes), *photos, *objects, split.objects_by_class)
 
 
 # With 100 photos, the 95 % interval of a share is up to 10 percentage points to either side.
@@ -180,10 +174,9 @@ def near_copies_across_splits(evidence: DataEvidence) -> dict[str, float]:
     meaning="boxes lie in the upper left quarter, as if they were fractions, percent or thousandths of the photo",
     advice="multiply them by the photo's width and height (and divide by 100 or 1000)",
 )
-@per_split
-def boxes_in_shares(split: Split, evidence: DataEvidence) -> float:
+def boxes_in_shares(evidence: DataEvidence) -> dict[str, float]:
     """95 % quantile of the larger of x2 / width and y2 / height."""
-    return split.boxes()[:, 2:].amax(1).quantile(0.95).item()
+    return {split.name: split.boxes()[:, 2:].amax(1).quantile(0.95).item() for split in evidence.with_boxes}
 
 
 # A box x, y, w, h with x2, y2 in place of w, h has w > x and h > y. It ends outside the photo unless its centre is in
@@ -193,11 +186,14 @@ def boxes_in_shares(split: Split, evidence: DataEvidence) -> float:
     meaning="boxes end outside their photos, as if they were x1, y1, x2, y2 instead of x, y, width, height",
     advice="subtract x and y from the last two numbers of each box, or use the right format of boxes",
 )
-@per_split
-def boxes_as_corners(split: Split, evidence: DataEvidence) -> float:
+def boxes_as_corners(evidence: DataEvidence) -> dict[str, float]:
     """Share of the boxes with width >= x1 and height >= y1 that end outside by more than 2 % of the photo."""
-    x1, y1, x2, y2 = split.boxes().unbind(1)
-    return ((x2 - x1 >= x1) & (y2 - y1 >= y1) & (torch.maximum(x2, y2) > 1.02)).float().mean().item()
+    figures = {}
+    for split in evidence.with_boxes:
+        x1, y1, x2, y2 = split.boxes().unbind(1)
+        suspicious = (x2 - x1 >= x1) & (y2 - y1 >= y1) & (torch.maximum(x2, y2) > 1.02)
+        figures[split.name] = suspicious.float().mean().item()
+    return figures
 
 
 # The IoU of a small object with any default box is at most its area / the area of the smallest default box.
@@ -206,11 +202,11 @@ def boxes_as_corners(split: Split, evidence: DataEvidence) -> float:
     meaning="many objects are too small for any default box at this input size and will hardly be found",
     advice="train at a larger MODEL.IMAGE_SIZE, cut photos into tiles, or leave these objects out",
 )
-@per_split
-def too_small_objects(split: Split, evidence: DataEvidence) -> float:
+def too_small_objects(evidence: DataEvidence) -> dict[str, float]:
     """Share of the objects with less than half the area of the smallest default box."""
-    areas, smallest = box_area(split.boxes() * evidence.size), box_area(evidence.default_boxes).min()
-    return (areas < MATCH_IOU * smallest).float().mean().item()
+    limit = MATCH_IOU * box_area(evidence.default_boxes).min()
+    areas = {split.name: box_area(split.boxes() * evidence.size) for split in evidence.with_boxes}
+    return {name: (values < limit).float().mean().item() for name, values in areas.items()}
 
 
 # An object without a default box of IoU 0.5 is matched with the best one, which fits badly. Other objects are matched
@@ -220,10 +216,10 @@ def too_small_objects(split: Split, evidence: DataEvidence) -> float:
     meaning="most objects overlap no default box with IoU 0.5, so each trains only one, which fits badly",
     advice="train at a larger MODEL.IMAGE_SIZE; cut photos into tiles, or label long or thin objects in parts",
 )
-@per_split
-def matched_by_force(split: Split, evidence: DataEvidence) -> float:
+def matched_by_force(evidence: DataEvidence) -> dict[str, float]:
     """Share of the objects whose best IoU with a default box is below 0.5."""
-    return (evidence.best_ious(split) < MATCH_IOU).float().mean().item()
+    ious = {split.name: evidence.best_ious(split) for split in evidence.with_boxes}
+    return {name: (values < MATCH_IOU).float().mean().item() for name, values in ious.items()}
 
 
 # Measured: an exit reaches 50 % of the full path's AP50 for a class with 99 training boxes, and 90 % for a class with
@@ -254,8 +250,7 @@ def rarest(splits: Sequence[Split]) -> dict[str, float]:
     figures = {}
     for split in splits:
         if split.labelled and split.classes:
-            objects = split.objects
-            counts = {name: objects[label] for label, name in enumerate(split.classes, start=1)}
+            counts = split.objects_by_class
             name = min(counts, key=counts.get)
             figures[f"{split.name}, {name}"] = counts[name]
     return figures

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,31 +53,23 @@ class Finding(Record):
         return f"{result}; {self.meaning}: {self.advice}"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Check:
-    """A check; see `Finding` for the fields."""
-
-    name: str
-    measure: Measure
-    least: float | None = None
-    most: float | None = None
-    meaning: str
-    advice: str
-
-    def findings(self, evidence: Any) -> list[Finding]:
-        """Return a finding for each subject that can be judged."""
-        least = -math.inf if self.least is None else self.least
-        most = math.inf if self.most is None else self.most
-        same = self.least, self.most, self.meaning, self.advice
-        figures = self.measure(evidence).items()
-        return [Finding(self.name, subject, not least <= figure <= most, figure, *same) for subject, figure in figures]
+Check = Callable[[Any], list[Finding]]  # function from evidence to a finding for each subject that can be judged
 
 
-def check(checks: list[Check], **fields: Any) -> Callable[[Measure], Measure]:
-    """Decorate a function to add it to ``checks`` under its own name. ``fields`` are the other fields of `Check`."""
+def check(
+    checks: dict[str, Check], *, least: float | None = None, most: float | None = None, meaning: str, advice: str
+) -> Callable[[Measure], Measure]:
+    """Decorate a measure to add its check to ``checks`` under the measure's name. See `Finding` for the rest."""
+    low, high = -math.inf if least is None else least, math.inf if most is None else most
 
     def register(measure: Measure) -> Measure:
-        checks.append(Check(name=measure.__name__, measure=measure, **fields))
+        def findings(evidence: Any) -> list[Finding]:
+            return [
+                Finding(measure.__name__, subject, not low <= figure <= high, figure, least, most, meaning, advice)
+                for subject, figure in measure(evidence).items()
+            ]
+
+        checks[measure.__name__] = findings
         return measure
 
     return register
@@ -115,8 +107,8 @@ class Diagnosis(Record):
         return "\n".join([*lines, count])
 
 
-def diagnose(checks: Sequence[Check], evidence: Any) -> Diagnosis:
+def diagnose(checks: Mapping[str, Check], evidence: Any) -> Diagnosis:
     """Run the checks on ``evidence``."""
-    by_check = {check.name: check.findings(evidence) for check in checks}
+    by_check = {name: run(evidence) for name, run in checks.items()}
     findings = sorted(itertools.chain(*by_check.values()), key=lambda finding: not finding.bad)
     return Diagnosis(tuple(findings), [name for name, of_check in by_check.items() if not of_check])

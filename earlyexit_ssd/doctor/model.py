@@ -20,7 +20,7 @@ from torchvision.ops import box_iou
 from earlyexit_ssd.doctor import findings
 from earlyexit_ssd.evaluation.verdict import DETECTS_AP50, LARGEST_LOSS
 
-MODEL_CHECKS: list[findings.Check] = []  # in the order of the table
+MODEL_CHECKS: dict[str, findings.Check] = {}  # in the order of the table
 check = functools.partial(findings.check, MODEL_CHECKS)
 
 BOX_CODER = BoxCoder(weights=(10.0, 10.0, 5.0, 5.0))  # torchvision's encoding of boxes in its SSD
@@ -157,10 +157,8 @@ def confidence_ignores_objects(evidence: ModelEvidence) -> dict[str, float]:
 
 
 def area_under_curve(values: Tensor, positive: Tensor) -> float:
-    """Return the area under the ROC curve of ``values`` [n], where ties count half (Mann and Whitney 1947).
-
-    ``positive`` [n] says which values belong to the positive class.
-    """
+    """Return the area under the ROC curve of ``values`` [n] for the positive class, bool [n]. Ties count half (Mann and
+    Whitney 1947)."""
     ranks = torch.from_numpy(rankdata(values.double().numpy()))
     count = int(positive.sum())
     return ((ranks[positive].sum() - count * (count + 1) / 2) / (count * (len(positive) - count))).item()

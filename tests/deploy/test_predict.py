@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import os
 import subprocess
@@ -14,22 +15,14 @@ import pytest
 from PIL import Image
 
 from earlyexit_ssd.deploy import Predictor
-from earlyexit_ssd.deploy import predict as module
-from earlyexit_ssd.deploy.predict import (
-    annotate,
-    images_of,
-    is_exported,
-    open_predictor,
-    output_paths,
-    predict,
-)
+from earlyexit_ssd.deploy.predict import SAVES, annotate, images_of, is_exported, open_predictor, output_paths, predict
 from earlyexit_ssd.deploy.sources import Source, find_sources
 from earlyexit_ssd.deploy.stream import StreamRule
 from earlyexit_ssd.drift import Drift
 from earlyexit_ssd.errors import CannotWrite, DataError, EarlyExitError
 from tests.deploy.fakes import RED, RedBox, scene
 
-ALL = module.SAVES
+RULE = StreamRule(threshold=2.0, score=0.5, most_repeats=100, classes=RedBox.classes)
 
 
 @pytest.fixture
@@ -51,7 +44,7 @@ def rows(path: Path) -> list[dict[str, str]]:
 def test_photos_and_all_outputs(tmp_path):
     sources = [photo(tmp_path / "a.png"), photo(tmp_path / "b.png", None), Source(str(tmp_path / "none.png"), "photo")]
     out = tmp_path / "out"
-    first, second, error = predict(RedBox(), sources, out, save=ALL)
+    first, second, error = predict(RedBox(), sources, out, save=SAVES)
     assert first.splitlines() == [
         f"{tmp_path}/a.png: full, confidence 0.75, 4 ms, 1 found -> {out}/a.png",
         "  ball 0.90 at 30, 20, 46, 36",
@@ -65,24 +58,17 @@ def test_photos_and_all_outputs(tmp_path):
     assert found["score"] == pytest.approx(0.9) and found["source"].endswith("a.png")
     (row,) = rows(out / "detections.csv")
     assert [row[key] for key in ("image_id", "class", "x1", "y2")] == ["1", "ball", "30.00", "36.00"]
-    counts = rows(out / "counts.csv")
-    assert [(row["exit"], row["found"], row["lamp"], row["ball"]) for row in counts] == [
-        ("full", "1", "0", "1"),
-        ("exit8", "0", "0", "0"),
-    ]
-
-
-def test_coco_reads_the_results(tmp_path):
+    counts = [[row[key] for key in ("exit", "found", "lamp", "ball")] for row in rows(out / "counts.csv")]
+    assert counts == [["full", "1", "0", "1"], ["exit8", "0", "0", "0"]]
     coco = pytest.importorskip("pycocotools.coco").COCO()
-    list(predict(RedBox(), [photo(tmp_path / "a.png")], tmp_path, save=["json"]))
     coco.dataset = {"images": [{"id": 1}], "annotations": [], "categories": [{"id": 2}]}
     coco.createIndex()
-    assert coco.loadRes(str(tmp_path / "detections.json")).anns[1]["bbox"] == [30, 20, 16, 16]
+    assert coco.loadRes(str(out / "detections.json")).anns[1]["bbox"] == [30, 20, 16, 16]
 
 
 def test_lower_scores_are_dropped(tmp_path):
     source = photo(tmp_path / "a.png")
-    assert "0 found" in next(predict(RedBox(0.4), [source], tmp_path, save=[]))
+    assert "0 found" in next(predict(RedBox(0.4), [source], tmp_path, save=["none"]))
     assert "1 found" in next(predict(RedBox(0.4), [source], tmp_path, save=[], score=0.4 - 1e-6))
     with pytest.raises(EarlyExitError, match=r"score 1.5: expected a number in \[0, 1\]"):
         next(predict(RedBox(), [source], tmp_path, score=1.5))
@@ -92,13 +78,12 @@ def test_lower_scores_are_dropped(tmp_path):
 
 def test_a_video_and_its_summary(tmp_path, video, fake_video):
     fake_video([scene(x) for x in range(10)], total=10)
-    (line,) = predict(RedBox(), [video], tmp_path / "out", save=ALL)
+    (line,) = predict(RedBox(), [video], tmp_path / "out", save=SAVES)
     assert line.startswith(f"{video.name}: 10 frames, ") and line.endswith(f" -> {tmp_path}/out/street.mp4")
     assert "4.0 ms per computed frame, left at full 50%, exit8 50%" in line
-    assert [row["frame"] for row in rows(tmp_path / "out" / "counts.csv")] == [str(number) for number in range(10)]
-    assert rows(tmp_path / "out" / "counts.csv")[5]["seconds"] == "0.200"
-    import cv2
-
+    counts = rows(tmp_path / "out" / "counts.csv")
+    assert [row["frame"] for row in counts] == list("0123456789") and counts[5]["seconds"] == "0.200"
+    cv2 = pytest.importorskip("cv2")
     written = cv2.VideoCapture(str(tmp_path / "out" / "street.mp4"))
     assert (written.get(cv2.CAP_PROP_FRAME_COUNT), written.get(cv2.CAP_PROP_FPS)) == (10, 25)
     taken, image = written.read()
@@ -112,54 +97,43 @@ def test_a_broken_frame_is_reported_and_skipped(tmp_path, video, fake_video):
     assert [row["frame"] for row in rows(tmp_path / "out" / "counts.csv")] == ["0", "2"]
 
 
-def test_drift_is_reported_once_at_the_end(tmp_path, video, fake_video):
-    class Drifted(RedBox):
-        drifted = True
-
+@pytest.mark.parametrize(("drifted", "rule", "warnings"), [(True, None, 1), (False, None, 0), (True, RULE, 0)])
+def test_drift_is_reported_once_at_the_end(tmp_path, drifted, rule, warnings):
+    class Drifting(RedBox):
         def drift(self):
-            return Drift(self.calls, {}, {}, 0.5, 1e-5, self.drifted, f"drift after {self.calls}")
+            return Drift(self.calls, {}, {}, 0.5, 1e-5, drifted, f"drift after {self.calls}")
 
     sources = [photo(tmp_path / "a.png"), photo(tmp_path / "b.png")]
-    lines = list(predict(Drifted(), sources, tmp_path / "out", save=[]))
-    assert len(lines) == 3 and lines[-1] == "warning: drift after 2"
-    alike = Drifted()
-    alike.drifted = False
-    assert len(list(predict(alike, sources, tmp_path / "out", save=[]))) == 2
-    rule = StreamRule(threshold=2.0, score=0.5, most_repeats=100, classes=RedBox.classes)
-    fake_video([scene(30)] * 5, total=5)
-    assert len(list(predict(Drifted(), [video], tmp_path / "out", save=[], rule=rule))) == 1
+    lines = list(predict(Drifting(), sources, tmp_path / "out", save=[], rule=rule))
+    assert lines[2:] == ["warning: drift after 2"] * warnings
 
 
 def test_a_temporal_exit_is_reset_before_each_video(tmp_path, video, fake_video):
-    rule = StreamRule(threshold=2.0, score=0.5, most_repeats=100, classes=RedBox.classes)
     detector = RedBox()
     fake_video([scene(30)] * 20, total=10)
-    lines = list(predict(detector, [video, video], tmp_path / "out", save=["counts"], rule=rule, most_frames=10))
+    lines = list(predict(detector, [video, video], tmp_path / "out", save=["counts"], rule=RULE, most_frames=10))
     assert detector.calls == 2 and all("repeated 90%" in line for line in lines)
     assert {row["ball"] for row in rows(tmp_path / "out" / "counts.csv")} == {"1"}
 
 
-def test_ctrl_c_ends_a_camera_and_keeps_its_output(tmp_path, fake_video):
-    def frames():
-        yield from [scene(x) for x in range(5)]
-        raise KeyboardInterrupt
+def interrupted():
+    yield from [scene(x) for x in range(5)]
+    raise KeyboardInterrupt
 
-    fake_video(frames(), fps=0)
+
+def test_ctrl_c_ends_a_camera_and_keeps_its_output(tmp_path, fake_video):
+    fake_video(interrupted(), fps=0)
     sources = [Source("0", "live"), photo(tmp_path / "a.png")]
-    (line,) = predict(RedBox(), sources, tmp_path / "out", save=ALL)
+    (line,) = predict(RedBox(), sources, tmp_path / "out", save=SAVES)
     assert line.startswith("0: 5 frames, ") and line.endswith("camera_0.mp4")
     assert len(rows(tmp_path / "out" / "counts.csv")) == 5
     assert len(json.loads((tmp_path / "out" / "detections.json").read_text())) == 5
 
 
 def test_ctrl_c_in_a_video_leaves_no_partial_files(tmp_path, video, fake_video):
-    def frames():
-        yield scene()
-        raise KeyboardInterrupt
-
-    fake_video(frames(), total=9)
+    fake_video(interrupted(), total=9)
     with pytest.raises(KeyboardInterrupt):
-        list(predict(RedBox(), [video], tmp_path / "out", save=ALL))
+        list(predict(RedBox(), [video], tmp_path / "out", save=SAVES))
     assert os.listdir(tmp_path / "out") == []
 
 
@@ -211,42 +185,35 @@ def test_memory_and_open_files_are_flat_over_10000_frames(tmp_path, video):
     assert len(rows(tmp_path / "out" / "counts.csv")) == 10_000
 
 
-def test_no_video_replaces_the_target_of_a_link(tmp_path):
+def test_no_output_replaces_another_or_a_source(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "clip.mp4").touch()
     (tmp_path / "clip.mp4").symlink_to(tmp_path / "out" / "clip.mp4")
-    (path,) = output_paths([Source(str(tmp_path / "clip.mp4"), "video")], tmp_path / "out")
-    assert path.name == "clip_2.mp4"
-
-
-def test_no_picture_replaces_another_or_a_photo(tmp_path):
-    photos = [
-        tmp_path / "x" / "dog.jpg",
-        tmp_path / "y" / "dog.png",
-        tmp_path / "y" / "Dog.jpg",
-        tmp_path / "out" / "cat.png",
-        tmp_path / "out" / "cow.PNG",  # the same file as cow.png if the file system ignores case
-    ]
-    paths = output_paths([Source(str(path), "photo") for path in photos], tmp_path / "out")
-    assert [path.name for path in paths] == ["dog.png", "dog_2.png", "Dog_3.png", "cat_2.png", "cow_2.png"]
+    expected = {
+        "x/dog.jpg": "dog.png",
+        "y/dog.png": "dog_2.png",
+        "y/Dog.jpg": "Dog_3.png",
+        "out/cat.png": "cat_2.png",
+        "out/cow.PNG": "cow_2.png",  # the same file as cow.png if the file system ignores case
+        "clip.mp4": "clip_2.mp4",  # the source is a link to a file in the folder
+        "out/a.mp4": "a_2.mp4",
+        "x/a.avi": "a_3.mp4",
+    }
+    sources = [Source(str(tmp_path / name), "video" if name[-3] in "ma" else "photo") for name in expected]
+    sources += [Source("1", "live"), Source("rtsp://me:secret@cam/entrance/", "live")]
+    paths = output_paths(sources, tmp_path / "out")
+    assert [path.name for path in paths] == [*expected.values(), "camera_1.mp4", "entrance.mp4"]
     assert all(path.parent == tmp_path / "out" for path in paths)
 
 
-def test_no_video_replaces_another_or_a_source(tmp_path):
-    sources = [Source(str(tmp_path / "a.mp4"), "video"), Source("x/a.avi", "video"), Source("1", "live")]
-    sources.append(Source("rtsp://me:secret@cam/entrance/", "live"))
-    names = [path.name for path in output_paths(sources, tmp_path)]
-    assert names == ["a_2.mp4", "a_3.mp4", "camera_1.mp4", "entrance.mp4"]
-
-
 def test_annotations_are_drawn():
-    found = RedBox()(scene(30))
-    picture = np.asarray(annotate(scene(30), found, 0.5))
     plain = scene(30)
+    found = RedBox()(plain)
+    picture = np.asarray(annotate(plain, found, 0.5))
     assert (picture[20, 32] != plain[20, 32]).any()  # the box
     assert (picture[2, 2] != plain[2, 2]).any()  # the exit
     assert (picture[28, 38] == RED).all()
-    assert (np.asarray(annotate(scene(30), found, 0.95))[30:] == plain[30:]).all()
+    assert (np.asarray(annotate(plain, found, 0.95))[30:] == plain[30:]).all()
 
 
 def test_images_of_gives_all_frames_or_an_error(tmp_path, video, fake_video):
@@ -285,9 +252,8 @@ def test_an_exported_detector(tmp_path, onnx_file, photos):
     assert len(lines) == len(photos)
 
 
-@pytest.mark.parametrize("name", ["onnx_file", "staged_folder"])
-def test_is_exported(name, request, tmp_path):
-    assert is_exported(request.getfixturevalue(name))
+def test_is_exported(onnx_file, staged_folder, tmp_path):
+    assert is_exported(onnx_file) and is_exported(staged_folder)
     assert not is_exported("voc_animals") and not is_exported("model.pth") and not is_exported(tmp_path)
 
 
@@ -307,16 +273,16 @@ sys.exit(main(sys.argv[1:]))
 
 
 def test_the_command_runs_without_the_packages_for_training(tmp_path, onnx_file):
-    rule = StreamRule(threshold=2.0, score=0.5, most_repeats=9, classes=("cat", "dog"))
-    rule.save(tmp_path / "rule.json")
+    def run(*arguments):
+        command = [sys.executable, "-c", TORCHLESS, "predict", *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    dataclasses.replace(RULE, classes=("cat", "dog")).save(tmp_path / "rule.json")
     first, second = (photo(tmp_path / name).name for name in ("a.png", "b.png"))
-    outputs = ["--out", str(tmp_path / "out"), "--save", "pictures,json,csv,counts"]
-    arguments = [first, second, "--weights", str(onnx_file), *outputs, "--stream", str(tmp_path / "rule.json")]
-    command = [sys.executable, "-c", TORCHLESS, "predict", *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    outputs = ["--out", tmp_path / "out", "--save", ",".join(SAVES)]
+    result = run(first, second, "--weights", onnx_file, *outputs, "--stream", tmp_path / "rule.json")
     assert result.returncode == 0, result.stderr
     assert f"{second}: repeated, " in result.stdout  # the same photo under another name
     assert len(os.listdir(tmp_path / "out")) == 5
-    command = [sys.executable, "-c", TORCHLESS, "predict", first]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    result = run(first)
     assert result.returncode == 2 and "voc_animals runs in PyTorch, which is not installed" in result.stderr

@@ -1,6 +1,7 @@
 """The predictor: inputs, outputs, errors, and that it runs without PyTorch."""
 
 import copy
+import itertools
 import json
 import shutil
 import subprocess
@@ -38,25 +39,24 @@ def predictor(onnx_file):
     return Predictor(onnx_file)
 
 
-def equal(one: Detections, other: Detections) -> bool:
-    same = all(np.array_equal(getattr(one, key), getattr(other, key)) for key in ("boxes", "labels", "scores"))
-    return same and (one.exit_name, one.exit_confidence) == (other.exit_name, other.exit_confidence)
+def equal(first: Detections, second: Detections) -> bool:
+    same = all(np.array_equal(getattr(first, key), getattr(second, key)) for key in ("boxes", "labels", "scores"))
+    return same and (first.exit_name, first.exit_confidence) == (second.exit_name, second.exit_confidence)
 
 
 def assert_same(expected: dict, found: Detections) -> None:
     """Match the detections one to one. Equal scores may come in any order."""
-    rows = [
-        np.column_stack([np.asarray(boxes) / 0.1, np.asarray(scores) / 1e-3, 1e6 * np.asarray(labels)])
-        for boxes, scores, labels in (
-            (expected["boxes"], expected["scores"], expected["labels"]),
-            (found.boxes, found.scores, found.labels),
+    left, right = (
+        np.column_stack(
+            [10 * np.asarray(each["boxes"]), 1e3 * np.asarray(each["scores"]), 1e6 * np.asarray(each["labels"])]
         )
-    ]
-    assert len(rows[0]) == len(rows[1]) > 0
+        for each in (expected, vars(found))
+    )
+    assert len(left) == len(right) > 0
     assert (np.diff(found.scores) <= 0).all()
-    near = np.abs(rows[0][:, None] - rows[1][None]).max(-1)
-    assert near.min(0).max() <= 1 and near.min(1).max() <= 1
-    assert len(set(near.argmin(1))) == len(rows[0])
+    distances = np.abs(left[:, None] - right[None]).max(-1)
+    assert distances.min(0).max() <= 1 and distances.min(1).max() <= 1
+    assert len(set(distances.argmin(1))) == len(left)
 
 
 def expected_of(model, photo) -> dict:
@@ -85,9 +85,6 @@ def test_every_photo_has_the_model_s_exit_and_detections(model, photos, predicto
         assert found.class_names == [model.classes[label - 1] for label in found.labels]
         assert found.ms > 0
     assert taken == {"exit8", "exit12", "full"}
-
-
-def test_attributes_are_read_from_the_file(model, predictor):
     assert predictor.classes == ("cat", "dog") and predictor.exit_names == ("exit8", "exit12", "full")
     assert list(predictor.thresholds.values()) == pytest.approx(model.router.thresholds.tolist())
     assert predictor.certificate is None and predictor.versions["torch"] in torch.__version__
@@ -96,9 +93,9 @@ def test_attributes_are_read_from_the_file(model, predictor):
 def test_staged_files_give_the_same_as_one_file(predictor, staged_folder, photos):
     staged = Predictor(staged_folder)
     for photo in photos:
-        one, other = predictor(photo), staged(photo)
-        assert_same(vars(one), other)
-        assert (one.exit_name, one.exit_confidence) == (other.exit_name, pytest.approx(other.exit_confidence))
+        expected, found = predictor(photo), staged(photo)
+        assert_same(vars(expected), found)
+        assert (expected.exit_name, expected.exit_confidence) == (found.exit_name, pytest.approx(found.exit_confidence))
 
 
 def test_batches_threads_and_the_warm_up_change_no_detections(predictor, photos):
@@ -159,9 +156,8 @@ def test_drift_needs_a_certificate_and_the_files_own_thresholds(certified, photo
     moved = Predictor(certified([0] * 50), thresholds={"exit8": 2.0})
     moved(photos[0])
     assert moved.drift() is None
-    with pytest.raises(
-        EarlyExitError, match="the certificate is for the exits exit6, exit12, the detector has exit8, "
-    ):
+    message = "the certificate is for the exits exit6, exit12, the detector has exit8, "
+    with pytest.raises(EarlyExitError, match=message):
         Predictor(certified([0] * 50, names=("exit6", "exit12", "full")))
 
 
@@ -174,19 +170,13 @@ def test_thresholds_can_be_set(onnx_file, photos, predictor):
     assert middle.thresholds == {"exit8": 2.0, "exit12": predictor.thresholds["exit12"]}
 
 
-def test_score_thresholds_can_be_set(model, onnx_file, staged_folder, photos):
-    before = model.score_thresh
-    try:
-        for given in (0.35, {"dog": 0.4}):
-            model.score_thresh = given if given == 0.35 else {"cat": before, **given}
-            for path in (onnx_file, staged_folder):
-                predictor = Predictor(path, score_thresh=given)
-                for photo in photos:
-                    expected, found = expected_of(model, photo), predictor(photo)
-                    assert sorted(found.labels) == sorted(expected["labels"].tolist())
-                    assert np.allclose(found.scores, expected["scores"], atol=1e-3)
-    finally:
-        model.score_thresh = before
+def test_score_thresholds_can_be_set(model, onnx_file, staged_folder, photos, monkeypatch):
+    for score_thresh, by_class in ((0.35, 0.35), ({"dog": 0.4}, {"cat": model.score_thresh, "dog": 0.4})):
+        monkeypatch.setattr(model, "score_thresh", by_class)
+        for path, photo in itertools.product((onnx_file, staged_folder), photos):
+            expected, found = expected_of(model, photo), Predictor(path, score_thresh=score_thresh)(photo)
+            assert sorted(found.labels) == sorted(expected["labels"].tolist())
+            assert np.allclose(found.scores, expected["scores"], atol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -239,9 +229,6 @@ def test_an_invalid_photo_is_an_error_of_one_line(predictor, image, message):
         predictor(image)
     with pytest.raises(EarlyExitError, match="image 1: "):
         predictor.predict([np.zeros((8, 8), np.uint8), image])
-
-
-def test_one_photo_instead_of_a_list_is_an_error(predictor):
     with pytest.raises(EarlyExitError, match=r"images \[8, 8, 3\]: expected a list"):
         predictor.predict(np.zeros((8, 8, 3), np.uint8))
 
@@ -256,16 +243,18 @@ def test_photos_of_any_size(model, predictor, size):
 
 def test_an_unusable_file_is_an_error_of_one_line(onnx_file, staged_folder, tmp_path):
     content = onnx_file.read_bytes()
-    for name, bad in (("cut", content[: len(content) // 2]), ("empty", b""), ("text", b"no graph")):
-        path = tmp_path / f"{name}.onnx"
-        path.write_bytes(bad)
-        with pytest.raises(EarlyExitError, match=f"{name}.onnx: ONNX Runtime cannot load it"):
-            Predictor(path)
+    for name, bad, message in (
+        ("cut.onnx", content[: len(content) // 2], "ONNX Runtime cannot load it"),
+        ("empty.onnx", b"", "ONNX Runtime cannot load it"),
+        ("text.onnx", b"no graph", "ONNX Runtime cannot load it"),
+        ("foreign.onnx", (staged_folder / "detections.onnx").read_bytes(), "not a file of earlyexit export"),
+        ("detector.xml", b"<net/>", "add --runtime openvino to the command, or runtime='openvino' in Python"),
+    ):
+        (tmp_path / name).write_bytes(bad)
+        with pytest.raises(EarlyExitError, match=f"{name}: .*{message}"):
+            Predictor(tmp_path / name)
     with pytest.raises(EarlyExitError, match="none.onnx: no such file"):
         Predictor(tmp_path / "none.onnx")
-    shutil.copy(staged_folder / "detections.onnx", tmp_path / "foreign.onnx")
-    with pytest.raises(EarlyExitError, match="foreign.onnx: not a file of earlyexit export"):
-        Predictor(tmp_path / "foreign.onnx")
     with pytest.raises(EarlyExitError, match="manifest.json cannot be used"):
         Predictor(tmp_path)
 
@@ -289,24 +278,18 @@ def test_a_damaged_folder_is_an_error_of_one_line(staged_folder, tmp_path, chang
 
 
 def test_supervision_takes_the_detections(monkeypatch):
-    found = Detections(
-        np.zeros((1, 4), np.float32), np.array([2]), ["dog"], np.array([0.5], np.float32), 2, "full", None, 1.0
-    )
+    found = Detections(np.zeros((1, 4)), np.array([2]), ["dog"], np.array([0.5]), 2, "full", None, 1.0)
     monkeypatch.setitem(sys.modules, "supervision", types.SimpleNamespace(Detections=dict))
-    given = found.to_supervision()
-    assert given["class_id"].tolist() == [2] and given["data"]["class_name"].tolist() == ["dog"]
-    monkeypatch.setitem(sys.modules, "supervision", None)
-    with pytest.raises(EarlyExitError, match="pip install supervision"):
-        found.to_supervision()
+    fields = found.to_supervision()
+    assert fields["class_id"].tolist() == [2] and fields["data"]["class_name"].tolist() == ["dog"]
 
 
-def test_a_missing_runtime_is_an_error_of_one_line(onnx_file, monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(EarlyExitError, match="pip install onnxruntime"):
-        Predictor(onnx_file)
-    (tmp_path / "detector.xml").write_text("<net/>")
-    with pytest.raises(EarlyExitError, match="add --runtime openvino to the command, or runtime='openvino' in Python"):
-        Predictor(tmp_path / "detector.xml")
+def test_a_missing_package_is_an_error_of_one_line(onnx_file, predictor, monkeypatch):
+    found = predictor(np.zeros((8, 8, 3), np.uint8))
+    for name, call in (("supervision", found.to_supervision), ("onnxruntime", lambda: Predictor(onnx_file))):
+        monkeypatch.setitem(sys.modules, name, None)
+        with pytest.raises(EarlyExitError, match=f"pip install {name}"):
+            call()
 
 
 def test_an_exit_that_was_not_exported_may_be_closed_again(tmp_path, model):
@@ -323,12 +306,12 @@ def test_an_exit_that_was_not_exported_may_be_closed_again(tmp_path, model):
 
 def test_openvino_cannot_change_the_thresholds_of_an_onnx_file(onnx_file, predictor, photos):
     pytest.importorskip("openvino")
-    found = Predictor(onnx_file, "openvino", score_thresh=0.35)
+    in_openvino = Predictor(onnx_file, "openvino", score_thresh=0.35)
     for photo in photos:
-        one, other = predictor(photo), found(photo)
-        keep = one.scores > 0.35
-        assert_same({key: getattr(one, key)[keep] for key in ("boxes", "labels", "scores")}, other)
-        assert one.exit_name == other.exit_name
+        expected, found = predictor(photo), in_openvino(photo)
+        keep = expected.scores > 0.35
+        assert_same({key: getattr(expected, key)[keep] for key in ("boxes", "labels", "scores")}, found)
+        assert expected.exit_name == found.exit_name
     for settings in ({"thresholds": {"exit8": 0.2}}, {"score_thresh": 0.1}):
         with pytest.raises(EarlyExitError, match="export with --format openvino"):
             Predictor(onnx_file, "openvino", **settings)

@@ -12,7 +12,7 @@ from PIL import Image
 
 from earlyexit_ssd.data import Annotation, Record
 from earlyexit_ssd.data.dataset import DetectionDataset
-from earlyexit_ssd.doctor.findings import Check
+from earlyexit_ssd.doctor.findings import check
 from earlyexit_ssd.doctor.model import ModelEvidence
 from earlyexit_ssd.files import write_image, write_text
 from earlyexit_ssd.modeling.ssdlite import earlyexit_ssdlite320_mobilenet_v3_large
@@ -105,9 +105,13 @@ def test_each_failure_of_a_training_is_reported_once(photos, model, caplog):
 
 def test_a_bad_figure_that_improves_is_reported_in_the_last_third_only(photos, model, caplog, monkeypatch):
     figures = iter([0.1, 0.2, 0.15, 0.4])  # limit 0.5; 0.15 is worse than the figure before, but better than the first
-    measure = lambda _: {"full": next(figures)}  # noqa: E731
-    check = Check(name="spread", measure=measure, least=0.5, meaning="alike", advice="train")
-    monkeypatch.setattr("earlyexit_ssd.pipeline.doctor.MODEL_CHECKS", [check])
+    checks = {}
+
+    @check(checks, least=0.5, meaning="alike", advice="train")
+    def spread(_):
+        return {"full": next(figures)}
+
+    monkeypatch.setattr("earlyexit_ssd.pipeline.doctor.MODEL_CHECKS", checks)
     watch = Watch(photos, model)
     for epoch in (1, 2, 3):
         watch.run_checks(epoch, last_third=False)
