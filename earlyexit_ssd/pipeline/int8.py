@@ -84,6 +84,7 @@ class Int8Figures:
     AP: tuple[float | None, float | None]  # (reference, 8 bits); None without an object
     AP50: tuple[float | None, float | None]
     lost_bound: float  # largest AP50 lost in a share 1 - ``delta`` of the bootstrap draws
+    AP_lost_bound: float | None  # the same for AP; None if the loss of AP is not limited
     delta: float
     objects: int  # number of the reference's detections with a score of at least `SCORE`
     objects_kept: int  # number of these that the detector in 8 bits finds too
@@ -96,7 +97,8 @@ class Int8Figures:
 
     @property
     def bound_text(self) -> str:
-        return f"AP50 lost in {100 * (1 - self.delta):g} % of the draws at most {self.lost_bound:.3f}"
+        also = "" if self.AP_lost_bound is None else f", AP {self.AP_lost_bound:.3f}"
+        return f"AP50 lost in {100 * (1 - self.delta):g} % of the draws at most {self.lost_bound:.3f}{also}"
 
     @property
     def accuracy_text(self) -> str:
@@ -120,6 +122,7 @@ def export_int8(
     ranges: Sequence[str | os.PathLike[str]] = (),
     reference: Detections | None = None,
     delta: float = DELTA,
+    coco_ap_drop: float | None = None,
 ) -> Int8Figures:
     """Write a detector in 8 bits, if it is faster than in 32 bits and loses little AP50.
 
@@ -137,6 +140,7 @@ def export_int8(
             the photos of ``dataset``.
         reference: image id -> detections that the loss is measured against; None: the detections in 32 bits.
         delta: share of the bootstrap draws that may lose more than ``ap_drop``.
+        coco_ap_drop: as ``ap_drop``, for COCO's AP (IoU 0.5 to 0.95); None: not limited.
 
     Raises:
         EarlyExitError: NNCF or the runtime is missing, or the file in 8 bits is not faster or loses too much. Then
@@ -162,12 +166,12 @@ def export_int8(
             export.write_segments(model, quantised, trial, file_format)
             thresholds = _thresholds(model, confidences, _confidences(trial, runtime, photos))
             predictors = Predictor(float_path, runtime), Predictor(trial, runtime, thresholds=thresholds)
-            figures = _compare(*predictors, reference, dataset, kept, delta)
+            figures = _compare(*predictors, reference, dataset, kept, delta, with_ap=coco_ap_drop is not None)
             logger.info("8 bits, %s: %s; %s", kept, figures.accuracy_text, figures.speed_text)
             speed = figures.speed
             if (speed.value if speed.low is None else speed.low) <= 1:
                 raise EarlyExitError(f"{path}: 8 bits are refused: {figures.speed_text}; export without --int8")
-            if figures.lost_bound <= ap_drop:
+            if figures.lost_bound <= ap_drop and (coco_ap_drop is None or figures.AP_lost_bound <= coco_ap_drop):
                 break
         else:
             raise EarlyExitError(
@@ -307,6 +311,7 @@ def _compare(
     dataset: DetectionDataset,
     kept: Kept,
     delta: float,
+    with_ap: bool,
 ) -> Int8Figures:
     """Measure ``quantised``: its detections are compared with ``reference``, its time with ``unquantised``."""
     detections, template = detect(quantised, dataset), to_coco(dataset)
@@ -314,8 +319,12 @@ def _compare(
     matches = exit_matches(truth, [reference, detections], IOU)
     choices = [np.full(matches.photos, index) for index in range(2)]
     before, after = (ap_of_choice(matches, choice) for choice in choices)
-    reference_draws, draws = bootstrap_choices(matches, choices)
-    lost = reference_draws.AP50 - draws.AP50
+    reference_draws, draws = bootstrap_choices(matches, choices, ap50_only=not with_ap)
+
+    def loss_bound(figure: str) -> float:
+        lost = getattr(reference_draws, figure) - getattr(draws, figure)
+        return 0.0 if np.isnan(lost).all() else float(np.nanquantile(lost, 1 - delta))
+
     kept_objects = agreement(template, reference, detections, SCORE, IOU)
     return Int8Figures(
         path=Path(quantised.path),
@@ -325,7 +334,8 @@ def _compare(
         labelled=dataset.labelled,
         AP=(before.AP, after.AP),
         AP50=(before.AP50, after.AP50),
-        lost_bound=float(np.nanquantile(lost, 1 - delta)) if not np.isnan(lost).all() else 0.0,
+        lost_bound=loss_bound("AP50"),
+        AP_lost_bound=loss_bound("AP") if with_ap else None,
         delta=delta,
         objects=kept_objects.objects,
         objects_kept=kept_objects.kept,

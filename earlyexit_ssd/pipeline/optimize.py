@@ -125,9 +125,12 @@ def optimize(
     if chosen is None:
         summary = _summary_without_choice(measured, goal)
     else:
-        results = _write_chosen(search, chosen)
+        _write_model(search, chosen)
+        int8 = None
+        if cfg.EVAL.RUNTIME == OPENVINO:
+            chosen, int8 = _choose_8_bits(search, measured, chosen)
+        results = _evaluate(search)
         test = TestFigures.of(results)
-        int8 = _in_8_bits(search, chosen) if cfg.EVAL.RUNTIME == OPENVINO else None
         if int8 is not None:
             test = _test_in_8_bits(search, test, speed=chosen.ms / int8.ms)
             candidates, chosen = (*candidates, int8), int8
@@ -420,8 +423,8 @@ def _difference(before: float | None, after: float | None) -> float | None:
     return None if before is None or after is None else before - after
 
 
-def _write_chosen(search: Optimizer, chosen: Candidate) -> Results:
-    """Write and export the chosen model, and evaluate it on the test split, with the base detector as a rival."""
+def _write_model(search: Optimizer, chosen: Candidate) -> None:
+    """Write the chosen model, and its exported files in 32 bits."""
     out, measured = search.out, search.measure(chosen)  # measured again: candidates.json has only figures
     recorded = measured.recorded
     info: ModelInfo = {**search.info}
@@ -435,25 +438,47 @@ def _write_chosen(search: Optimizer, chosen: Candidate) -> Results:
     export_detector(open_any(out / "model.pth"), out / "detector.onnx", "onnx", photos)
     if search.cfg.EVAL.RUNTIME == OPENVINO:
         export_detector(open_any(out / "model.pth"), out / "detector.xml", "openvino", photos)
-    plain = dataclasses.replace(search.architecture, exits=())
+
+
+def _evaluate(search: Optimizer) -> Results:
+    """Evaluate the written model on the test split, with the base detector as a rival."""
+    out, plain = search.out, dataclasses.replace(search.architecture, exits=())
     save_model(out / BASE_FILE, plain.add_exits(search.full_path()), plain, {})
     rivals = (*search.cfg.EVAL.RIVALS.FULL_PATHS, str(out / BASE_FILE))
     cfg = with_values(search.cfg, {"EVAL.RIVALS.ENABLED": True, "EVAL.RIVALS.FULL_PATHS": rivals})
     return evaluate_model(cfg, out / "model.pth", out / "test", compare=False)
 
 
+def _choose_8_bits(
+    search: Optimizer, measured: Sequence[Candidate], chosen: Candidate
+) -> tuple[Candidate, Candidate | None]:
+    """Try 8 bits for the chosen candidate and, if they are refused, for its net without exits.
+
+    Returns:
+        the candidate whose files are written, and that candidate in 8 bits. The second is None if no detector in 8 bits
+        is faster than the chosen candidate in 32 bits.
+    """
+    int8 = _in_8_bits(search, chosen)
+    if int8 is not None or not chosen.exits:
+        return chosen, int8
+    net = next(candidate for candidate in measured if candidate.net == chosen.net and not candidate.exits)
+    _write_model(search, net)
+    int8 = _in_8_bits(search, net)
+    if int8 is None or int8.ms >= chosen.ms:
+        _write_model(search, chosen)
+        return chosen, None
+    return net, int8
+
+
 def _in_8_bits(search: Optimizer, chosen: Candidate) -> Candidate | None:
-    """Return the chosen candidate in 8 bits; its file replaces detector.xml. None if 8 bits do not hold the budget, are
-    not faster, or cannot be made."""
+    """Return the written candidate in 8 bits. Its file replaces detector.xml. None if 8 bits do not hold the budget,
+    are not faster, or cannot be made."""
     goal = search.goal
     try:
-        if goal.coco_ap_drop is not None:
-            raise EarlyExitError("the loss of COCO's AP is limited (--coco-ap-drop), and 8 bits are not checked for it")
         model, path = open_any(search.out / "model.pth"), search.out / "detector.xml"
         ranges = [record.path for record in search.sets["TRAIN"].records]
-        figures = export_int8(
-            model, path, "openvino", search.sets["CALIB"], goal.ap_drop, ranges, search.reference, goal.delta
-        )
+        limits = (goal.ap_drop, ranges, search.reference, goal.delta, goal.coco_ap_drop)
+        figures = export_int8(model, path, "openvino", search.sets["CALIB"], *limits)
     except EarlyExitError as reason:
         logger.info("no candidate in 8 bits: %s", reason)
         return None
@@ -461,9 +486,11 @@ def _in_8_bits(search: Optimizer, chosen: Candidate) -> Candidate | None:
     return dataclasses.replace(
         chosen,
         name=f"{chosen.name}, 8 bits",
+        holds=True,
         AP50=after,
         lost=before - after,
         lost_bound=figures.lost_bound,
+        AP_lost_bound=figures.AP_lost_bound,
         objects=figures.objects,
         objects_kept=figures.objects_kept,
         ms=chosen.ms / speed,

@@ -12,7 +12,7 @@ from earlyexit_ssd.deploy.benchmark import Ratio
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.pipeline import optimize
 from earlyexit_ssd.pipeline.int8 import Int8Figures, Kept
-from earlyexit_ssd.pipeline.optimize import Candidate, Goal, _in_8_bits, _summary, _warn_if_busy
+from earlyexit_ssd.pipeline.optimize import Candidate, Goal, _choose_8_bits, _in_8_bits, _summary, _warn_if_busy
 
 FAST = Candidate("fast", 320, "as it is", lost=0.009, holds=True, ms=5.0, speedup=2.0)
 
@@ -52,21 +52,49 @@ def test_the_verdict_compares_the_loss_on_the_test_photos():
 
 def test_8_bits_are_a_candidate_unless_they_are_refused(tmp_path, monkeypatch, caplog):
     sets = {"CALIB": "calib", "TRAIN": SimpleNamespace(records=[SimpleNamespace(path="train.jpg")])}
-    search = SimpleNamespace(goal=Goal(ap_drop=0.02, delta=0.1), out=tmp_path, sets=sets, reference="base")
+    search = SimpleNamespace(
+        goal=Goal(ap_drop=0.02, delta=0.1, coco_ap_drop=0.03), out=tmp_path, sets=sets, reference="base"
+    )
 
     def quantised(*arguments):
-        assert arguments == ("model", tmp_path / "detector.xml", "openvino", "calib", 0.02, ["train.jpg"], "base", 0.1)
+        path = tmp_path / "detector.xml"
+        assert arguments == ("model", path, "openvino", "calib", 0.02, ["train.jpg"], "base", 0.1, 0.03)
         aps, speed = ((0.5, 0.4), (0.7, 0.69)), Ratio(1.25, 1.2, 1.3)
-        return Int8Figures(tmp_path, 1, Kept(3, False), 9, True, *aps, 0.015, 0.1, 20, 19, speed, "openvino")
+        return Int8Figures(tmp_path, 1, Kept(3, False), 9, True, *aps, 0.015, 0.02, 0.1, 20, 19, speed, "openvino")
 
     monkeypatch.setattr(optimize, "open_any", lambda path: "model")
     monkeypatch.setattr(optimize, "export_int8", quantised)
     found = _in_8_bits(search, FAST)
     assert (found.name, found.AP50, found.lost_bound, found.objects_kept) == ("fast, 8 bits", 0.69, 0.015, 19)
+    assert found.holds and found.AP_lost_bound == 0.02
     assert found.lost == pytest.approx(0.01) and found.ms == pytest.approx(4.0) and found.speedup == pytest.approx(2.5)
 
     monkeypatch.setattr(optimize, "export_int8", Mock(side_effect=EarlyExitError("8 bits are refused")))
     caplog.set_level("INFO")
     assert _in_8_bits(search, FAST) is None and "no candidate in 8 bits: 8 bits are refused" in caplog.text
-    limited = SimpleNamespace(**{**vars(search), "goal": Goal(coco_ap_drop=0.01)})
-    assert _in_8_bits(limited, FAST) is None and "8 bits are not checked for it" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("speeds", "files_of", "in_8_bits"),
+    [
+        ({"routed": 1.2, "net": 9.0}, "routed", "routed, 8 bits"),  # the net is not tried
+        ({"net": 2.5}, "net", "net, 8 bits"),  # 8 bits of the routed detector are refused
+        ({"net": 1.5}, "routed", None),  # slower than the routed detector in 32 bits
+        ({}, "routed", None),
+    ],
+)
+def test_8_bits_are_tried_without_exits_if_they_are_refused_with_exits(monkeypatch, speeds, files_of, in_8_bits):
+    net = Candidate("net", 320, "compact", ms=8.0)
+    routed = dataclasses.replace(net, name="routed", exits=("exit12",), thresholds=(0.5,), ms=5.0)
+    written = []
+    monkeypatch.setattr(optimize, "_write_model", lambda search, candidate: written.append(candidate.name))
+
+    def quantise(search, candidate):
+        speed = speeds.get(candidate.name)
+        ms = speed and candidate.ms / speed
+        return speed and dataclasses.replace(candidate, name=f"{candidate.name}, 8 bits", ms=ms)
+
+    monkeypatch.setattr(optimize, "_in_8_bits", quantise)
+    chosen, int8 = _choose_8_bits("search", [FAST, net, routed], routed)
+    assert chosen.name == files_of and (int8 and int8.name) == in_8_bits
+    assert (written or ["routed"])[-1] == files_of
