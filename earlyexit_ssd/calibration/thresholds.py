@@ -120,7 +120,8 @@ def best_within(bounded: np.ndarray, minimised: np.ndarray, limit: float) -> int
 
 STEPS = 150  # steps of Adam per fit
 HALVINGS = 10  # bisection steps for the weight of the cost (a Lagrange multiplier)
-WIDTHS = (0.1, 0.01)  # first and last width, in ranks, of the sigmoid in place of a threshold; it shrinks geometrically
+WIDTHS = (0.1, 0.01)
+"""First and last width, in ranks, of the sigmoid that replaces a threshold during a fit. It shrinks geometrically."""
 BUDGETS = 20  # number of budgets of `learned_grid`, from the cost of the cheapest exit to that of the full path
 
 
@@ -221,8 +222,8 @@ def _ranks(values: np.ndarray) -> Tensor:
 
 
 def _unrank(values: np.ndarray, rank: float) -> float:
-    """Return the smallest confidence of at least this rank, `CLOSED` if there is none. Negative confidences are
-    ignored; the router uses them where the policy cannot decide."""
+    """Return the smallest confidence whose rank is at least ``rank``; `CLOSED` if there is none. Negative confidences
+    are ignored: the router gives -1 at an empty exit if the policy reads logits only."""
     leaving = values[(_ranks(values).numpy() >= np.float32(rank)) & (values >= 0)]
     return float(leaving.min()) if len(leaving) else CLOSED
 

@@ -16,11 +16,11 @@ from earlyexit_ssd.errors import DataError, shown
 from earlyexit_ssd.images import read_header
 from earlyexit_ssd.progress import progress
 
-# pixels; boxes outside by less are clipped without being counted. COCO files round x and width to two decimals, so x +
-# width can be 0.01 outside. Of 17,700 boxes of COCO, VOC and Roboflow, 57 are 0.01 outside and none is further outside.
 OUTSIDE_TOLERANCE = 0.02
-# pixels; the area of a thinner box can round to 0 in float32
-SMALLEST_SIDE = 0.01
+"""Boxes that are outside by at most this many pixels are clipped without being counted. COCO files round x and width to
+two decimals, so x + width can be 0.01 outside. Of 17,700 boxes of COCO, VOC and Roboflow, 57 are 0.01 outside and no
+box is further outside."""
+SMALLEST_SIDE = 0.01  # pixels; the area of a thinner box can round to 0 in float32
 
 Box = tuple[float, float, float, float]  # x1, y1, x2, y2 in pixels
 
@@ -47,8 +47,8 @@ def any_flag_set(flags: dict[str, object], where: str, problems: Problems, image
 def annotated_size(
     width: object, height: object, where: str, path: Path, image_id: int, problems: Problems, types: Any = int | float
 ) -> tuple[int, int]:
-    """Return width and height from an annotation file if they are of ``types`` and at least 1. Otherwise count a
-    problem and read the size of the photo ``path``."""
+    """Return width and height from an annotation file if they are of ``types`` (str in XML) and at least 1. Otherwise
+    count a problem and read the size of the photo ``path``."""
     with contextlib.suppress(TypeError, ValueError, OverflowError):
         size = int(float(width)), int(float(height))
         if min(size) >= 1 and all(isinstance(side, types) and not isinstance(side, bool) for side in (width, height)):
@@ -86,8 +86,11 @@ def check_unit(
     kind: str = "normalized box",
     advice: str = "lie in 0..1 and look normalized, expected pixels; multiply them by the photo's width and height",
 ) -> None:
-    """Count ``suspects``, the message and image id of each box of a file that seems to be in another unit. If they are
-    most of the ``total`` boxes, raise DataError in every mode, with ``advice``: what is wrong, and the fix."""
+    """Count the boxes of a file that seem to be in another unit. ``suspects`` has the message and the image id of each.
+
+    If more than half of the file's ``total`` boxes are suspects, raise DataError in every mode. ``kind`` is the kind of
+    problem that is counted. ``advice`` is the error's text: what is wrong, and the fix.
+    """
     if 2 * len(suspects) > total:
         raise DataError(f"{source}: {len(suspects)} of {total} boxes {advice}")
     for message, image_id in suspects:
@@ -117,7 +120,7 @@ def check_boxes(raw: RawDataset, problems: Problems) -> RawDataset:
 
 
 def _note_small_boxes(raw: RawDataset, problems: Problems) -> None:
-    """Note that all boxes lie in 0..100 or 0..1000 of much larger photos, as boxes in percent or thousandths would."""
+    """Note a set of large photos whose boxes all lie in 0..100 or 0..1000: they may be in percent or thousandths."""
     annotated = [record for record in raw.records if record.annotations]
     corners = [max(annotation.box[2:]) for record in annotated for annotation in record.annotations]
     for limit in (100, 1000):

@@ -119,7 +119,8 @@ class Predictor:
             )
         load = OpenVino if runtime == "openvino" else OnnxRuntime
         self._network = _Staged(path, load, threads) if path.is_dir() else load(path, threads=threads)
-        self._fixed_thresholds = "score_thresh" not in self._network.inputs  # OpenVINO makes them constants
+        # OpenVINO reads the defaults of an ONNX file as constants, so the file has no inputs for thresholds then
+        self._fixed_thresholds = "score_thresh" not in self._network.inputs
         try:
             self._read_metadata(self._network.metadata)
         except (KeyError, TypeError, ValueError) as error:

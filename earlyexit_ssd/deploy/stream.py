@@ -28,7 +28,8 @@ from earlyexit_ssd.progress import progress
 
 REPEATED = "repeated"  # ``exit_name`` of repeated detections; their ``exit_index`` is -1
 CELLS = 32  # cells along the longer side of a thumbnail: a cell is 10 px wide for an input of 320 px
-ROWS = 8  # smallest number of rows averaged per cell against sensor noise; smaller cells use all their rows
+ROWS = 8
+"""Smallest number of rows of a cell that are averaged, against sensor noise. A cell with fewer rows uses all."""
 CLOSE_MARGIN = 0.1
 """A detection is a *close call* if its score is within this distance of the score threshold. Noise can add or remove
 it."""
@@ -37,7 +38,7 @@ THRESHOLDS = tuple(0.25 * 2 ** (step / 4) for step in range(25))
 """Tested thresholds in grey levels, from 0.25 to 16. Fixed-sequence testing needs thresholds fixed in advance."""
 MOST_REPEATS = 10
 """Default of the largest number of repeats in a row. It limits how late a missed change is detected."""
-FEW_EVENTS = 10  # with fewer changes of the detections in the calibration frames, a rule is not well tested
+FEW_EVENTS = 10  # calibration frames with fewer changes of the detections are a weak test of a rule
 OFFSETS = 8  # number of offsets at which every n-th frame is tried
 SAME_IOU = 0.5
 FORMAT = "earlyexit_ssd stream rule/1"
@@ -313,7 +314,8 @@ class Recording:
 
 
 def block_means(changed: np.ndarray, block: int) -> np.ndarray:
-    """Return the share of changed answers per complete block of consecutive frames, in a seeded random order."""
+    """Return the share of changed answers per complete block of consecutive frames, in a seeded random order, since
+    `betting_p_value` depends on the order."""
     frames = len(changed) // block * block
     means = changed[:frames].reshape(-1, block).mean(1)
     return np.random.default_rng(0).permutation(means)

@@ -66,8 +66,8 @@ def evaluate_detections(
 
 
 def summarize_confidence(confidence: Tensor) -> ConfidenceSummary | None:
-    """Summarize the confidences [n] of one exit. Negative values are ignored: the policy gives none there. None if all
-    are negative."""
+    """Summarize the confidences [n] of one exit. Negative values are ignored: `ExitRouter` gives -1 at an empty exit if
+    the policy reads logits only. None if all are negative."""
     values = confidence[confidence >= 0].double().numpy()
     if not values.size:
         return None
@@ -170,17 +170,17 @@ class WantedClasses(nn.Module):
         self.register_buffer("lookup", torch.tensor(lookup))
 
     def forward(self, photos: list[Tensor]) -> list[dict[str, Tensor]]:
-        wanted = []
+        results = []
         for detections in self.detector(photos):
             renumbered = {**detections, "labels": self.lookup[detections["labels"]]}
             keep = renumbered["labels"] > 0
-            wanted.append({key: renumbered[key][keep] for key in ("boxes", "scores", "labels")})
-        return wanted
+            results.append({key: renumbered[key][keep] for key in ("boxes", "scores", "labels")})
+        return results
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Cost of one image to each exit (shallow to deep), by the detector without exits (``plain``) and by each rival."""
+    """Cost of one image up to each exit (shallow to deep), without exits (``plain``), and in each rival."""
 
     exits: list[CostResult]
     plain: CostResult
@@ -313,8 +313,8 @@ def _draws(settings: EvaluationSettings, photos: int) -> np.ndarray:
 
 
 def measure_costs(model: nn.Module, settings: EvaluationSettings, router: ExitRouter, rivals: Sequence[Rival]) -> Costs:
-    """Measure the cost of one image to each exit (with the router's confidences), by the detector without exits and by
-    the rivals. All are timed in turns. The MMACs of the rivals are in `Rival`."""
+    """Measure the cost of one image up to each exit (with the router's confidences), in the detector without exits, and
+    in the rivals. All are timed in turns. The MMACs of the rivals are in `Rival`."""
     example, plain = example_input(model), PlainPath(model)
     paths = [AllOutputs(PathToExit(model, index, router)) for index in range(len(model.exit_names))]
     mmacs = [*mmacs_to_exit(model, router), count_mmacs(plain, example)]

@@ -19,6 +19,11 @@ from earlyexit_ssd.data import canonical
 from earlyexit_ssd.errors import EarlyExitError, nearest
 from earlyexit_ssd.modeling.trunk import evaluating
 
+logger = logging.getLogger(__name__)
+
+LEAST_CUT_SCORE = 0.05
+"""Lowest score at which a head cut to background and the wanted classes detects, for finding competing classes."""
+
 
 class FoldedClassificationHead(SSDScoringHead):
     """A trained classification head that keeps all its rows and folds the unwanted classes into background.
@@ -172,12 +177,6 @@ def factorise(head: SSDScoringHead, rank: int) -> None:
             block[1].approximate(old)
 
 
-logger = logging.getLogger(__name__)
-
-LEAST_CUT_SCORE = 0.05
-"""Score of a wanted class in a head cut to background and the wanted classes, from which a default box counts."""
-
-
 def competing_rows(logits: Tensor, wanted: Sequence[int], tolerance: float) -> list[int]:
     """Return the rows of the fewest competing classes that preserve the wanted classes' scores.
 
@@ -185,7 +184,7 @@ def competing_rows(logits: Tensor, wanted: Sequence[int], tolerance: float) -> l
     :func:`score_difference` is at most ``tolerance``.
 
     Args:
-        logits: whole head's logits [M, C], M > 0, at the default boxes that count (:func:`fires`).
+        logits: whole head's logits [M, C], M > 0, at the default boxes where a cut head detects (:func:`fires`).
         wanted: rows of the wanted classes, from 1 on.
         tolerance: largest mean difference of a score; 0 keeps every class.
     """
@@ -199,8 +198,8 @@ def competing_rows(logits: Tensor, wanted: Sequence[int], tolerance: float) -> l
 def score_difference(probabilities: Tensor, wanted: Sequence[int], kept: Sequence[int]) -> float:
     """Return the mean rise of the wanted classes' scores when the head keeps only background, ``wanted`` and ``kept``.
 
-    All scores of a default box are divided by the probability of the classes that stay. Each box counts with the wanted
-    class of the largest rise. ``probabilities`` are the softmax of the whole head, [M, C].
+    All scores of a default box are divided by the probability of the classes that stay. The mean is over the boxes, for
+    the wanted class with the highest score in each box. ``probabilities`` are the softmax of the whole head, [M, C].
     """
     highest = probabilities[:, list(wanted)].amax(-1)
     staying = probabilities[:, [0, *wanted, *kept]].sum(-1)
@@ -208,29 +207,30 @@ def score_difference(probabilities: Tensor, wanted: Sequence[int], kept: Sequenc
 
 
 def fires(logits: Tensor, wanted: Sequence[int]) -> Tensor:
-    """Return where a head cut to background and ``wanted`` would detect, a mask [...] for logits [..., C]."""
+    """Return where a head cut to background and ``wanted`` detects, a mask [...] for logits [..., C]."""
     cut = logits[..., [0, *wanted]].softmax(-1)
     return cut[..., 1:].amax(-1) >= LEAST_CUT_SCORE
 
 
 def find_competing_rows(detector: SSD, wanted: Sequence[int], photos: Iterable[Tensor], tolerance: float) -> list[int]:
     """Return the :func:`competing_rows` of a detector's whole head on photos, [3, H, W] in [0, 1], of any sizes. Raise
-    an EarlyExitError if there is no photo, or no default box that counts."""
-    device, counting = next(detector.parameters()).device, []
+    an EarlyExitError if there is no photo, or no default box where a cut head detects."""
+    device, logits_of_photos = next(detector.parameters()).device, []
     with evaluating(detector):
         for photo in photos:
             batch, _ = detector.transform([photo.to(device)], None)
             logits = detector.head.classification_head(list(detector.backbone(batch.tensors).values()))
-            counting.append(logits[fires(logits, wanted)])  # the logits of all default boxes would fill the memory
-    if not sum(map(len, counting)):
+            logits_of_photos.append(logits[fires(logits, wanted)])  # those of all default boxes would fill the memory
+    if not sum(map(len, logits_of_photos)):
         raise EarlyExitError(
-            f"MODEL.FOLD 'compact' looks for the classes that compete, but none of {len(counting)} photos (DATA.TRAIN) "
-            f"shows what could be a wanted class (score {LEAST_CUT_SCORE}); take other photos, or MODEL.FOLD 'exact'"
+            f"MODEL.FOLD 'compact' looks for the classes that compete, but none of {len(logits_of_photos)} photos "
+            f"(DATA.TRAIN) shows what could be a wanted class (score {LEAST_CUT_SCORE}); take other photos, or "
+            "MODEL.FOLD 'exact'"
         )
-    logits = torch.cat(counting)
+    logits = torch.cat(logits_of_photos)
     rows = competing_rows(logits, wanted, tolerance)
     difference = score_difference(logits.double().softmax(-1), wanted, rows)
-    boxes = f"{len(logits)} default boxes of {len(counting)} photos"
+    boxes = f"{len(logits)} default boxes of {len(logits_of_photos)} photos"
     logger.info(
         "compact head: with %d competing classes a score differs by %.4f on average (%s)", len(rows), difference, boxes
     )

@@ -46,7 +46,7 @@ USUAL_KEYS = ("", "model", "state_dict", "model_state_dict")
 """State dicts under these keys are preferred if a file has several."""
 
 MAX_NESTING = 4  # levels of nested dicts that are searched for a state dict, the outermost included
-_PREFIX_END = re.compile(r"(?:^|[./])(?=backbone\.features\.0\.)")  # end of the prefix of torchvision's keys
+_PREFIX_END = re.compile(r"(?:^|[./])(?=backbone\.features\.0\.)")  # a prefix ends where torchvision's key begins
 _AVERAGE = re.compile(r"(?:^|[._])(?:ema|swa|avg)(?:$|[._])|averag|shadow|teacher", re.IGNORECASE)
 """Names of moving averages of the weights."""
 
@@ -71,15 +71,16 @@ def find_detector(content: Content, path: str | os.PathLike[str]) -> dict[str, T
             if isinstance(value, Mapping) and levels > 1 and id(value) not in seen:  # a dict may occur twice
                 collect(value, f"{name}{key}/", levels - 1)
             elif isinstance(value, Tensor):
-                plain = name + ".".join(part for part in key.split(".") if part not in WRAPPERS)
-                if plain in tensors:
+                unwrapped = name + ".".join(part for part in key.split(".") if part not in WRAPPERS)
+                if unwrapped in tensors:
                     raise EarlyExitError(f"{path}: has {key:.80} with and without a wrapper's prefix; save only one")
-                tensors[plain] = value
+                tensors[unwrapped] = value
 
     collect(content, "", MAX_NESTING)
     detectors: dict[str, dict[str, Tensor]] = {}
     prefixes = {key[: match.end()] for key in tensors if (match := _PREFIX_END.search(key))}
     for prefix in sorted(prefixes, key=len, reverse=True):  # a key belongs to its longest prefix
+        # a "/" after the prefix: the key is in a dict inside the detector's dict
         keys = [key for key in tensors if key.startswith(prefix) and "/" not in key.removeprefix(prefix)]
         name = prefix.strip("./").replace("/", ".")
         detectors[name] = {key.removeprefix(prefix): tensors.pop(key) for key in keys}
@@ -140,7 +141,7 @@ class Architecture:
         trained_size: side in training; 0 means ``image_size``. If it differs, default boxes are `PixelBoxes`.
         width, reduced_tail: shape of the trunk, see :func:`build_ssdlite`.
         head_outputs: outputs per default box of a folded head, before folding; 0 if the head is not folded.
-        folded_rows: class indices of ``classes`` in a folded head; empty if the head is not folded.
+        folded_rows: class indices in a folded head of ``classes``, which are not folded; empty for other heads.
         competing: names of the classes that a compact head folds, largest probability first; empty for other heads.
         folded_branches: whether the branches' heads are folded like the full path's. Otherwise they have only
             background and ``classes``.
@@ -224,7 +225,7 @@ class Architecture:
         if is_folded(head):
             branches = [part.head.classification_head for part in model.branches.values() if hasattr(part, "head")]
             settings |= {"head_outputs": head.num_columns, "folded_rows": head.wanted.tolist()}
-            folded = bool(head.competing) or any(map(is_folded, branches))
+            folded = bool(head.competing) or any(map(is_folded, branches))  # as in `retrofit`, also without branches
             settings |= {"competing": head.competing, "folded_branches": folded}
         architecture = cls(
             detector=model.detector_name,
@@ -233,7 +234,7 @@ class Architecture:
             reduced_tail=has_reduced_tail(state, model.width),
             **settings,
         )
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]):  # `build` draws random weights
             rebuilt = _described_parts(architecture.build())
         present = _described_parts(model)
         for name in {**rebuilt, **present}:
@@ -291,7 +292,7 @@ def fold_model(
     for part in (model, *model.branches.values()):
         if hasattr(part, "head"):
             part.head.classification_head = FoldedClassificationHead(part.head.classification_head, rows, competing)
-        else:
+        else:  # an empty exit
             part.num_classes = len(classes) + 1
     model.classes = tuple(classes)
 
@@ -340,14 +341,15 @@ def retrofit(
     if fold not in FOLDS:
         names, hint = ", ".join(FOLDS), nearest(str(fold), FOLDS)
         raise EarlyExitError(f"fold (MODEL.FOLD) is {shown(fold)}, expected one of {names}{hint}")
-    state, described = load_full_path(weights, detector_class(architecture.detector).plain_weights)
-    source = described.classes if described else tuple(source_classes or architecture.classes)
+    state, stored = load_full_path(weights, detector_class(architecture.detector).plain_weights)
+    source = stored.classes if stored else tuple(source_classes or architecture.classes)
     # `loaded` describes the file as it is; `architecture` describes the wanted model, whose head is not folded yet.
     unfolded = {"head_outputs": 0, "folded_rows": (), "competing": (), "folded_branches": False}
     reduced_tail = has_reduced_tail(state, architecture.width)
     architecture = dataclasses.replace(architecture, reduced_tail=reduced_tail, **unfolded)
-    folds = {name: getattr(described, name) for name in ("head_outputs", "folded_rows", "competing") if described}
-    loaded = dataclasses.replace(architecture, classes=source, **folds, folded_branches=bool(folds.get("competing")))
+    stored_folds = {name: getattr(stored, name) for name in ("head_outputs", "folded_rows", "competing") if stored}
+    folded_branches = bool(stored_folds.get("competing"))  # the branches of a compact head are folded too
+    loaded = dataclasses.replace(architecture, classes=source, **stored_folds, folded_branches=folded_branches)
     detector = loaded.build_detector()
     load_every_key(detector, state, weights)
     if source == architecture.classes:

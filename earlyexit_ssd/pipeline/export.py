@@ -200,7 +200,7 @@ class SegmentNetwork(nn.Module):
         model = self.model
         first = 0 if self.before is None else self.before + 1
         exits = walk(model, state["x"], first=first, finest=state.get("finest"), context=state.get("context"))
-        at = next(at for at in exits if at.index == self.index)
+        at = next(each for each in exits if each.index == self.index)
         head = at.head()
         outputs: dict[str, Tensor | None] = {}
         if not at.full:
@@ -256,6 +256,7 @@ def next_inputs(outputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _contract(model: EarlyExitDetector) -> graph.Contract:
+    """Return the settings of pre- and post-processing."""
     width, height = model.transform.fixed_size
     thresholds = [] if model.router is None else model.router.thresholds.tolist()  # without a router: no early exits
     return graph.Contract(
@@ -265,14 +266,14 @@ def _contract(model: EarlyExitDetector) -> graph.Contract:
         anchors=default_boxes_of_image(model, torch.device("cpu")).numpy(),
         box_weights=model.box_coder.weights,
         thresholds=np.array(thresholds, np.float32),
-        score_thresh=np.array(_least_scores(model), np.float32),
+        score_thresh=np.array(_score_thresholds(model), np.float32),
         nms_thresh=model.nms_thresh,
         topk_candidates=model.topk_candidates,
         detections_per_img=model.detections_per_img,
     )
 
 
-def _least_scores(model: EarlyExitDetector) -> list[float]:
+def _score_thresholds(model: EarlyExitDetector) -> list[float]:
     """Return the score threshold of each class."""
     limit = model.score_thresh
     return [limit.get(name, LEAST_SCORE) if isinstance(limit, Mapping) else limit for name in model.classes]
@@ -307,7 +308,7 @@ def write_segments(
         path.write_bytes(graph.build_graph(segments, contract, metadata).SerializeToString())
     elif file_format == "staged":
         path.mkdir()
-        stages = {f"{place}_{segment.name}.onnx": segment for place, segment in enumerate(segments)}
+        stages = {f"{position}_{segment.name}.onnx": segment for position, segment in enumerate(segments)}
         networks = [graph.first_stage(segments[0], contract), *(segment.model for segment in segments[1:])]
         networks.append(graph.last_stage(contract))
         for name, network in zip((*stages, "detections.onnx"), networks, strict=True):
@@ -349,7 +350,7 @@ def _compare_heads(
             for key in (key for key in graph.HEAD if key in outputs):
                 expected = heads[segment.index][key].numpy()
                 difference = np.abs(outputs[key] - expected).max()
-                if not difference <= MAX_HEAD_DIFFERENCE * max(1.0, np.abs(expected).max()):
+                if not difference <= MAX_HEAD_DIFFERENCE * max(1.0, np.abs(expected).max()):  # also true for NaN
                     raise EarlyExitError(
                         f"{name}: {key} of {segment.name} differ by {difference:.2g} from the model's, expected "
                         f"{MAX_HEAD_DIFFERENCE:g}; nothing was written"
@@ -377,14 +378,14 @@ def _is_same(model: EarlyExitDetector, photo: np.ndarray, expected: dict[str, Te
     and rounding explains the difference. Raise EarlyExitError for any other difference."""
     index = int(expected.get("exit_index", model.num_early_exits))
     if index != found.exit_index:
-        first = min(index, found.exit_index)
-        confidence = float(model.router.confidence(model.exit_outputs([as_tensor(photo)]).signals(first), first))
-        threshold = float(model.router.thresholds[first])
+        left = min(index, found.exit_index)  # one of the two left here, the other did not
+        confidence = float(model.router.confidence(model.exit_outputs([as_tensor(photo)]).signals(left), left))
+        threshold = float(model.router.thresholds[left])
         if abs(confidence - threshold) <= NEAR_THRESHOLD:
             return False
         raise EarlyExitError(
             f"the file leaves at {found.exit_name}, the model at {model.exit_names[index]} (confidence "
-            f"{confidence:.6f} at {model.exit_names[first]}, threshold {threshold:.6f})"
+            f"{confidence:.6f} at {model.exit_names[left]}, threshold {threshold:.6f})"
         )
     of_model = [expected[key].numpy() for key in ("boxes", "labels", "scores")]
     of_file = [found.boxes, found.labels, found.scores]
@@ -405,10 +406,10 @@ Arrays = Sequence[np.ndarray]  # boxes [n, 4], labels [n] and scores [n]
 
 
 def _unpaired(first: Arrays, second: Arrays) -> Arrays:
-    """Return the detections of one side without an equal on the other side. Equal detections have the same label, and
-    boxes and scores within the limits above."""
-    boxes, labels, scores = map(_differences, first, second)
-    equal = (boxes.max(-1) <= MAX_BOX_DIFFERENCE_PX) & (labels == 0) & (scores <= MAX_SCORE_DIFFERENCE)
+    """Return the detections of ``first`` and ``second`` that have no equal among the others. Equal detections have the
+    same label, and boxes and scores that differ by at most `MAX_BOX_DIFFERENCE_PX` and `MAX_SCORE_DIFFERENCE`."""
+    of_boxes, of_labels, of_scores = map(_differences, first, second)
+    equal = (of_boxes.max(-1) <= MAX_BOX_DIFFERENCE_PX) & (of_labels == 0) & (of_scores <= MAX_SCORE_DIFFERENCE)
     rows, columns = linear_sum_assignment(equal, maximize=True)
     rows, columns = rows[equal[rows, columns]], columns[equal[rows, columns]]
     both = zip(first, second, strict=True)
@@ -416,6 +417,7 @@ def _unpaired(first: Arrays, second: Arrays) -> Arrays:
 
 
 def _differences(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Return the absolute differences [n, m, ...] of every row of ``first`` [n, ...] and of ``second`` [m, ...]."""
     return np.abs(first[:, None].astype(np.float64) - second[None].astype(np.float64))
 
 
@@ -425,16 +427,16 @@ def _explained(
     """Return which of the n ``unpaired`` detections rounding explains, bool [n].
 
     A detection is explained if the model has the same box before any box is dropped, and one of these holds: (1) The
-    score is close to a limit: the score threshold, or the lowest score that is kept for the class or the photo. (2) An
-    IoU is close to the limit of the NMS. (3) Two overlapping boxes have the same score. (4) The box overlaps an
-    explained box.
+    score is close to a limit: the score threshold, or the lowest score that is kept for the class or the photo. (2) The
+    IoU with a kept box of the class is close to the limit of the NMS. (3) Two overlapping boxes have the same score.
+    (4) The box overlaps an explained box.
     """
     (boxes, labels, scores), limit = unpaired, model.nms_thresh
     all_boxes, all_scores = _boxes_before_nms(model, photo, index)
     same_score = np.abs(all_scores[:, labels - 1] - scores) <= MAX_SCORE_DIFFERENCE
     in_model = ((_differences(all_boxes, boxes).max(-1) <= MAX_BOX_DIFFERENCE_PX) & same_score).any(0)
-    kept_of_class = np.sort(all_scores, axis=0)[-min(model.topk_candidates, len(all_scores))]
-    explained = np.abs(scores - np.maximum(kept_of_class, _least_scores(model))[labels - 1]) <= NEAR_LIMIT
+    lowest_kept = np.sort(all_scores, axis=0)[-min(model.topk_candidates, len(all_scores))]
+    explained = np.abs(scores - np.maximum(lowest_kept, _score_thresholds(model))[labels - 1]) <= NEAR_LIMIT
     if len(of_model[2]) == model.detections_per_img:
         explained |= np.abs(scores - of_model[2][-1]) <= NEAR_LIMIT
     kept_boxes, kept_labels, _ = map(np.concatenate, zip(of_model, of_file, strict=True))

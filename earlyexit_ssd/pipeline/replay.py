@@ -104,8 +104,8 @@ class Replay:
         return replace(self, recording=self.recording.only(names))
 
     def matches_beside(self, reference: Detections | None) -> tuple[ExitMatches, np.ndarray]:
-        """Return matches with ``reference`` as an additional last exit, and the choice [n] of the last exit for all
-        photos. None: no exit is added, so the last exit is the full path."""
+        """Return the matches of all exits and of the detections ``reference``, which are added as the last exit. Also
+        return the choice [n] of the last exit for every photo. None: no exit is added, so the full path is last."""
         if reference is None:
             return self.matches, np.full(len(self.recording), self.matches.exits - 1)
         exits = [*self.recording.detections, reference]
@@ -213,10 +213,10 @@ def disjoint_sets(
     Raises:
         DataError: a photo is in two splits (TRAIN is compared in full), or a split that needs labels has no box.
     """
-    labelled = {*needs_labels, "TRAIN"} if cfg.CALIBRATION.REFERENCE == "labels" else {*needs_labels}
-    needed = "replaced" if unlabelled else "required"
+    with_labels = {*needs_labels, "TRAIN"} if cfg.CALIBRATION.REFERENCE == "labels" else {*needs_labels}
+    condition = "replaced" if unlabelled else "required"  # see `load_dataset`
     sets = {
-        name: load_dataset(cfg, cfg.DATA[name], labels=needed if name in labelled else "optional")
+        name: load_dataset(cfg, cfg.DATA[name], labels=condition if name in with_labels else "optional")
         for name in ("TRAIN", "CALIB", "TEST")
     }
     repeats = {}
@@ -265,7 +265,8 @@ class FittingPhotos:
 
     def losses(self) -> Tensor:
         losses = self.replay.losses(self.reference)
-        return torch.from_numpy(losses[np.argsort(self.replay.order)]).float()  # by id -> by row of the recording
+        # from the order of the image ids to the order of the recording
+        return torch.from_numpy(losses[np.argsort(self.replay.order)]).float()
 
     def largest_scores(self) -> Tensor:
         recording = self.replay.recording
@@ -304,15 +305,16 @@ def fit_router(
     """
     reference, folds = cfg.CALIBRATION.REFERENCE, cfg.CALIBRATION.FOLDS
     sets = [FittingPhotos(split, temperatures, reference, cfg.SEED) for split in (train or calib, calib)]
-    fitted, parameters, confidences = FITTED_POLICIES.get(policy), None, None
+    policy_class = FITTED_POLICIES.get(policy)  # None: the policy has no parameters
+    parameters = confidences = None
     if cross_fit and folds and train is not None and cross_fits(policy):
         groups = np.arange(len(calib.recording)) if groups is None else groups
         fold_of_row = np.empty(len(groups), np.int64)
         fold_of_row[calib.order] = groups * folds // (groups.max() + 1)
-        parameters, by_row = fitted.cross_fit(*sets, torch.from_numpy(fold_of_row))
+        parameters, by_row = policy_class.cross_fit(*sets, torch.from_numpy(fold_of_row))
         confidences = [values.numpy()[calib.order] for values in by_row]
-    elif fitted is not None:
-        parameters = fitted.fit(sets[0])
+    elif policy_class is not None:
+        parameters = policy_class.fit(sets[0])
     settings = {"temperatures": temperatures, "temperature_bounds": cfg.ROUTING.TEMPERATURE_BOUNDS}
     router = ExitRouter(len(temperatures), policy=policy, parameters=parameters, thresholds=CLOSED, **settings)
     return router, confidences or calib.confidences(router)

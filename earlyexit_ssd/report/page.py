@@ -114,7 +114,7 @@ class Page:
 
 @contextlib.contextmanager
 def never_failing(path: Path) -> Iterator[None]:
-    """Turn an exception while the page at ``path`` is made into a warning: the job's other results are written."""
+    """Log an exception while the page at ``path`` is made as a warning, so that the job keeps its other results."""
     try:
         yield
     except Exception as error:
@@ -202,8 +202,8 @@ def verdict_sentence(results: Results) -> str:
 
 
 def _shipped_time(results: Results) -> tuple[str, float | None]:
-    """Return a text with the milliseconds of the detector to ship, and its speed-up. Without a timed rival to ship this
-    is the routed detector."""
+    """Return a text with the milliseconds of the recommended detector, and its speed-up. The detector is the rival that
+    the verdict recommends, if this rival was timed, and otherwise the routed detector."""
     routed, plain = results.routed, results.without_exits
     for rival in results.rivals if results.verdict and plain.ms else ():
         if rival.name == results.verdict.what and rival.ms:
@@ -214,6 +214,7 @@ def _shipped_time(results: Results) -> tuple[str, float | None]:
 def _evaluation_tiles(results: Results) -> list[Tile]:
     routed, full = results.routed, results.full
     times, speedup = _shipped_time(results)
+    # the interval is known for the routed detector only
     interval = f"{_interval(routed.speedup_interval, 2)} over the photos; " if speedup == routed.speedup else ""
     time_note = f"{interval}{times}, {figure(results.without_exits.ms, 1)} without exits"
     ap50_note = f"{_interval(routed.figures.get('AP50_interval'))} full path {figure(full.ap50)}"
@@ -281,8 +282,8 @@ def calibration_page(
     target_text = _target_text(plain_part(target))
     opened = [name for name, threshold in zip(names, thresholds, strict=False) if threshold < CLOSED]
     if measured.AP50_full is not None and measured.AP50_full < DETECTS_AP50:
-        found = f"AP50 {measured.AP50_full:.3f}"
-        verdict, good = f"The full path does not detect ({found}): train it before its exits are opened.", False
+        ap50 = f"AP50 {measured.AP50_full:.3f}"
+        verdict, good = f"The full path does not detect ({ap50}): train it before its exits are opened.", False
     elif opened:
         speedup = f"{measured.speedup:.2f} times as fast as the detector without exits"
         verdict = f"{' and '.join(opened)} opened: {speedup}; judge it on the test photos (earlyexit evaluate)."
@@ -336,11 +337,11 @@ def _loss_chart(certificate: Certificate, curve: Sequence[CurvePoint]) -> Chart:
     lines = [Line("measured", cost, [point.loss for point in curve])]
     if any(point.bound is not None for point in curve):
         lines.append(Line("upper bound", cost, [point.bound for point in curve]))
-    note = "Each point is a set of thresholds. Of those fast enough, the one that loses least is taken."
+    note = "Each point is a set of thresholds. The set with the smallest loss of those fast enough is chosen."
     if target.kind != "speedup":
         limit = target_value(plain_part(target))
         lines.append(Line("target", [min(cost), max(cost)], [limit, limit], bound=True))
-        note = "Each point is a set of thresholds. The cheapest set whose bound is below the dashed line is taken."
+        note = "Each point is a set of thresholds. The cheapest set whose bound is below the dashed line is chosen."
     loss = "loss per photo" if target.kind == "risk" else "AP50 lost"
     return Chart(f"{loss} against cost", f"{certificate.cost_model.unit} per photo", loss, lines, note)
 
@@ -408,9 +409,11 @@ def search_page(
     results: Results | None,
     base: str = "",
 ) -> Page:
-    """Return the page of a search of `earlyexit_ssd.pipeline.optimize`. The first sentence of ``summary`` is the
-    verdict. ``results`` are those of the chosen candidate on the test photos; the rival with the source ``base`` in
-    them is the user's own detector."""
+    """Return the page of a search of `earlyexit_ssd.pipeline.optimize`.
+
+    The first sentence of ``summary`` is the verdict. ``results`` are the chosen candidate's results on the test photos.
+    Their rival with the source ``base`` is the user's own detector.
+    """
     table, points = [("candidate", "AP50 (calib)", "ms", "")], []
     for candidate in candidates:
         is_chosen = candidate == chosen
@@ -442,5 +445,5 @@ def _search_tiles(results: Results, base: str) -> tuple[Tile, ...]:
         Tile("speed-up", f"{speedup:.2f}×", times, speedup > 1),
         Tile("AP50", figure(routed.ap50), f"your detector {figure(own.ap50)}"),
         _objects_tile(routed, own, "your detector"),
-        *_evaluation_tiles(results)[3:],
+        *_evaluation_tiles(results)[3:],  # the first three compare with the full path
     )
