@@ -466,9 +466,11 @@ def _choose_8_bits(
         is faster than the chosen candidate in 32 bits.
     """
     int8 = _in_8_bits(search, chosen)
-    if int8 is not None or not chosen.exits:
+    # some nets with the detector's own head are measured only with exits
+    nets = [candidate for candidate in measured if candidate.net == chosen.net and not candidate.exits]
+    if int8 is not None or not chosen.exits or not nets:
         return chosen, int8
-    net = next(candidate for candidate in measured if candidate.net == chosen.net and not candidate.exits)
+    (net,) = nets
     _write_model(search, net)
     int8 = _in_8_bits(search, net)
     if int8 is None or int8.ms >= chosen.ms:
