@@ -138,6 +138,7 @@ class ExitResult(DetectorResult):
 
     @property
     def left_out(self) -> tuple[str, ...]:
+        # ``empty`` is None for the full path only
         return ("empty", "found") if self.empty is not None else ("empty", "found", "AP50_below_full_interval")
 
 

@@ -49,10 +49,10 @@ DEEPEST_USEFUL_LAYER = 12  # a branch after a later layer saves next to nothing
 
 
 def fit(run: Run, name: str, losses: nn.Module, loader: PhotoLoader | CachedLoader) -> None:
-    """Train the run's model as phase ``name``, to be precise the parameters that the module ``losses`` registers.
+    """Train the parameters that the module ``losses`` registers, as phase ``name``. Its forward returns the losses.
 
-    ``losses`` returns the training losses of a batch. With EMA, the model gets the averaged weights at the end. Raise
-    Interrupted after a signal, and TrainingDiverged if a loss is NaN or infinite.
+    With EMA, the model gets the averaged weights at the end. Raise Interrupted after a signal, and TrainingDiverged if
+    a loss is NaN or infinite.
     """
     cfg, model, phase = run.cfg, run.model, run.cfg[PHASE_SECTIONS[name]]
     folder = run.folder.phase(name)
@@ -92,7 +92,7 @@ def fit(run: Run, name: str, losses: nn.Module, loader: PhotoLoader | CachedLoad
         describe=lambda batch: _photo_names(run.train_set, batch),
     )
     finished = trainer.run()
-    losses.to(memory_format=torch.contiguous_format)
+    losses.to(memory_format=torch.contiguous_format)  # the model's usual format again
     if not finished:
         raise Interrupted(f"{checkpoint.signal_name}: saved step {trainer.step} of phase {name} in {folder}")
     if ema:
