@@ -270,7 +270,7 @@ def contested_boxes(batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, T
     """
     kept_logits, kept_labels = [], []
     for logits, labels in batches:
-        keep = (labels > 0) | (FastSoftmax(logits).largest >= CONTESTED_PROBABILITY)
+        keep = (labels > 0) | (FastSoftmax(logits).object_probability >= CONTESTED_PROBABILITY)
         kept_logits.append(logits[keep])
         kept_labels.append(labels[keep].long())
     return torch.cat(kept_logits), torch.cat(kept_labels)

@@ -109,7 +109,7 @@ class DetectionDataset(torch.utils.data.Dataset):
         if self.transforms is not None:
             seed = mixed_seed(self.seed, epoch, index)
             image, boxes, kept = self.transforms(image, boxes, np.arange(len(annotations)), seed)
-            # annotated areas are wrong for an augmented photo; None stands for the area of the box
+            # annotated areas are wrong for an augmented photo; with None the area of the box is used
             annotations = [dataclasses.replace(annotations[k], area=None) for k in kept]
         box_areas = ((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])).tolist()
         areas = [a.area if a.area is not None else area for a, area in zip(annotations, box_areas, strict=True)]
@@ -203,14 +203,15 @@ def require_disjoint(**datasets: DetectionDataset) -> None:
         for name, dataset in datasets.items():
             require_unique(name, dataset.records)
             sizes[name] = {record.path.resolve(): record.path.stat().st_size for record in dataset.records}
-        for (first, ours), (second, theirs) in itertools.combinations(sizes.items(), 2):
-            common = set(ours.values()) & set(theirs.values())
-            by_hash = {digest(path): path for path, size in ours.items() if size in common}
-            shared = [(by_hash[digest(p)], p) for p, size in theirs.items() if size in common and digest(p) in by_hash]
+        for (first_name, first), (second_name, second) in itertools.combinations(sizes.items(), 2):
+            common = set(first.values()) & set(second.values())
+            by_hash = {digest(path): path for path, size in first.items() if size in common}
+            shared = [path for path, size in second.items() if size in common and digest(path) in by_hash]
             if shared:
-                example = f"{shared[0][0]} and {shared[0][1]}"
+                example = f"{by_hash[digest(shared[0])]} and {shared[0]}"
                 fix = "remove them from one data set, because metrics on training photos are too high"
-                raise DataError(f"{first} and {second} share photos ({len(shared)}), the first: {example}; {fix}")
+                names = f"{first_name} and {second_name}"
+                raise DataError(f"{names} share photos ({len(shared)}), the first: {example}; {fix}")
 
 
 def require_unique(name: str, records: Iterable[Record]) -> None:
@@ -266,7 +267,7 @@ class EpochSampler(Sampler[int]):
     rank: int = 0
     world_size: int = 1
     epoch: int = 0
-    start: int = 0  # batches of the epoch that are left out
+    start: int = 0  # number of batches to skip at the start of the epoch
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
         """Set the epoch of the sampler and of the data set."""
@@ -351,9 +352,9 @@ def load_dataset(
         names: names of data sets in the catalog or in ``DATA.DATASETS``.
         train: limit the photos without objects, augment, and leave out objects to ignore.
         labels: which labels the data sets must have. ``required``: all photos are annotated, and there is an object.
-            ``annotated``: all photos are annotated. ``replaced``: as ``required``, or some photos are not annotated and
-            the full path's detections replace the labels. ``optional``: no condition. The default is ``required`` in
-            training, otherwise ``annotated``.
+            ``annotated``: all photos are annotated. ``replaced``: if all photos are annotated, there must be an object;
+            otherwise the caller replaces the labels by the full path's detections. ``optional``: no condition. The
+            default is ``required`` in training, otherwise ``annotated``.
 
     Raises:
         ConfigError: a data set is unknown.
@@ -366,6 +367,7 @@ def load_dataset(
         raise DataError(f"labels is {labels!r:.60}, expected one of {', '.join(get_args(Labels))}")
     data, title = cfg.DATA, " + ".join(names)
     raws = [read_dataset(cfg, name) for name in names]
+    # `class_names` would read the training sets again
     classes = tuple(data.CLASSES) or (union_of_classes(raws) if names == tuple(data.TRAIN) else class_names(cfg))
     if not classes and not any(raw.labelled for raw in raws):
         raise DataError(NO_CLASS.format(title))

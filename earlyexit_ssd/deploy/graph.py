@@ -32,8 +32,8 @@ OUTPUTS = {
 }
 
 LARGE = 1_000_000
-"""Number of pixels above which a photo is large. To resize a large photo, only the pixels that the resize reads are
-gathered and converted. A smaller photo is converted as a whole. Each is faster for its sizes in ONNX Runtime. In
+"""Number of pixels above which a photo is large. Of a large photo, only the pixels that the resize reads are gathered
+and converted to floats. A smaller photo is converted as a whole, which is faster for small photos in ONNX Runtime. In
 OpenVINO gathering is always faster."""
 LOG_LIMIT = math.log(1000.0 / 16)
 """Largest logarithm of (box side / default box side), as in torchvision's ``BoxCoder``."""
@@ -99,14 +99,14 @@ class Scope:
         return self.many(1, op_type, *inputs, **attributes)[0]
 
     def inline(self, model: onnx.ModelProto, inputs: Mapping[str, str]) -> dict[str, str]:
-        """Add all nodes of a model. ``inputs`` maps names of the model's inputs to names in this scope. Return the same
-        mapping for its outputs."""
+        """Add all nodes of a model. ``inputs``: name of a model input -> name in this scope. Return name of a model
+        output -> name in this scope."""
         prefix = f"segment_{next(self.numbers)}_"
         graph = onnx.compose.add_prefix(model, prefix).graph
         renamed = {prefix + name: outer for name, outer in inputs.items()}
         for node in graph.node:
             node.input[:] = [renamed.get(name, name) for name in node.input]
-            if node.op_type == "Identity" and node.input[0] in inputs.values():  # an input is an output without a copy
+            if node.op_type == "Identity" and node.input[0] in inputs.values():  # no copy of an input
                 renamed[node.output[0]] = node.input[0]
             else:
                 self.nodes.append(node)
@@ -134,8 +134,8 @@ Branch = tuple[Scope, Sequence[str]]  # one branch of an If: its scope and the n
 def build_graph(segments: Sequence[Segment], contract: Contract, metadata: Mapping[str, str]) -> onnx.ModelProto:
     """Build a model from a photo uint8 [height, width, 3] RGB to `OUTPUTS`.
 
-    ``thresholds`` [exits] and ``score_thresh`` [classes] are inputs too, with defaults unless it is for OpenVINO. The
-    segments are from shallow to deep, the full path last. ``metadata`` of the file is text by key.
+    ``thresholds`` [exits] and ``score_thresh`` [classes] are inputs too. They have defaults, except for OpenVINO. The
+    segments are from shallow to deep, the full path last. ``metadata``: keys and texts to store in the file.
     """
     scope, size, state = _start(contract)
     values = _add_segments(scope, segments, state, size, contract)
@@ -144,7 +144,7 @@ def build_graph(segments: Sequence[Segment], contract: Contract, metadata: Mappi
 
 
 def first_stage(segment: Segment, contract: Contract) -> onnx.ModelProto:
-    """Build a model from a photo to the first segment's outputs."""
+    """Build a model from a photo to the first segment's outputs, for a folder with one file per segment."""
     scope, _, state = _start(contract)
     values, outputs = scope.inline(segment.model, state), {}
     for output in segment.model.graph.output:
@@ -154,7 +154,8 @@ def first_stage(segment: Segment, contract: Contract) -> onnx.ModelProto:
 
 
 def last_stage(contract: Contract) -> onnx.ModelProto:
-    """Build a model from `HEAD` and ``photo_size`` int64 [2] (height, width) to boxes, labels and scores."""
+    """Build a model from `HEAD` and ``photo_size`` int64 [2] (height, width) to boxes, labels and scores, for a folder
+    with one file per segment."""
     scope = Scope(itertools.count())
     values = postprocess(scope, *HEAD, "photo_size", contract)
     outputs = {name: (value, *OUTPUTS[name]) for name, value in zip(OUTPUTS, values, strict=False)}
@@ -223,12 +224,12 @@ def expand_log_sum_exp(model: onnx.ModelProto) -> None:
         axes, keep = arguments["axes"], arguments.get("keepdims", 1)
         graph.initializer.append(numpy_helper.from_array(np.array(axes, np.int64), f"{out}_axes"))
         steps = [
-            ("ReduceMax", [values], f"{out}_most", {"axes": axes, "keepdims": 1}),
-            ("Sub", [values, f"{out}_most"], f"{out}_less", {}),
-            ("Exp", [f"{out}_less"], f"{out}_exp", {}),
+            ("ReduceMax", [values], f"{out}_max", {"axes": axes, "keepdims": 1}),
+            ("Sub", [values, f"{out}_max"], f"{out}_shifted", {}),
+            ("Exp", [f"{out}_shifted"], f"{out}_exp", {}),
             ("ReduceSum", [f"{out}_exp", f"{out}_axes"], f"{out}_sum", {"keepdims": 1}),
             ("Log", [f"{out}_sum"], f"{out}_log", {}),
-            ("Add", [f"{out}_log", f"{out}_most"], out if keep else f"{out}_kept", {}),
+            ("Add", [f"{out}_log", f"{out}_max"], out if keep else f"{out}_kept", {}),
         ]
         if not keep:
             steps.append(("Squeeze", [f"{out}_kept", f"{out}_axes"], out, {}))
@@ -246,8 +247,9 @@ def _add_segments(
 ) -> list[str]:
     """Add the segments and the postprocessing to ``scope``. Return the names of all `OUTPUTS`.
 
-    ``state`` has the inputs of the first segment. ``leave`` is the branch of the ``If`` for a photo that leaves at its
-    exit, ``go_on`` the branch for a photo that goes on to the next exit.
+    ``state`` has the inputs of the first segment. Leading empty exits are handled here, so photos that leave there need
+    no postprocessing. From the first other exit on, `_add_heads` chooses one exit's outputs, which are postprocessed
+    once. ``leave`` is the branch of the ``If`` for a photo that leaves, ``go_on`` the branch for the other photos.
     """
     segment, *deeper = segments
     values = scope.inline(segment.model, state)
@@ -256,7 +258,8 @@ def _add_segments(
         return [*postprocess(scope, logits, offsets, size, contract), *routing]
     condition, leave, go_on = _leaves(scope, segment, values), Scope(scope.numbers), Scope(scope.numbers)
     no_objects = []
-    for elem_type, shape in list(OUTPUTS.values())[:3]:  # no constants, since OpenVINO loses the shape of an empty one
+    # not as constants, since OpenVINO loses the shape of an empty constant
+    for elem_type, shape in list(OUTPUTS.values())[:3]:
         shape = leave.constant([0, *shape[1:]], np.int64)
         zero = helper.make_tensor("zero", elem_type, [1], [0])
         no_objects.append(leave("ConstantOfShape", shape, value=zero))
@@ -385,6 +388,7 @@ def postprocess(scope: Scope, cls_logits: str, bbox_regression: str, size: str, 
     probabilities = scope("Softmax", scope("Squeeze", cls_logits, zero), axis=1)
     start_stop_axis = [scope.constant([value], np.int64) for value in (1, len(contract.score_thresh) + 1, 1)]
     scores = scope("Slice", probabilities, *start_stop_axis)
+    # NMS drops scores of 0, so from here on 0 marks a class that is not detected at a default box
     scores = scope("Where", scope("Greater", scores, "score_thresh"), scores, scope.constant(0.0))
     candidates = scope("NonZero", scope("ReduceMax", scores, axes=[1], keepdims=0))
     candidates = scope("Reshape", candidates, scope.constant([-1], np.int64))
@@ -419,13 +423,13 @@ def _keep_top_k(scope: Scope, scores: str, candidates: str, contract: Contract) 
     """Set all but the ``topk_candidates`` highest scores of each class to 0, in scores [classes, n]. Scores equal to
     the lowest of these are kept too."""
     k = scope.constant([contract.topk_candidates], np.int64)
-    is_longer, cut, same = scope("Greater", scope("Shape", candidates), k), Scope(scope.numbers), Scope(scope.numbers)
-    values, _ = cut.many(2, "TopK", scores, k, axis=1)
-    lowest = cut("ReduceMin", values, axes=[1], keepdims=1)
-    kept = cut("Where", cut("GreaterOrEqual", scores, lowest), scores, cut.constant(0.0))
+    has_more, more, fewer = scope("Greater", scope("Shape", candidates), k), Scope(scope.numbers), Scope(scope.numbers)
+    values, _ = more.many(2, "TopK", scores, k, axis=1)
+    lowest = more("ReduceMin", values, axes=[1], keepdims=1)
+    kept = more("Where", more("GreaterOrEqual", scores, lowest), scores, more.constant(0.0))
     types = [(TensorProto.FLOAT, [len(contract.score_thresh), "candidates"])]
-    branches = (cut, [kept]), (same, [same("Identity", scores)])
-    return scope.if_else(scope("Squeeze", is_longer), types, *branches)[0]
+    branches = (more, [kept]), (fewer, [fewer("Identity", scores)])
+    return scope.if_else(scope("Squeeze", has_more), types, *branches)[0]
 
 
 def _decode(scope: Scope, offsets: str, candidates: str, contract: Contract) -> str:

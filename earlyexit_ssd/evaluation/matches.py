@@ -94,11 +94,12 @@ class ExitMatches:
         return replace(self, exits=1, exit=np.zeros(len(keep), np.int64), **parts)
 
     def ranked_positives(self, condition: int) -> list[tuple[np.ndarray, csr_array]]:
-        """Return what AP under one condition is computed from. AP depends only on the precision at true positives.
+        """Return the positives of each class by descending score. They determine AP under one condition, since AP
+        depends only on the precision at true positives.
 
         Returns:
-            For each class with T true positives: their pairs by descending score, [T], and a sparse array [T, pairs]
-            with the number of false positives of each pair between the previous true positive and this one.
+            For each class with T true positives: their pairs [T], and a sparse array [T, pairs] with the number of
+            false positives of each pair between the previous true positive and this one.
         """
         if condition not in self._ranked:
             ranked = self._ranked[condition] = []
@@ -110,9 +111,9 @@ class ExitMatches:
                     for positive in (self.true_positive, self.false_positive)
                 )
                 false = false[: np.searchsorted(false, true[-1])] if len(true) else false[:0]
-                places = np.searchsorted(true, false), pairs[of_class][false]
+                rows_and_columns = np.searchsorted(true, false), pairs[of_class][false]
                 shape = len(true), self.photos * self.exits
-                ranked.append((pairs[of_class][true], csr_array((np.ones(len(false)), places), shape=shape)))
+                ranked.append((pairs[of_class][true], csr_array((np.ones(len(false)), rows_and_columns), shape=shape)))
         return self._ranked[condition]
 
 
@@ -142,23 +143,24 @@ def exit_matches(
     """
     if not exits:
         raise EarlyExitError("no exits to choose from: give the detections of at least one")
-    for unknown in (image_id for detections in exits for image_id in detections if image_id not in ground_truth.imgs):
-        raise DataError(f"detections of image {unknown}: the ground truth has no image of this id")
+    for image_id in itertools.chain(*exits):
+        if image_id not in ground_truth.imgs:
+            raise DataError(f"detections of image {image_id}: the ground truth has no image of this id")
     conditions = [(size, threshold) for size in sizes for threshold in IOU_THRESHOLDS.tolist()] + [("all", iou)]
     limits = [(min(threshold, 1 - 1e-10), *SIZES[size]) for size, threshold in conditions]  # equal boxes match at 1
     limits = np.array(limits).T[:, :, None]
     image_ids, categories = sorted(ground_truth.getImgIds()), np.array(sorted(ground_truth.getCatIds()), np.int64)
-    objects = [one for image_id in image_ids for one in ground_truth.imgToAnns.get(image_id, [])]
-    objects = [one for one in objects if one["category_id"] in ground_truth.cats]
-    photos = np.searchsorted(image_ids, [one["image_id"] for one in objects])
-    boxes = np.array([one["bbox"] for one in objects], np.float64).reshape(-1, 4)
-    labels = np.array([one["category_id"] for one in objects], np.int64)
-    crowd = np.array([bool(one.get("iscrowd", 0)) for one in objects], bool)
-    areas = np.array([one["area"] for one in objects], np.float64)
+    objects = [annotation for image_id in image_ids for annotation in ground_truth.imgToAnns.get(image_id, [])]
+    objects = [annotation for annotation in objects if annotation["category_id"] in ground_truth.cats]
+    photos = np.searchsorted(image_ids, [annotation["image_id"] for annotation in objects])
+    boxes = np.array([annotation["bbox"] for annotation in objects], np.float64).reshape(-1, 4)
+    labels = np.array([annotation["category_id"] for annotation in objects], np.int64)
+    crowd = np.array([bool(annotation.get("iscrowd", 0)) for annotation in objects], bool)
+    areas = np.array([annotation["area"] for annotation in objects], np.float64)
     counted = ~crowd & (areas >= limits[1]) & (areas <= limits[2])
     counts = np.zeros((len(conditions), len(categories), len(image_ids)), np.int64)
     np.add.at(counts, (slice(None), np.searchsorted(categories, labels), photos), counted)
-    # the first entry has no detections: np.concatenate needs one even if there is no photo
+    # an entry without detections comes first, because np.concatenate needs an entry even if there is no photo
     pairs = [_match_photo(_NOTHING, boxes[:0], labels[:0], crowd[:0], counted[:, :0], limits)]
     starts = np.searchsorted(photos, np.arange(len(image_ids) + 1))
     for image_id, own in zip(image_ids, itertools.starmap(slice, itertools.pairwise(starts)), strict=True):
@@ -210,14 +212,13 @@ def _match_photo(
         free = np.ones(is_counted.shape, bool)
         for row in np.flatnonzero((ious >= thresholds.min()).any(axis=1)).tolist():
             possible = (ious[row] >= thresholds) & (free | is_crowd)
-            found = (possible & is_counted).any(axis=1)
-            candidates = np.where(possible & (is_counted | ~found[:, None]), ious[row], -1.0)
+            has_match, has_counted_match = possible.any(axis=1), (possible & is_counted).any(axis=1)
+            candidates = np.where(possible & (is_counted | ~has_counted_match[:, None]), ious[row], -1.0)
             # among equal IoUs the last object, as in pycocotools
             best = candidates.shape[1] - 1 - candidates[:, ::-1].argmax(axis=1)
-            taken = possible.any(axis=1)
-            free[np.flatnonzero(taken), best[taken]] = False
-            true_positive[:, of_class[row]], matched[:, of_class[row]] = found, taken
-            overlap[of_class[row]] = ious[row][best[-1]] if found[-1] else 0.0
+            free[np.flatnonzero(has_match), best[has_match]] = False
+            true_positive[:, of_class[row]], matched[:, of_class[row]] = has_counted_match, has_match
+            overlap[of_class[row]] = ious[row][best[-1]] if has_counted_match[-1] else 0.0
     areas = boxes[:, 2] * boxes[:, 3]
     other_size = (areas < smallest) | (areas > largest)
     return labels, scores[order], overlap, true_positive, ~(true_positive | matched | other_size)
@@ -291,7 +292,8 @@ def ap_of_choice(
 
 
 def precision_curves(matches: ExitMatches, size: str = "all") -> list[np.ndarray]:
-    """Return the interpolated precision of one detector for each IoU threshold, [101 recalls, classes with objects]."""
+    """Return the interpolated precision for each IoU threshold, [101 recalls, classes with objects]. ``matches`` have a
+    single exit."""
     start = matches.conditions.index((size, IOU_THRESHOLDS[0]))
     pairs, weights = np.arange(matches.photos), np.ones(matches.photos, np.int64)
     return [_curves(matches, start + index, pairs, weights) for index in range(len(IOU_THRESHOLDS))]
@@ -375,8 +377,8 @@ def photo_list(
 ) -> list[PhotoRow]:
     """Return the rows of photos.csv, in the order of ``collected``. Photo i takes the exit ``chosen[i]``.
 
-    ``confidence`` is None if the policy gives none. ``lost`` are the false negatives and ``added`` the false positives
-    beyond those of the full path. ``counts`` are of the same photos. ``files`` returns the file of an image id.
+    ``lost`` are the false negatives and ``added`` the false positives beyond those of the full path. ``counts`` are of
+    the same photos. ``files`` returns the path of the photo with an image id.
     """
     rows, exits = np.searchsorted(sorted(collected.image_ids), collected.image_ids), chosen.numpy()
     confidences = torch.stack(collected.confidences)[chosen, torch.arange(len(rows))].tolist()

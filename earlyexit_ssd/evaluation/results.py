@@ -47,6 +47,7 @@ class Record:
         names = [part.name for part in fields(cls)]
         for name in (name for name in names if name in entries):
             value = figures.pop(name)
+            # the record class in hints such as `Verdict | None` and `tuple[ExitResult, ...]`
             record = next(filter(is_dataclass, (hints[name], *typing.get_args(hints[name]))), None)
             if isinstance(value, list) and (record or typing.get_origin(hints[name]) is tuple):
                 value = tuple(map(record.from_json, value) if record else value)
@@ -107,7 +108,7 @@ class BoxSummary(Record):
 
 @dataclass(frozen=True)
 class DetectorResult(Record):
-    """A result with ``figures`` of quality, which are those of `earlyexit_ssd.evaluation.metrics`."""
+    """Base of results with a field ``figures``: the quality figures of `earlyexit_ssd.evaluation.metrics`."""
 
     def number(self, name: str) -> float | None:
         """Return a figure; None if it is undefined or was not measured."""
@@ -121,7 +122,8 @@ class DetectorResult(Record):
 
 @dataclass(frozen=True)
 class ExitResult(DetectorResult):
-    """Results of one exit. Only early exits have ``empty`` and an interval, only the full path has ``found``."""
+    """Results of one exit. Only early exits have ``empty`` and ``AP50_below_full_interval``. Only the full path has
+    ``found``."""
 
     name: str
     layer: int | None = None
@@ -136,6 +138,7 @@ class ExitResult(DetectorResult):
 
     @property
     def left_out(self) -> tuple[str, ...]:
+        # ``empty`` is None for the full path only
         return ("empty", "found") if self.empty is not None else ("empty", "found", "AP50_below_full_interval")
 
 
@@ -271,9 +274,10 @@ def exit_rows(results: Results) -> list[Row]:
     """Return the rows of the exits, then the row ``routed``."""
     routed = results.routed
     rows = []
-    for row in results.exits:
-        parts = row.name, "exit", row.figures, row.mmacs, row.ms, row.ms_interval, row.layer, row.confidence
-        rows.append(Row(*parts, share=routed.exit_share.get(row.name), empty=bool(row.empty)))
+    for exit_ in results.exits:
+        parts = exit_.name, "exit", exit_.figures, exit_.mmacs, exit_.ms, exit_.ms_interval, exit_.layer
+        share = routed.exit_share.get(exit_.name)
+        rows.append(Row(*parts, confidence=exit_.confidence, share=share, empty=bool(exit_.empty)))
     return [*rows, Row("routed", "routed", routed.figures, routed.mmacs, routed.ms)]
 
 

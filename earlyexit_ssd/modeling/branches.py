@@ -1,7 +1,8 @@
 """Early exits: their description, and the kinds of branches.
 
 A *context* is a feature map that one exit's branch passes to the next exit's branch. *C4* is trunk layer 13, the last
-layer with stride 2. The glossary of docs/design.md explains the other terms.
+of layers 0 to 16 with stride 2. As in torchvision, the output of its expansion is the head's first map. The glossary of
+docs/design.md explains the other terms.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class Argument:
     zero: bool = True  # False if 0 is not allowed
 
     def per_exit(self, name: str, value: object, exits: int) -> list:
-        """Return one value for each of ``exits`` exits. ``value`` is one for all exits, or a list."""
+        """Return one value for each of ``exits`` exits. ``value``: one for all exits, or a list with one per exit."""
         values = list(value) if isinstance(value, Iterable) and not isinstance(value, str) else [value]
         if len(values) not in (1, exits) or not all(map(self._allows, values)):
             number = "a whole number" if isinstance(self.default, int) else "a number"
@@ -217,6 +218,7 @@ def exit_keywords(exits: Sequence[Exit]) -> dict[str, object]:
     for name, column in columns.items():
         values = [value for value in column if value is not None]
         if values:
+            # an exit whose branch lacks the argument ignores it, so any value will do there
             filled = tuple(values[0] if value is None else value for value in column)
             keywords[name] = values[0] if len(set(values)) == 1 else filled
     return keywords
@@ -228,7 +230,7 @@ def check_exits(exits: Sequence[Exit], last_layer: int) -> None:
     pixels = [exit.pixels for exit in exits[: len(glances)]]
     if None in pixels or pixels != sorted(set(pixels)):
         raise EarlyExitError(f"glances at {pixels} pixels: expected increasing sides, and glances before other exits")
-    for group in (exits[len(glances) :], *([exit] for exit in glances)):
+    for group in (exits[len(glances) :], *([exit] for exit in glances)):  # layers of glances may be in any order
         layers = tuple(exit.layer for exit in group)
         if list(layers) != sorted(set(layers)) or not all(1 <= layer < last_layer for layer in layers):
             raise EarlyExitError(f"exit_layers {layers}: expected increasing trunk layers from 1 to {last_layer - 1}")
@@ -281,7 +283,7 @@ class Branch(nn.Module):
 
 
 class Tail(nn.Module):
-    """Copy of the last ``depth`` (0 to 2) of trunk layers 14 and 15, of layer 16 and of the four extra blocks."""
+    """Copy of the trunk after C4: the last ``depth`` (0 to 2) residual blocks, layer 16 and the four extra blocks."""
 
     def __init__(self, backbone: nn.Module, depth: int) -> None:
         super().__init__()
@@ -316,20 +318,20 @@ def inherit_predictors(head: SSDLiteHead, full: SSDLiteHead, channels: Tensor | 
     If only ``full`` is folded, background and the wanted classes are copied. ``channels``: indices of the channels that
     the branch's first map has. With None this map is new, and its predictors are not copied.
     """
-    classes = full.classification_head
-    unfold = is_folded(classes) and not is_folded(head.classification_head)
-    rows = [0, *classes.wanted.tolist()] if unfold else list(range(classes.num_columns))
-    for new_head, old_head in ((head.classification_head, classes), (head.regression_head, full.regression_head)):
+    classifier = full.classification_head
+    unfold = is_folded(classifier) and not is_folded(head.classification_head)
+    rows = [0, *classifier.wanted.tolist()] if unfold else list(range(classifier.num_columns))
+    for new_head, old_head in ((head.classification_head, classifier), (head.regression_head, full.regression_head)):
         blocks = list(old_head.module_list)
         if channels is not None:
-            # [1:] wraps the 1x1 predictor in a Sequential, so that its convolution is at [0] as in a projection
+            # `_slice_block` expects a Sequential with a convolution at [0] as the last layer: [1:] instead of [1]
             depthwise, predictor = _slice_block([blocks[0][0], blocks[0][1:]], channels)
             blocks[0] = nn.Sequential(depthwise, *predictor)
         maps = slice(1 if channels is None else 0, None)
         for new, old in zip(list(new_head.module_list)[maps], blocks[maps], strict=True):
             new[0].load_state_dict(old[0].state_dict())
-            if old_head is classes:
-                copy_rows(new[1], old[1], classes.num_columns, rows)
+            if old_head is classifier:
+                copy_rows(new[1], old[1], classifier.num_columns, rows)
             else:
                 new[1].load_state_dict(old[1].state_dict())
 
@@ -376,7 +378,7 @@ class CopiedPathToC4(nn.Module):
     Attributes:
         c4: the copy of C4; None if nothing is copied.
         fine_channels: channels of C4's input, or of the tap if nothing is copied.
-        first_channels: ``share`` of the channels of C4's expansion, rounded.
+        first_channels: channels of the branch's first map, the rounded ``share`` of the channels of C4's expansion.
     """
 
     def __init__(self, backbone: nn.Module, layer: int, share: float) -> None:
@@ -392,6 +394,7 @@ class CopiedPathToC4(nn.Module):
     def inherit(self, backbone: nn.Module) -> Tensor | None:
         """Return the indices of the copied channels of C4's expansion, or None if nothing is copied."""
         channels = None
+        # not strict: `c4` is None if there are no blocks
         for copied, block in zip([*self.before, self.c4], _blocks_to_c4(backbone, self._layer), strict=False):
             channels = copied.inherit(block)
         return channels
@@ -464,7 +467,9 @@ class CopiedBranch(Branch):
     Args:
         channels: channels of a new first map. With 0 the first map is C4's copied expansion, as in the full path, and
             its predictors are copied too. If C4 is not copied, the map is new in any case.
-        depth, copy, head_rank: ``depth`` of `Tail`, ``share`` of `CopiedPathToC4`, ``rank`` of `factorise`.
+        depth: ``depth`` of the `Tail`.
+        copy: ``share`` of the `CopiedPathToC4`.
+        head_rank: ``rank`` of `factorise`.
     """
 
     def __init__(self, place: Place, *, channels: int, depth: int, copy: float, head_rank: int) -> None:
@@ -474,7 +479,7 @@ class CopiedBranch(Branch):
                 "a copied branch needs the layers of torchvision's SSDLite with a MobileNetV3, but this detector has "
                 "others; use branch='light' (EXITS.BRANCH light)"
             )
-        # Blocks before the tap are not copied. With `channels` they are, because existing model files contain them.
+        # Without the residual blocks before the tap. With `channels` they stay, because existing model files have them.
         blocks = depth if channels else min(depth, LAST_LAYER - 1 - place.layer)
         self.copied, self.tail = CopiedPathToC4(place.backbone, place.layer, copy), Tail(place.backbone, blocks)
         new_map = channels > 0 or self.copied.c4 is None
@@ -517,7 +522,8 @@ def _halvings(side: int, grid: int) -> int:
 class PyramidStep(nn.Module):
     """Compute the next map of a feature pyramid with depthwise separable convolutions of stride 2, or one of stride 1.
 
-    ``sizes``: (height, width) in cells of the input and of the next map. An output of another size is resized.
+    ``sizes``: (height, width) in cells of the input and of the next map. If the convolutions do not give the size of
+    the next map, their output is resized to it.
     """
 
     def __init__(self, channels: int, sizes: tuple[tuple[int, int], tuple[int, int]]) -> None:

@@ -54,13 +54,14 @@ def early_exit_losses(
 ) -> dict[str, Tensor]:
     """Return the weighted losses of the early exits as scalars.
 
-    Each exit has ``<name>_bbox_regression`` and ``<name>_classification`` (none with ``supervision="teacher"``), with a
-    teacher ``<name>_distillation``, and with a router that learns temperatures ``<name>_temperature``. Without labels
-    these are fitted to the full path's most probable classes.
-
     Args:
         names: exit index -> name of the early exits that have a branch.
         heads: outputs of all exits, shallow to deep, the full path last.
+
+    Returns:
+        For each name ``<name>_bbox_regression`` and ``<name>_classification`` unless ``supervision`` is ``teacher``,
+        ``<name>_distillation`` if there is a teacher, and ``<name>_temperature`` if the router learns temperatures.
+        With the supervision ``teacher`` temperatures are fitted to the full path's most probable classes.
     """
     if settings.supervision == "teacher":
         labels = heads[-1]["cls_logits"].detach().argmax(-1)
@@ -173,7 +174,7 @@ def walk(
             if branches and index < early:
                 context = model.branches[model.exit_names[index]].context(x, context)
         at = AtExit(model, trunk, index, x, finest, context)
-        yield at
+        yield at  # the caller may remove images with `AtExit.keep`
         x, finest, context = at.x, at.finest, at.context
 
 
@@ -188,16 +189,16 @@ def route(model: EarlyExitDetector, x: Tensor) -> tuple[Head, Tensor, Tensor]:
         confidence there [N].
     """
     router, hybrid_boxes = model.router, {}
-    # Indices of the images without an exit. The batch holds only these images, or with a hybrid router all images.
+    # Indices of the images that have left at no exit yet. The walk's batch has only these, or with a hybrid router all.
     undecided = torch.arange(len(x), device=x.device)
     parts: list[tuple[Tensor, Head, int, Tensor]] = []  # per exit: image indices, head, exit index, confidences
     for at in walk(model, x):
-        selected = at
         if at.full and router.hybrid:
             maps = at.maps()
             hybrid_boxes = {"bbox_regression": model.head.regression_head(maps)}
         if not len(undecided) or not (at.full or router.needs(at.index)):
             continue
+        selected = at  # the undecided images at this exit
         if not router.hybrid:
             head = at.head()
         elif at.full:
@@ -309,8 +310,9 @@ class EarlyExitDetector(SSD):
         num_classes = num_outputs(detector.head.classification_head)
         size = detector.transform.fixed_size
         super().__init__(detector.backbone, detector.anchor_generator, size, num_classes, head=detector.head)
-        for name in ("transform", "proposal_matcher", "neg_to_pos_ratio", *POST_PROCESSING[1:]):
-            setattr(self, name, getattr(detector, name))
+        for name in ("transform", "proposal_matcher", "neg_to_pos_ratio", *POST_PROCESSING):
+            if name != "score_thresh":  # its setter needs `classes`, which are set below
+                setattr(self, name, getattr(detector, name))
         self.exits = tuple(self.default_exits if exits is None else exits)
         check_exits(self.exits, self.last_layer)
         self.classes = tuple(classes or (f"class_{label}" for label in range(1, num_classes)))
@@ -332,7 +334,7 @@ class EarlyExitDetector(SSD):
         self._full_path_frozen = False
         with evaluating(self.backbone):
             taps, maps = self.trunk_maps(next(self.backbone.parameters()).new_zeros(1, 3, *size))
-        self.backbone.train(self.training)  # `evaluating` restored the mode that it had in `detector`
+        self.backbone.train(self.training)  # the backbone of `detector` may be in eval mode
         self.grids = [tuple(feature.shape[-2:]) for feature in maps]
         boxes_per_cell = self.anchor_generator.num_anchors_per_location()
         self.branches, context_channels = nn.ModuleDict(), 0
@@ -479,7 +481,7 @@ class EarlyExitDetector(SSD):
         if not isinstance(self.score_thresh, Mapping):
             return super().postprocess_detections(head_outputs, image_anchors, image_shapes)
         lowest_scores = [self.score_thresh.get(name, validate.LEAST_SCORE) for name in self.classes]
-        unlimited = types.SimpleNamespace(  # replaces `self`: torchvision's method reads only these attributes
+        unlimited_self = types.SimpleNamespace(  # replaces `self`: torchvision's method reads only these attributes
             box_coder=self.box_coder,
             score_thresh=min(lowest_scores),
             nms_thresh=self.nms_thresh,
@@ -487,7 +489,7 @@ class EarlyExitDetector(SSD):
             detections_per_img=None,
         )
         thresholds = torch.tensor([0.0, *lowest_scores], device=image_anchors[0].device)
-        detections = SSD.postprocess_detections(unlimited, head_outputs, image_anchors, image_shapes)
+        detections = SSD.postprocess_detections(unlimited_self, head_outputs, image_anchors, image_shapes)
         for detection in detections:
             keep = (detection["scores"] > thresholds[detection["labels"]]).nonzero()[: self.detections_per_img, 0]
             detection.update({key: value[keep] for key, value in detection.items()})
@@ -598,8 +600,8 @@ class ResizedBatch:
 class FullPathLosses(nn.Module):
     """Losses of the full path. The branches are not computed and get no gradient.
 
-    ``sides`` are the input sides in pixels of multi-scale training; the image ids of a batch select one. By default the
-    model's own side is used. Default boxes keep their size in pixels (`PixelBoxes`).
+    ``sides`` are the input sides in pixels of multi-scale training; default: the model's own side. The image ids of a
+    batch select its side. Default boxes keep their size in pixels (`PixelBoxes`).
     """
 
     def __init__(self, model: EarlyExitDetector, sides: Sequence[int] = ()) -> None:
@@ -650,9 +652,9 @@ class BranchLosses(nn.Module):
     def __init__(self, model: EarlyExitDetector) -> None:
         super().__init__()
         self.branches = model.branches
-        if isinstance(model.router, nn.Module):
+        if isinstance(model.router, nn.Module):  # its temperatures are trained too
             self.router = model.router
-        self._model = [model]
+        self._model = [model]  # in a list, so that the full path's parameters are not registered here
 
     def forward(self, batch: TapBatch) -> dict[str, Tensor]:
         """Return the weighted losses of all early exits."""
@@ -671,7 +673,7 @@ def default_boxes_of_image(model: EarlyExitDetector, device: torch.device) -> Te
 
 @torch.no_grad()
 def compute_taps(model: EarlyExitDetector, images: list[Tensor], targets: Targets) -> TapBatch:
-    """Run the full path in the model's current mode. Boxes of ``targets`` are in photo pixels."""
+    """Return the full path's outputs for a batch, in the model's current mode. ``targets``: boxes in photo pixels."""
     targets = validate.check_targets(targets, len(images), model.classes)
     batch, targets = model.transform(images, targets)
     taps, maps = model.trunk_maps(batch.tensors)

@@ -1,7 +1,7 @@
 """Calibrate the routing of a trained model on the CALIB split, for a target that the user chooses.
 
-The network runs once over each split, and the search uses the stored outputs. A `Recording` holds the outputs of one
-split, a `Replay` adds the labels, and `Recorded` holds the model and its splits.
+The network runs once over each split, and the search uses the stored outputs. `Recorded` holds the model and its
+splits. For each split it has a `Replay`, which is a `Recording` (the outputs) with the labels.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ from earlyexit_ssd.routing.policies import needs_training_photos
 
 logger = logging.getLogger(__name__)
 
-SMALLEST_DROP = 0.005  # `draws_needed` counts draws for this loss of AP50 at least: smaller ones cannot be measured
+SMALLEST_DROP = 0.005  # `draws_needed` replaces a smaller target by this loss of AP50, the smallest that is measurable
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class Chosen:
     thresholds: tuple[float, ...]  # one per early exit
     exits: np.ndarray  # exit of each calibration photo, [n]
     measured: Measured  # figures of the search
-    curve: tuple[CurvePoint, ...] = ()  # combinations that were compared, for the report
+    curve: tuple[CurvePoint, ...] = ()  # combinations of thresholds that were compared, for the report
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ class Search:
         calib: recorded outputs of the n calibration photos.
         train: recorded outputs of the training photos. Only a risk needs them, to order the thresholds that it tests.
         blocks: number (from 0) of the block of each calibration photo, [n]; None: every photo is a block.
-        baseline: detections on the calibration photos whose AP50 an ap_drop is compared with; None: the full path's.
+        baseline: detections on the calibration photos. An ap_drop is a loss against their AP50. None: the full path's.
     """
 
     cfg: CfgNode
@@ -171,7 +171,8 @@ class Search:
         return learned_grid(confidences, losses, self.costs.per_exit, budgets)
 
     def _calib_grid(self) -> tuple[Grid, np.ndarray, int]:
-        """Return the grid of the calibration photos, its mean costs [M], and the row in which all exits are closed."""
+        """Return the grid of the calibration photos, the mean cost of each of its rows, and the row in which all exits
+        are closed."""
         grid = self._grid(self.confidences, self.losses)
         mean_costs = grid.mean_cost(self.costs.of_each(grid.thresholds))
         return grid, mean_costs, int((grid.thresholds >= CLOSED).all(1).argmax())
@@ -184,7 +185,7 @@ class Search:
             path, self.confidences, self.losses, costs.of_each(path), target.value, target.delta, settings.BOUND,
             self.cfg.SEED, self.blocks, with_curve=True,
         )  # fmt: skip
-        if certified.step == 0:
+        if certified.step == 0:  # the step with all exits closed is the cheapest that passed
             advice = "the exits are not accurate enough: allow a larger risk, or train them longer"
             if certified.passed:
                 advice = "thresholds within the risk do not save cost: try another policy, cheaper branches, more risk"
@@ -214,8 +215,9 @@ class Search:
     def _for_ap_drop(self) -> Chosen:
         """Find the cheapest combination that loses at most the target in 1 - delta of the bootstrap draws.
 
-        The chosen combination loses more on other photos. The quantile of the draws is a margin for this, not a
-        guarantee. Combinations are tested if they are Pareto-optimal in cost and AP50, or in cost and mean loss.
+        On other photos the chosen combination tends to lose more, because it was chosen on these. The quantile of the
+        draws is a margin for this, not a guarantee. Combinations are tested if they are Pareto-optimal in cost and
+        AP50, or in cost and mean loss.
         """
         target, count = self.target, len(self.calib.recording)
         matches, baseline_exit = self.calib.matches_beside(self.baseline)
@@ -228,7 +230,9 @@ class Search:
                 self.draws, self.draws_name, target.value, 1 - target.delta, needed,
             )  # fmt: skip
         exits = self.calib.recording.early_exits
-        measured = Measured(AP50_lost_bound=0.0, photos_needed=needed if too_few else None)
+        # with all exits closed nothing is lost against the full path, but perhaps against another baseline
+        bound_closed = 0.0 if self.baseline is None else None
+        measured = Measured(AP50_lost_bound=bound_closed, photos_needed=needed if too_few else None)
         all_closed = Chosen((CLOSED,) * exits, np.full(count, exits), measured)
         ap50_full = ap_of_choice(matches, baseline_exit, ap50_only=True).AP50 or 0.0
         if ap50_full < DETECTS_AP50:  # without this, every exit would be opened, since there is no AP50 to lose
@@ -241,7 +245,7 @@ class Search:
         grid, mean_costs, closed = self._calib_grid()
         lost = ap50_full - self.calib.ap50_of(grid.choices, "thresholds")
         path = np.union1d(pareto_path(lost, mean_costs), pareto_path(grid.mean(self.losses), mean_costs))
-        # with all exits closed nothing is lost against the full path, but perhaps against another baseline
+        # against another baseline the row with all exits closed is tested too
         cheaper = np.less if self.baseline is None else np.less_equal
         tested = path[(lost[path] <= target.value) & cheaper(mean_costs[path], mean_costs[closed])]
         draw = functools.partial(bootstrap_choices, matches, seed=self.cfg.SEED, blocks=self.blocks)
@@ -270,8 +274,8 @@ def _curve(
 
 
 def draws_needed(target: Target) -> int:
-    """Return the number of draws that contain a photo of a rare kind, which is a share ``target.value`` of all photos,
-    with probability 1 - delta."""
+    """Return the number of draws that contain at least one photo of a rare kind with probability 1 - delta. A share
+    ``target.value`` of all photos is of this kind."""
     return math.ceil(math.log(target.delta) / math.log1p(-min(max(target.value, SMALLEST_DROP), 0.99)))
 
 
@@ -311,8 +315,9 @@ def calibrate(
     if target.block is not None:
         paths = [record.path for record in recorded.sets["CALIB"].records]
         blocks = block_of_each(paths, target.block)[calib.order]
-    settings = {"cross_fit": target.kind != "risk", "groups": blocks}
-    router, confidences = fit_router(cfg, cfg.ROUTING.POLICY, temperatures, calib, train, **settings)
+    router, confidences = fit_router(
+        cfg, cfg.ROUTING.POLICY, temperatures, calib, train, cross_fit=target.kind != "risk", groups=blocks
+    )
     costs = measure_cost_model(cfg, model, router)
     search = Search(cfg, target, router, confidences, calib, train, costs, blocks)
     chosen = search.run()

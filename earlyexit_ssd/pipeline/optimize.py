@@ -2,8 +2,8 @@
 
 The steps of `optimize`:
 
-1. Measure the candidates (`earlyexit_ssd.pipeline.candidates`) on the calib split. For each one with exits, a threshold
-   search runs first.
+1. Measure the candidates (`earlyexit_ssd.pipeline.candidates`) on the calib split. Before a candidate with exits is
+   measured, a search finds its thresholds.
 2. Choose one candidate. A candidate holds the budget if an upper bound of its loss on the calib split is within it.
 3. Write the chosen model and the exported file.
 4. Evaluate the chosen model on the test split, and recommend to ship it or not.
@@ -101,12 +101,12 @@ class Outcome(Record):
 def optimize(
     cfg: CfgNode, goal: Goal, out_dir: str | os.PathLike[str], weights: str | os.PathLike[str] | None = None
 ) -> Outcome:
-    """Run the search and write the chosen model. A stopped search resumes with the candidates that are measured.
+    """Run the search and write the chosen model. A stopped search keeps the measured candidates when it runs again.
 
     ``out_dir`` gets model.pth, detector.onnx, test/ (the evaluation of the chosen model), optimize.json,
     candidates.png, summary.txt and report.html. If OpenVINO is the runtime, ``out_dir`` also gets detector.xml. This
-    file is in 8 bits if 8 bits hold the budget and are faster. The milliseconds of a candidate in 8 bits are those in
-    32 bits divided by the speed-up of 8 bits, from photo to detections.
+    file is in 8 bits if 8 bits hold the budget and are faster. The speed-up of 8 bits is measured from photo to
+    detections. The milliseconds in 8 bits are the milliseconds in 32 bits divided by this speed-up.
 
     Args:
         weights: a trained model of this project, whose branches are tried too; None: MODEL.WEIGHTS.
@@ -120,7 +120,8 @@ def optimize(
     stop_at = np.inf if goal.minutes is None else time.monotonic() + 60 * goal.minutes
     search = Optimizer(cfg, weights, goal, Path(out_dir))
     measured = _measure_candidates(search, stop_at)
-    candidates, chosen = (*measured, *search.rivals()), choose_candidate(measured, goal)
+    candidates = (*measured, *search.rivals())
+    chosen = choose_candidate(measured, goal)
     results, test, ship = None, None, False
     if chosen is None:
         summary = _summary_without_choice(measured, goal)
@@ -176,7 +177,7 @@ def _measure_candidates(search: Optimizer, stop_at: float) -> list[Candidate]:
 
 
 def _read_candidates(path: Path, key: str) -> dict[str, Candidate]:
-    """Return the candidates of a stopped search by their keys, or none if the file is of another search."""
+    """Return key -> candidate of a stopped search; empty if the file is missing or from another search."""
     if not path.is_file():
         return {}
     content = read_json(path, "candidates of a search", "delete it")
@@ -317,11 +318,12 @@ class Optimizer:
         for rival in onnx_rivals(self.cfg, self.architecture.classes):
             detections = collect_detections(rival.detector, evaluation_loader(self.cfg, self.sets["CALIB"]))
             networks, examples = [rival.network, PlainPath(self.model)], [rival.example, example_input(self.model)]
-            timing, base = time_in_runtime(networks, examples, ONNX_RUNTIME, runs, threads)
-            matches, choice = self.base.matches_beside(detections)
-            # in the matches the rival is the last exit, behind the full path
-            before, after = (ap_of_choice(matches, one, ap50_only=True).AP50 for one in (choice - 1, choice))
-            figures = {"ms": timing.ms, "speedup": base.ms / timing.ms, "mmacs": rival.mmacs}
+            timing, base_timing = time_in_runtime(networks, examples, ONNX_RUNTIME, runs, threads)
+            # in the matches the rival is the last exit, and the full path is the exit before it
+            matches, rival_choice = self.base.matches_beside(detections)
+            choices = [rival_choice - 1, rival_choice]
+            before, after = (ap_of_choice(matches, choice, ap50_only=True).AP50 for choice in choices)
+            figures = {"ms": timing.ms, "speedup": base_timing.ms / timing.ms, "mmacs": rival.mmacs}
             figures |= {"AP50": after, "lost": _difference(before, after)}
             measured.append(Candidate(rival.name, int(rival.example.shape[-1]), "its own", **figures, rival=True))
         return measured
@@ -337,9 +339,12 @@ class Optimizer:
         return self._replays[net, split]
 
     def _fitting_photos(self, candidate: Candidate) -> Replay:
-        """Return the outputs on the training photos that the candidate's policy is fitted on. To share recordings, they
-        are recorded at the detector's own input size and with its own head, unless the net is newly trained. A glance
-        gets nearly the same small copy of a photo at every size."""
+        """Return the outputs on the training photos that the candidate's policy is fitted on.
+
+        Candidates share these recordings. So the outputs are always those at the detector's own input size. A glance
+        gets nearly the same small copy of a photo at every size. If the net is not newly trained, the outputs are those
+        with the detector's own head.
+        """
         net = dataclasses.replace(candidate.net, image_size=self.architecture.image_size)
         if not (net.fine_tuned or net.joint):
             net = dataclasses.replace(net, fold=OWN_HEAD)
@@ -410,8 +415,10 @@ class Optimizer:
 
 
 def _without_untrained_branches(cfg: CfgNode) -> CfgNode:
-    """Return the configuration for a checkpoint as it is: without a compact head and, if any exit has a branch, which
-    would be untrained, with glances as the only exits."""
+    """Return the configuration for a checkpoint that is not trained further.
+
+    The head is not compact. If any exit has a branch, which would be untrained, only the glances remain.
+    """
     values = {"MODEL.FOLD": "rows" if cfg.MODEL.FOLD == "rows" else "exact"}
     if set(cfg.EXITS.LAYERS) != set(cfg.EXITS.EMPTY):
         values |= {"EXITS.LAYERS": (), "EXITS.EMPTY": ()}
@@ -459,9 +466,11 @@ def _choose_8_bits(
         is faster than the chosen candidate in 32 bits.
     """
     int8 = _in_8_bits(search, chosen)
-    if int8 is not None or not chosen.exits:
+    # some nets with the detector's own head are measured only with exits
+    nets = [candidate for candidate in measured if candidate.net == chosen.net and not candidate.exits]
+    if int8 is not None or not chosen.exits or not nets:
         return chosen, int8
-    net = next(candidate for candidate in measured if candidate.net == chosen.net and not candidate.exits)
+    (net,) = nets
     _write_model(search, net)
     int8 = _in_8_bits(search, net)
     if int8 is None or int8.ms >= chosen.ms:
@@ -476,8 +485,8 @@ def _in_8_bits(search: Optimizer, chosen: Candidate) -> Candidate | None:
     goal = search.goal
     try:
         model, path = open_any(search.out / "model.pth"), search.out / "detector.xml"
-        ranges = [record.path for record in search.sets["TRAIN"].records]
-        limits = (goal.ap_drop, ranges, search.reference, goal.delta, goal.coco_ap_drop)
+        range_photos = [record.path for record in search.sets["TRAIN"].records]
+        limits = (goal.ap_drop, range_photos, search.reference, goal.delta, goal.coco_ap_drop)
         figures = export_int8(model, path, "openvino", search.sets["CALIB"], *limits)
     except EarlyExitError as reason:
         logger.info("no candidate in 8 bits: %s", reason)
@@ -499,8 +508,8 @@ def _in_8_bits(search: Optimizer, chosen: Candidate) -> Candidate | None:
 
 
 def _test_in_8_bits(search: Optimizer, test: TestFigures, speed: float) -> TestFigures:
-    """Return the test figures of detector.xml in 8 bits. Accuracy is measured; the time in 32 bits, which is in
-    ``test``, is divided by ``speed``."""
+    """Return the test figures of detector.xml in 8 bits. ``test`` has those in 32 bits. The accuracy is measured, and
+    the time is that in 32 bits divided by ``speed``."""
     cfg, dataset = search.cfg, search.sets["TEST"]
     base = collect_detections(open_any(search.out / BASE_FILE), evaluation_loader(cfg, dataset))
     quantised = detect(Predictor(search.out / "detector.xml", OPENVINO), dataset)

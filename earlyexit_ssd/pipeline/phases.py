@@ -49,8 +49,11 @@ DEEPEST_USEFUL_LAYER = 12  # a branch after a later layer saves next to nothing
 
 
 def fit(run: Run, name: str, losses: nn.Module, loader: PhotoLoader | CachedLoader) -> None:
-    """Train the parameters of ``losses`` as phase ``name``. With EMA, the model gets the averaged weights at the end.
-    Raise Interrupted after a signal, and TrainingDiverged if a loss is NaN or infinite."""
+    """Train the parameters that the module ``losses`` registers, as phase ``name``. Its forward returns the losses.
+
+    With EMA, the model gets the averaged weights at the end. Raise Interrupted after a signal, and TrainingDiverged if
+    a loss is NaN or infinite.
+    """
     cfg, model, phase = run.cfg, run.model, run.cfg[PHASE_SECTIONS[name]]
     folder = run.folder.phase(name)
     ema = ExponentialMovingAverage(model, phase.EMA) if phase.EMA else None
@@ -89,7 +92,7 @@ def fit(run: Run, name: str, losses: nn.Module, loader: PhotoLoader | CachedLoad
         describe=lambda batch: _photo_names(run.train_set, batch),
     )
     finished = trainer.run()
-    losses.to(memory_format=torch.contiguous_format)
+    losses.to(memory_format=torch.contiguous_format)  # the model's usual format again
     if not finished:
         raise Interrupted(f"{checkpoint.signal_name}: saved step {trainer.step} of phase {name} in {folder}")
     if ema:
@@ -185,7 +188,7 @@ def exits_gate(cfg: CfgNode, ap50: Mapping[str, float | None], first_layer: int)
     The deepest exit is compared with the full path. The first exit has an absolute limit. If the full path is an
     unchanged checkpoint, the first exit is compared with it instead, and the full path must reach `DETECTS_AP50`.
     ``ap50`` is by name, for the exits that have a branch, shallow to deep, and the full path. ``first_layer`` is the
-    trunk layer of the first.
+    trunk layer of the first exit in ``ap50``.
     """
     names = list(ap50)
     if len(names) == 1:
@@ -307,7 +310,8 @@ def tap_cache(run: Run) -> TapCache:
 
 
 def views_of(cfg: CfgNode) -> str:
-    """Return the settings that determine the training photos and their augmented views, as a text."""
+    """Return the settings that determine the training photos and their augmented views, as text. If it has changed, the
+    tap cache is computed again."""
     ignored = ("ROOT", "WORKERS", "DOWNLOAD", "CALIB", "TEST")
     return f"{ {key: value for key, value in cfg.DATA.items() if key not in ignored} } {cfg.SEED}"
 

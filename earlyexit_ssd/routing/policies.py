@@ -41,7 +41,7 @@ class RecordedPhotos(Protocol):
         temperature, and are those of the ``boxes`` likeliest default boxes of each photo (None: all boxes)."""
 
     def losses(self) -> Tensor:
-        """Return the loss of each photo at each exit, the full path last: [n, exits] in [0, 1]."""
+        """Return the loss (docs/routing.md) of each photo at each exit, the full path last: [n, exits] in [0, 1]."""
 
     def largest_scores(self) -> Tensor:
         """Return the largest score of the full path's detections in each photo, [n]; 0 without a detection."""
@@ -58,7 +58,7 @@ class FittedPolicy(nn.Module):
     """
 
     boxes: int | None = None  # set by ``register_policy``: number of default boxes per image; None: all boxes
-    reads_taps = False  # whether the policy reads the tap. Only then it works at an exit without a branch.
+    reads_taps = False  # whether the policy reads the tap, which it must at an exit without a branch
     needs_training_photos = True  # whether ``fit`` needs training photos. Otherwise it gets calibration photos.
     cross_fits = False  # whether the policy has ``cross_fit``
     expected = "the value of its fit()"  # description of the parameters, for messages
@@ -184,7 +184,7 @@ def mean_foreground(logits: Tensor) -> Tensor:
 @register_policy("max_foreground", FEWER_CANDIDATES)
 def max_foreground(logits: Tensor) -> Tensor:
     """Largest object probability of all default boxes. A photo leaves if at least one object is certain."""
-    return FastSoftmax(logits).largest.amax(-1)
+    return FastSoftmax(logits).object_probability.amax(-1)
 
 
 @register_policy("entropy", CANDIDATES)
@@ -194,6 +194,7 @@ def entropy(logits: Tensor) -> Tensor:
     differences = _minus_background(logits)
     ratios = exp_(differences.clone())
     total = ratios.sum(-1)
+    # with d(c) = log(p(c) / p(background)): H = log(sum_c exp d(c)) - sum_c p(c) d(c)
     entropies = total.log() - differences.mul_(ratios).sum(-1) / total
     return (1 - entropies.mean(-1) / math.log(logits.shape[-1])).clamp(0, 1)
 
@@ -211,7 +212,7 @@ def margin(logits: Tensor) -> Tensor:
 @register_policy("ambiguous_mass", CANDIDATES)
 def ambiguous_mass(logits: Tensor) -> Tensor:
     """1 / (1 + m), where m is the sum of the object probabilities of the ambiguous default boxes (`AMBIGUOUS`)."""
-    return 1 / (1 + where_ambiguous(FastSoftmax(logits).largest).sum(-1))
+    return 1 / (1 + where_ambiguous(FastSoftmax(logits).object_probability).sum(-1))
 
 
 @register_policy("emptiness", FEWER_CANDIDATES)
@@ -274,8 +275,8 @@ class FastSoftmax:
         return 1 - 1 / self.total
 
     @property
-    def largest(self) -> Tensor:
-        """Object probabilities, [N, A]."""
+    def object_probability(self) -> Tensor:
+        """Largest probability over the classes except background, [N, A]."""
         return self.ratios[..., 1:].amax(-1) / self.total
 
 
@@ -335,7 +336,7 @@ class BalancedAmbiguity(FittedPolicy):
 
 
 LEVELS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-"""Probabilities. The number of default boxes above each of them is a statistic."""
+"""For each level, the number of default boxes with a higher object probability is a statistic."""
 _LEVELS = torch.tensor(LEVELS)  # created once, since torch.tensor takes as long as ten operations
 NUM_STATISTICS = len(LEVELS) + 4
 HIDDEN_UNITS, FIT_STEPS = 8, 600
@@ -453,7 +454,7 @@ LOGIT_EPS = 1e-3  # probabilities are clamped to [0.001, 0.999] before their log
 
 @register_policy("foreseen_emptiness", FEWER_CANDIDATES)
 class ForeseenEmptiness(FittedPolicy):
-    """1 - p, where p is a prediction of the full path's largest object score by ridge regression.
+    """1 - p, where p is the predicted largest score of the full path. Ridge regression predicts the logit of p.
     ``parameters`` has ``{"weight": [d], "bias": float}`` for each early exit."""
 
     reads_taps = True
@@ -488,13 +489,13 @@ class ForeseenEmptiness(FittedPolicy):
         fitted, confidences = [], []
         for index in range(len(calib.temperatures)):
             inputs = torch.cat([cls._inputs(train, index), cls._inputs(calib, index)])
-            values = torch.empty(len(scores))
+            confidence = torch.empty(num_calib)
             for fold in folds.unique():
                 left_out = all_folds == fold
                 fit = fit_largest_score(inputs[~left_out], scores[~left_out], weights[~left_out])
                 predicted = inputs[left_out] @ torch.tensor(fit["weight"]) + fit["bias"]
-                values[left_out] = torch.sigmoid(-predicted)
-            confidences.append(values[num_train:])
+                confidence[folds == fold] = torch.sigmoid(-predicted)
+            confidences.append(confidence)
             fitted.append(fit_largest_score(inputs, scores, weights))
         return fitted, confidences
 
@@ -515,7 +516,7 @@ def regression_inputs(signals: ExitSignals) -> Tensor:
     largest object probability."""
     if signals.empty:
         return signals.tap
-    largest = FastSoftmax(signals.logits).largest.amax(-1, keepdim=True)
+    largest = FastSoftmax(signals.logits).object_probability.amax(-1, keepdim=True)
     return torch.cat([signals.tap, torch.logit(largest, eps=LOGIT_EPS)], dim=1)
 
 

@@ -73,6 +73,14 @@ def test_an_ap_drop_opens_nothing_if_the_full_path_does_not_detect(monkeypatch, 
     assert opened or ("all exits stay closed" in warnings[0] and len(warnings[0]) < 300)
 
 
+@pytest.mark.parametrize(("baseline", "bound"), [(None, 0.0), ({}, None)])
+def test_closed_exits_lose_nothing_only_against_their_own_full_path(monkeypatch, baseline, bound):
+    calib = four_photos(monkeypatch, 0.0, lambda choices: np.zeros(len(choices)), np.zeros((4, 2)))
+    target = calibrate.Target("ap_drop", 0.1)
+    chosen = calibrate.Search(load_config(), target, None, [], calib, None, None, baseline=baseline).run()
+    assert chosen.thresholds == (CLOSED,) and chosen.measured.AP50_lost_bound == bound
+
+
 @pytest.mark.parametrize(
     ("value", "delta", "needed"), [(0.01, 0.05, 299), (0.05, 0.05, 59), (0.0, 0.05, 598), (1.0, 0.05, 1)]
 )

@@ -98,3 +98,9 @@ def test_8_bits_are_tried_without_exits_if_they_are_refused_with_exits(monkeypat
     chosen, int8 = _choose_8_bits("search", [FAST, net, routed], routed)
     assert chosen.name == files_of and (int8 and int8.name) == in_8_bits
     assert (written or ["routed"])[-1] == files_of
+
+
+def test_refused_8_bits_are_not_tried_without_exits_if_the_net_was_measured_only_with_exits(monkeypatch):
+    monkeypatch.setattr(optimize, "_in_8_bits", lambda *_: None)
+    routed = Candidate("routed", 288, "as it is", exits=("exit12",), ms=4.0, speedup=2.5)
+    assert _choose_8_bits("search", [FAST, routed], routed) == (routed, None)
