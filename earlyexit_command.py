@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 SHIPPED = sorted(path.stem for path in (Path(__file__).parent / "earlyexit_ssd" / "weights").glob("*.json"))
-DEFAULT_WEIGHTS = "voc_animals" if "voc_animals" in SHIPPED else "".join(SHIPPED[:1])
+DEFAULT_WEIGHTS = "voc_animals"
 
 TOP_EXAMPLES = """
 examples:
@@ -56,16 +56,16 @@ How to read the figures: docs/metrics.md
 CALIBRATE_EXAMPLES = """
 examples:
   %(prog)s --config configs/voc_animals.yaml --risk 0.02 --delta 0.05
-      the expected loss of a photo (missed and added detections / those of the full path) is at most 0.02, with
-      probability 0.95
+      the expected loss of a photo (missed and added detections, as a share of the full path's detections) is at most
+      0.02, with probability 0.95
   %(prog)s --config configs/chair_stream.yaml --ap-drop 0.01 ROUTING.POLICY foreseen_emptiness
-      the least cost with at most 0.01 AP50 lost in 95 %% of the bootstrap draws of calibration photos
+      the smallest cost with at most 0.01 AP50 lost in 95 %% of the bootstrap draws of calibration photos
   %(prog)s --config configs/voc_animals.yaml --speedup 1.4 EVAL.RUNTIME onnxruntime
       the best AP50 at 1/1.4 of the cost of the detector without exits, measured in ONNX Runtime
   %(prog)s --config configs/voc_animals.yaml --risk 0.05 --block 5s --fps 5 \\
       DATA.DATASETS "[[learn, '', frames/learn], [calib, '', frames/calib], [test, '', frames/test]]" \\
       DATA.TRAIN "[learn]" DATA.CALIB "[calib]" DATA.TEST "[test]"
-      unlabelled frames of a camera, 5 per second; the frames of 5 s count as one draw
+      unlabelled frames of a camera, 5 per second; the frames of 5 s count as one photo, because they are alike
   torchrun --nproc-per-node 2 tools/calibrate.py --config configs/voc_animals.yaml --ap-drop 0.01
       two processes share the photos
 
@@ -99,8 +99,8 @@ examples:
       the first camera, in a window; Ctrl-C or q ends it. An address (rtsp://...) works too
   %(prog)s --weights detector.onnx monday.mp4 --calibrate-stream 0.02 --stream camera.json
   %(prog)s --weights detector.onnx rtsp://... --stream camera.json --save counts
-      calibrate on frames of this camera, then repeat the last detections while the picture changes little; at most
-      2 %% of the frames get other detections than without this rule
+      calibrate a rule on frames of this camera, then repeat the last detections while the picture changes little; at
+      most 2 %% of the frames get other detections than without the rule
   %(prog)s room.jpg --weights output/quickstart/model.pth --all-exits --score 0.3
       a model in PyTorch; the detections of every exit side by side, the exit taken with a frame
   %(prog)s room.jpg --weights checkpoint.pth --config mine.yaml
@@ -199,12 +199,12 @@ def calibrate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weights", help="model.pth, shipped weights or a checkpoint; OUTPUT_DIR/model.pth by default")
     parser.add_argument("--out", help="folder of the certificate; OUTPUT_DIR/calibration by default")
     target = parser.add_mutually_exclusive_group(required=True)
-    target.add_argument("--speedup", type=float, help="least mean cost without exits / mean cost routed")
-    target.add_argument("--ap-drop", type=float, help="largest loss of AP50, in 1 - delta of the draws")
+    target.add_argument("--speedup", type=float, help="smallest ratio of the mean cost without exits to the routed one")
+    target.add_argument("--ap-drop", type=float, help="largest loss of AP50, in 1 - delta of the bootstrap draws")
     target.add_argument("--risk", type=float, help="largest expected loss per photo, with probability 1 - delta")
-    parser.add_argument("--delta", type=float, default=0.05, help="failure probability for --risk and --ap-drop; 0.05")
+    parser.add_argument("--delta", type=float, default=0.05, help="failure probability of --risk, --ap-drop (0.05)")
     parser.add_argument("--learned", action="store_true", help="learn thresholds by gradient descent, not by a search")
-    block = "for --risk and --ap-drop: consecutive frames that count as one draw, such as 25, or 5s with --fps"
+    block = "for --risk and --ap-drop: consecutive frames that count as one photo, such as 25, or 5s with --fps"
     parser.add_argument("--block", metavar="SECONDS|N", help=block)
     parser.add_argument("--fps", type=float, help="frames per second, for --block in seconds")
 
@@ -231,14 +231,16 @@ def calibrate(args: argparse.Namespace) -> None:
 def optimize_arguments(parser: argparse.ArgumentParser) -> None:
     add_config(parser, "that names the detector (MODEL.WEIGHTS) and the splits (DATA)")
     parser.add_argument("--weights", help="model.pth to start from; the checkpoint MODEL.WEIGHTS by default")
-    parser.add_argument("--ap-drop", type=float, default=0.01, help="largest loss of AP50; 0.01")
-    parser.add_argument("--coco-ap-drop", type=float, help="largest loss of AP (IoU 0.5 to 0.95); no limit")
-    parser.add_argument("--delta", type=float, default=0.05, help="share of bootstrap draws that may lose more; 0.05")
+    parser.add_argument("--ap-drop", type=float, default=0.01, help="largest loss of AP50 (default 0.01)")
+    parser.add_argument("--coco-ap-drop", type=float, help="largest loss of AP (IoU 0.5 to 0.95); no limit by default")
+    share = "share of bootstrap draws that may lose more (default 0.05)"
+    parser.add_argument("--delta", type=float, default=0.05, help=share)
     wanted = parser.add_mutually_exclusive_group()
-    wanted.add_argument("--speedup", type=float, help="least ratio of the original detector's time to the result's")
+    wanted.add_argument("--speedup", type=float, help="smallest ratio of the original detector's time to the result's")
     wanted.add_argument("--ms", type=float, help="largest mean milliseconds per photo on this machine")
     runtimes = ("onnxruntime", "openvino", "eager")
-    parser.add_argument("--runtime", choices=runtimes, default="onnxruntime", help="runtime of the timing; onnxruntime")
+    runtime = "runtime of the timing, instead of EVAL.RUNTIME (default onnxruntime)"
+    parser.add_argument("--runtime", choices=runtimes, default="onnxruntime", help=runtime)
     parser.add_argument("--budget-minutes", type=float, help="start no candidate after this time")
     parser.add_argument("--train", action="store_true", help="also fine-tune for smaller inputs (section FINE_TUNING)")
     parser.add_argument("--out", help="folder of the results; OUTPUT_DIR/optimize by default")
@@ -264,7 +266,7 @@ def optimize(args: argparse.Namespace) -> None:
 def predict_arguments(parser: argparse.ArgumentParser) -> None:
     sources = "photo, folder, pattern, video, number of a camera, or address (rtsp://...)"
     parser.add_argument("sources", nargs="+", metavar="SOURCE", help=sources)
-    weights = "exported detector (.onnx, .xml, staged folder), or a shipped name or model.pth, which run in PyTorch; "
+    weights = "exported detector (.onnx, .xml, staged folder), or shipped weights or model.pth, which run in PyTorch; "
     weights += f"{DEFAULT_WEIGHTS} by default"
     parser.add_argument("--weights", default=DEFAULT_WEIGHTS, help=weights)
     parser.add_argument("--config", help="YAML file with the exits and the routing of a PyTorch checkpoint")
@@ -272,20 +274,21 @@ def predict_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--runtime", choices=runtimes, default="onnxruntime", help="runtime of exported files")
     parser.add_argument("--threads", type=int, help="CPU threads; 1 for exported detectors, all for PyTorch")
     parser.add_argument("--out", default="output/predict", help="folder of the results; output/predict by default")
-    saves = "pictures (PNG, MP4), json (COCO results), csv (row per detection), counts (row per frame), none; pictures"
+    saves = "pictures (PNG, MP4; default), json (COCO results), csv (row per detection), counts (row per frame), none"
     parser.add_argument("--save", default="pictures", metavar="WHAT,...", help=saves)
     parser.add_argument("--show", action="store_true", help="show the pictures in a window too")
-    parser.add_argument("--score", type=float, default=0.5, help="score threshold of detections; 0.5")
-    parser.add_argument("--stride", type=int, default=1, help="use every n-th frame of videos and cameras; 1")
+    parser.add_argument("--score", type=float, default=0.5, help="score threshold of detections (default 0.5)")
+    parser.add_argument("--stride", type=int, default=1, help="use every n-th frame of videos and cameras (default 1)")
     parser.add_argument("--frames", type=int, help="largest number of frames of each video or camera")
     parser.add_argument("--all-exits", action="store_true", help="draw the detections of every exit (PyTorch only)")
     stream = parser.add_argument_group("streams", "repeat the last detections while the picture changes little")
     stream.add_argument("--stream", metavar="RULE.json", help="rule to use, or to write with --calibrate-stream")
-    share = "calibrate a rule on the sources that changes the detections of at most this share of frames"
+    share = "calibrate a rule on the sources, which changes the detections of at most this share of frames"
     stream.add_argument("--calibrate-stream", type=float, metavar="SHARE", help=share)
-    stream.add_argument("--delta", default="0.05", help="failure probability; none: no guarantee; 0.05")
-    stream.add_argument("--block", type=int, default=150, help="consecutive frames that count as one draw; 150")
-    stream.add_argument("--most-repeats", type=int, default=10, help="largest number of repeats in a row; 10")
+    stream.add_argument("--delta", default="0.05", help="failure probability (default 0.05); none: no guarantee")
+    block = "consecutive frames that count as one independent draw (default 150)"
+    stream.add_argument("--block", type=int, default=150, help=block)
+    stream.add_argument("--most-repeats", type=int, default=10, help="largest number of repeats in a row (default 10)")
 
 
 def predict(args: argparse.Namespace) -> None:
@@ -352,7 +355,7 @@ def _calibrate_stream(args: argparse.Namespace, detector: object, sources: list)
     print(f"{args.stream}: repeat the last detections while the change is at most {rule.threshold:.2f} grey levels")
     print(rule.figures)
     if rule.figures.events < FEW_EVENTS:
-        print("these are few events for a calibration: record frames of busier hours")
+        print("the detections changed too seldom to test the rule: record frames of busier hours")
     if not rule.figures.wins:
         print("every n-th frame (--stride) is at least as good on these frames: use --stride instead")
 
@@ -364,9 +367,9 @@ def export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--photos", nargs="+", default=[], help="photos of the comparison; rendered by default")
     parser.add_argument("--full", action="store_true", help="export the full path without exits")
     parser.add_argument("--int8", action="store_true", help="quantise weights and activations (pip install nncf)")
-    boxes = "for --int8: boxes of --photos (COCO JSON); by default the detections in 32 bits"
+    boxes = "for --int8: labels of --photos (COCO JSON); by default the detections in 32 bits are the labels"
     parser.add_argument("--annotations", help=boxes)
-    parser.add_argument("--ap-drop", type=float, default=0.01, help="for --int8: largest loss of AP50; 0.01")
+    parser.add_argument("--ap-drop", type=float, default=0.01, help="for --int8: largest loss of AP50 (default 0.01)")
 
 
 def export(args: argparse.Namespace) -> None:
@@ -400,16 +403,16 @@ def benchmark_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         metavar="DETECTOR",
         help="exported detector (.onnx, .xml for OpenVINO, staged folder), the routed detector first; model.pth, "
-        "checkpoint or shipped weights, in eager PyTorch; compile:FILE, its full path with torch.compile; FORMAT:FILE, "
-        "another ONNX file (yolox:, nanodet:, picodet:, boxes:)",
+        "checkpoint or shipped weights, in eager PyTorch; compile:FILE, the full path with torch.compile; "
+        "FORMAT:FILE, an ONNX file of another project (yolox:, nanodet:, picodet:, boxes:)",
     )
     parser.add_argument("--photos", nargs="+", required=True, help="photos or folders, preferably photos of use")
-    parser.add_argument("--most", type=int, help="largest number of photos, chosen at random; all")
-    parser.add_argument("--threads", type=int, nargs="+", help="numbers of CPU threads to time; 1 and all")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 16], help="batch sizes to time; 1 and 16")
-    parser.add_argument("--rounds", type=int, default=1, help="passes over the photos; 1")
-    parser.add_argument("--score", type=float, default=0.5, help="score threshold of detections; 0.5")
-    parser.add_argument("--out", default="output/benchmark.json", help="file of the figures; output/benchmark.json")
+    parser.add_argument("--most", type=int, help="largest number of photos, chosen at random (default: all)")
+    parser.add_argument("--threads", type=int, nargs="+", help="numbers of CPU threads (default: 1 and all)")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 16], help="batch sizes (default: 1 and 16)")
+    parser.add_argument("--rounds", type=int, default=1, help="passes over the photos (default 1)")
+    parser.add_argument("--score", type=float, default=0.5, help="score threshold of detections (default 0.5)")
+    parser.add_argument("--out", default="output/benchmark.json", help="JSON file of the figures (default %(default)s)")
 
 
 def benchmark(args: argparse.Namespace) -> None:
@@ -430,17 +433,18 @@ def benchmark(args: argparse.Namespace) -> None:
     if args.most is not None and len(photos) > args.most:
         photos = sorted(random.Random(0).sample(photos, args.most))
     threads = args.threads or sorted({1, os.cpu_count() or 1})
-    before = machine()
+    machine_before = machine()  # its load must not include this benchmark
     rows = benchmark(contestants, photos, threads, args.batch, args.rounds, args.score)
     settings = {"detectors": args.detectors, "photos": len(photos), "rounds": args.rounds, "score": args.score}
     make_folder(Path(args.out).parent)
     rows_as_dicts = [dataclasses.asdict(row) for row in rows]
-    write_json(args.out, {"machine": before, "settings": settings, "rows": rows_as_dicts})
+    write_json(args.out, {"machine": machine_before, "settings": settings, "rows": rows_as_dicts})
     print(table(rows))
-    versions = ", ".join(f"{name} {number}" for name, number in before["versions"].items())
-    print(f"{before['processor']}, {before['cores']} cores, {before['system']}; {versions}")
-    if before["load"] is not None and before["load"] > 0.5:
-        print(f"the load was {before['load']:.1f} before the start, so other programs ran too; trust the CPU time")
+    versions = ", ".join(f"{name} {number}" for name, number in machine_before["versions"].items())
+    print(f"{machine_before['processor']}, {machine_before['cores']} cores, {machine_before['system']}; {versions}")
+    load = machine_before["load"]
+    if load is not None and load > 0.5:
+        print(f"the load was {load:.1f} before the start, so other programs ran too; trust the CPU time")
     print(f"results: {args.out}")
 
 
@@ -451,7 +455,7 @@ def _contestant(argument: str) -> object:
     from earlyexit_ssd.errors import EarlyExitError
 
     kind, colon, path = argument.partition(":")
-    if not colon or len(kind) == 1:  # C:\...
+    if not colon or len(kind) == 1:  # one letter is a Windows drive
         kind, path = "", argument
     if not kind and is_exported(path):
         return ExportedFile(path)
@@ -466,7 +470,7 @@ def doctor_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("what", choices=("data", "model"), help="what to check")
     add_config(parser, "that names the splits (DATA) and the detector (MODEL)")
     parser.add_argument("--weights", help="model.pth, checkpoint or shipped name; OUTPUT_DIR/model.pth by default")
-    parser.add_argument("--photos", type=int, default=200, help="number of DATA.CALIB photos for a model; 200")
+    parser.add_argument("--photos", type=int, default=200, help="number of DATA.CALIB photos for a model (default 200)")
     parser.add_argument("--out", help="folder for doctor.json")
 
 
@@ -507,8 +511,8 @@ COMMANDS = {
 }
 
 
-OPTIONAL_PACKAGES = ("torch", "torchvision", "pycocotools", "fvcore", "albumentations", "scipy", "yaml", "cv2")
-"""Packages that exported detectors do not need."""
+PACKAGES_OF_MODELS = ("torch", "torchvision", "pycocotools", "fvcore", "albumentations", "scipy", "yaml", "cv2")
+"""Packages for training and for models in PyTorch. Exported detectors run on photos without them."""
 
 
 def run(name: str, prog: str, arguments: Sequence[str] | None = None) -> int:
@@ -526,7 +530,7 @@ def run(name: str, prog: str, arguments: Sequence[str] | None = None) -> int:
             return command.job(args)
         except ModuleNotFoundError as error:
             package = (error.name or "").partition(".")[0]
-            if package not in OPTIONAL_PACKAGES:
+            if package not in PACKAGES_OF_MODELS:
                 raise
             fix = "install the project with its dependencies (pip install -e .); predict and benchmark need no PyTorch"
             raise EarlyExitError(f"{prog} needs the package {package}, which is missing: {fix}") from None

@@ -1,11 +1,13 @@
 #!/usr/bin/env python
-"""Compare routing policies with chance, with an oracle and with published rules, at five equal mean costs.
+"""Compare routing policies with chance, with an oracle and with published rules.
 
-Thresholds come from the calib split, all figures from the test split. For each policy and budget:
+All policies have the same five limits of the mean cost (*budgets*). Thresholds come from the calib split, all figures
+from the test split. For each policy and budget:
 
-- *coin*: random photos leave at each exit, as many as with the policy.
-- *oracle*: exits chosen per photo with the labels, for the smallest error, at the policy's cost or less.
-- *best oracle*: the oracle with the highest AP50, of several mean costs and sets of open exits.
+- *coin*: at each exit as many photos leave as with the policy, but random ones.
+- *oracle*: each photo's exit is chosen with the labels. Of several mean costs up to the policy's and several sets of
+  open exits, those with the smallest mean error are taken.
+- *best oracle*: the same, but with the highest AP50.
 - *gap closed*: (policy - coin) / (oracle - coin) in AP50. 0 is chance, 1 is the oracle.
 
 The policy that closes most of the gap on the *calib* photos is compared with published rules: BranchyNet (entropy),
@@ -57,15 +59,15 @@ from earlyexit_ssd.routing.policies import FITTED_POLICIES, POLICIES, needs_trai
 
 REFERENCE_POLICY = "max_foreground"
 BUDGETS = 5
-COIN_TOSSES = 20
+COIN_TOSSES = 20  # a toss is one random assignment of photos to exits
 BOOTSTRAP_TOSSES = 5
-"""Tosses of the coin in every bootstrap draw. Few are enough, because the interval is over photos."""
-ORACLE_BUDGETS = 8
-MSDNET_Q = np.geomspace(0.1, 10, 25)
+"""Tosses in every bootstrap draw. Few are enough, because the interval is over photos."""
+ORACLE_BUDGETS = 8  # mean costs that an oracle tries
+MSDNET_Q = np.geomspace(0.1, 10, 25)  # see `msdnet_shares`
 BRANCHYNET, MSDNET = "entropy", "max_foreground"
 """The policies of BranchyNet (Teerapittayanon et al. 2016) and MSDNet (Huang et al. 2018)."""
-LINES = {"coin": "coin", "oracle": "oracle", "best_oracle": "best oracle"}
-"""References of a policy: key in routing.json -> name in tables."""
+COIN_AND_ORACLES = {"coin": "coin", "oracle": "oracle", "best_oracle": "best oracle"}
+"""What a policy is compared with: key in routing.json -> name in tables."""
 COLORS = ("#2b6cb0", "#dd6b20", "#2f855a", "#b83280", "#6b46c1", "#b7791f", "#2c7a7b", "#c53030")
 
 EXAMPLES = """
@@ -85,33 +87,33 @@ See benchmarks/README.md.
 
 
 @dataclass(frozen=True)
-class Line:
-    """AP and AP50 in [0, 1], and their mean cost."""
+class Point:
+    """AP and AP50 in [0, 1] at a mean cost."""
 
     cost: float
     AP: float | None
     AP50: float | None
 
 
-def line_of(matches: ExitMatches, choice: np.ndarray, costs: np.ndarray) -> Line:
-    """Return AP and cost if photos take the exits ``choice`` [n]. ``costs`` is [exits]."""
+def point_of(matches: ExitMatches, choice: np.ndarray, costs: np.ndarray) -> Point:
+    """Return AP and mean cost if photos take the exits ``choice`` [n]. ``costs`` is [exits]."""
     metrics = ap_of_choice(matches, choice)
-    return Line(float(costs[choice].mean()), metrics.AP, metrics.AP50)
+    return Point(float(costs[choice].mean()), metrics.AP, metrics.AP50)
 
 
 def tosses(choice: np.ndarray, count: int, seed: int) -> list[np.ndarray]:
-    """Return ``count`` random permutations of ``choice`` [n]: the same shares of exits, with random photos."""
+    """Return ``count`` random permutations of ``choice`` [n]: each exit has the same share of the photos as before."""
     generator = np.random.default_rng(seed)
     return [generator.permutation(choice) for _ in range(count)]
 
 
-def coin(matches: ExitMatches, choice: np.ndarray, costs: np.ndarray, seed: int = 0) -> Line:
-    """Return the mean line of `COIN_TOSSES` random permutations of ``choice`` [n]."""
+def coin(matches: ExitMatches, choice: np.ndarray, costs: np.ndarray, seed: int = 0) -> Point:
+    """Return mean AP and cost of `COIN_TOSSES` random permutations of ``choice`` [n]."""
     metrics = [ap_of_choice(matches, toss) for toss in tosses(choice, COIN_TOSSES, seed)]
     cost = float(costs[choice].mean())
     if metrics[0].AP50 is None:  # no labelled object
-        return Line(cost, None, None)
-    return Line(cost, float(np.mean([toss.AP for toss in metrics])), float(np.mean([toss.AP50 for toss in metrics])))
+        return Point(cost, None, None)
+    return Point(cost, float(np.mean([toss.AP for toss in metrics])), float(np.mean([toss.AP50 for toss in metrics])))
 
 
 def errors_against_labels(matches: ExitMatches, score: float) -> np.ndarray:
@@ -126,9 +128,9 @@ def errors_against_labels(matches: ExitMatches, score: float) -> np.ndarray:
 def oracle_choice(errors: np.ndarray, costs: np.ndarray, budget: float) -> np.ndarray:
     """Return exits [n] with the smallest mean error at a mean cost of at most ``budget``, chosen with the labels.
 
-    Each photo takes the exit with the smallest error + price * cost (a Lagrange multiplier), or the cheaper exit if two
-    are equal. The price is the smallest that meets the budget, found by bisection. The rest of the budget is used for
-    photos that would change to a more expensive exit at a slightly lower price.
+    Each photo takes the exit with the smallest error + price * cost (a Lagrange multiplier), the cheaper one of equal
+    exits. Bisection finds the smallest price that meets the budget. The rest of the budget is used for photos that take
+    a more expensive exit at a slightly lower price.
 
     Args:
         errors: [n, exits], see `errors_against_labels`.
@@ -140,6 +142,7 @@ def oracle_choice(errors: np.ndarray, costs: np.ndarray, budget: float) -> np.nd
     def choose_at(price: float) -> np.ndarray:
         return (errors + price * scale).argmin(1)  # argmin returns the first of equal values
 
+    # at the price ``high`` every photo takes the cheapest exit
     low, high = 0.0, 1.0 + float(np.ptp(errors)) / max(float(np.diff(np.sort(scale)).min(initial=1.0)), 1e-9)
     if costs[choose_at(low)].mean() <= budget:
         return choose_at(low)
@@ -160,13 +163,13 @@ def oracle_over_exits(
     budget: float,
     value: Callable[[np.ndarray], float | None],
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the oracle's exits [n] with the highest ``value``, and the costs [exits] of its set of open exits.
+    """Return the oracle's exits [n] with the highest ``value``, and the costs [exits] with its set of open exits.
 
-    It tries `ORACLE_BUDGETS` mean costs up to ``budget`` and every set of open exits, because a closed exit makes
+    It tries `ORACLE_BUDGETS` mean costs up to ``budget``, with every set of open exits, because a closed exit makes
     deeper exits cheaper. So it is at least as good as any single exit at this cost.
 
-    ``errors`` are [n, exits], and ``costs_with`` is a function from thresholds of the early exits (0 or `CLOSED`) to
-    costs [exits]. ``value`` is a function from exits [n] to a number such as AP50.
+    ``errors`` are [n, exits]. ``costs_with`` is a function from thresholds of the early exits (0 or `CLOSED`) to costs
+    [exits]. ``value`` is a function from the exits of the photos, [n], to a number such as AP50.
     """
     best, best_value = None, (-np.inf, -np.inf)
     budget *= 1 + 1e-9  # tolerance for the rounding of means
@@ -183,10 +186,10 @@ def oracle_over_exits(
 
 
 def pooled_gap(leads: Sequence[np.ndarray | Sequence[float]]) -> np.ndarray:
-    """Return the gap closed at some budgets: the sum of the router's leads over the sum of the oracle's leads.
+    """Return the gap closed at several budgets together: the sum of the router's leads / the sum of the oracle's leads.
 
-    The mean of the gaps would give large weight to budgets where the oracle gains little. ``leads`` are for each budget
-    (router - coin, oracle - coin), [2] or, for bootstrap draws, [2, resamples]. The gap is a scalar or [resamples], and
+    The mean of the gaps would give large weight to budgets where the oracle gains little. ``leads`` are (router - coin,
+    oracle - coin) for each budget, [2] or, for bootstrap draws, [2, resamples]. The gap is a scalar or [resamples], and
     NaN if the oracle gains nothing.
     """
     router, oracle = np.sum(np.asarray(leads, dtype=float), axis=0)
@@ -205,7 +208,7 @@ def resampled_leads(
 
 
 def overthinking(errors: np.ndarray) -> list[float]:
-    """Return for each early exit the share of photos without an error there, but with an error of the full path.
+    """Return for each early exit the share of photos with no error there, but with an error in the full path.
 
     See Kaya et al. 2019, "Shallow-deep networks". ``errors`` is [n, exits].
     """
@@ -244,7 +247,7 @@ def thresholds_for_shares(confidences: Sequence[np.ndarray], shares: Sequence[fl
         order = left[np.argsort(-confidence[left], kind="stable")]
         last, following = confidence[order[leaving - 1]], confidence[order[leaving:available]]
         thresholds.append(float((last + following[0]) / 2) if len(following) and following[0] < last else float(last))
-        left = left[confidence[left] < np.float32(thresholds[-1])]
+        left = left[confidence[left] < np.float32(thresholds[-1])]  # as the router, which compares in fp32
     return np.array(thresholds, dtype=np.float32)
 
 
@@ -286,10 +289,10 @@ class Planned(nn.Module):
     """The network on normalised images, in which image i leaves at exit ``plan[i]``.
 
     At the exits ``used``, ``router`` computes the confidences, so its time is included. During a forward pass, this
-    module replaces the model's router.
+    module is the model's router.
     """
 
-    hybrid = False
+    hybrid = False  # an attribute of a router
 
     def __init__(self, model: nn.Module, router: nn.Module, plan: Sequence[int], used: frozenset[int]) -> None:
         super().__init__()
@@ -329,7 +332,7 @@ def mixed_throughput(
 ) -> Throughput:
     """Time batches whose photos leave in these shares [exits], and batches whose photos all leave at the same exit.
 
-    An exit where no photo of the batch leaves is closed, so its branch is not computed.
+    An exit where no photo of the mixed batch leaves is closed in all batches, so its branch is not computed.
     """
     model = fuse_for_inference(model)
     width, height = model.transform.fixed_size
@@ -343,8 +346,8 @@ def mixed_throughput(
     together = [Planned(model, router, [index] * batch, used) for index in sorted(used)]
     timings = time_modules([mixed, PlainPath(model), *together], images, runs, threads)
     mixed_ms, plain_ms, *together_ms = (timing.ms for timing in timings)
-    of_exit = dict(zip(sorted(used), together_ms, strict=True))
-    ideal = statistics.fmean(of_exit[index] for index in plan)
+    ms_of_exit = dict(zip(sorted(used), together_ms, strict=True))
+    ideal = statistics.fmean(ms_of_exit[index] for index in plan)
     return Throughput(batch, 1000 * batch / mixed_ms, 1000 * batch / ideal, 1000 * batch / plain_ms, ideal / mixed_ms)
 
 
@@ -368,6 +371,7 @@ class Study:
         The first exit is the first with a branch, if there is one. Both ends are excluded.
         """
         first = 0 if all(self.empty) else self.empty.index(False)
+        # with all exits open, and with all early exits closed
         ends = self.costs.per_exit()[first], self.costs.per_exit([CLOSED] * len(self.empty))[-1]
         return np.linspace(*ends, BUDGETS + 2)[1:-1].tolist()
 
@@ -377,14 +381,14 @@ class Compared:
     """A router on a split, with the coin and oracles at its cost."""
 
     choice: np.ndarray  # exits of the router, [n]
-    router: Line
-    chance: Line
-    # exits [n] and line of ``oracle`` (smallest error) and ``best_oracle`` (highest AP50)
-    oracles: dict[str, tuple[np.ndarray, Line]]
+    router: Point
+    chance: Point  # the coin
+    # exits [n] and point of ``oracle`` (smallest error) and ``best_oracle`` (highest AP50)
+    oracles: dict[str, tuple[np.ndarray, Point]]
 
     def leads(self, oracle: str, key: str = "AP50") -> tuple[float, float]:
         """Return the leads of router and oracle over the coin in ``AP50`` or ``AP``, NaN if there are no objects."""
-        values = [getattr(line, key) for line in (self.router, self.chance, self.oracles[oracle][1])]
+        values = [getattr(point, key) for point in (self.router, self.chance, self.oracles[oracle][1])]
         router, chance, best = (np.nan if value is None else value for value in values)
         return router - chance, best - chance
 
@@ -393,7 +397,7 @@ def compare(study: Study, split: Replay, confidences: list[np.ndarray], threshol
     """Compare a router with the coin and oracles on a split. ``confidences`` is [n] for each early exit."""
     matches, costs = split.matches, study.costs.per_exit(thresholds)
     choice = choose(confidences, thresholds).astype(np.int64)
-    router = line_of(matches, choice, costs)
+    router = point_of(matches, choice, costs)
     rows, errors = np.arange(len(choice)), errors_against_labels(matches, split.score)
     values = {
         "oracle": lambda exits: 1 - errors[rows, exits].mean(),
@@ -402,7 +406,7 @@ def compare(study: Study, split: Replay, confidences: list[np.ndarray], threshol
     oracles = {}
     for name, value in values.items():
         exits, exit_costs = oracle_over_exits(errors, study.costs.per_exit, router.cost, value)
-        oracles[name] = exits, line_of(matches, exits, exit_costs)
+        oracles[name] = exits, point_of(matches, exits, exit_costs)
     return Compared(choice, router, coin(matches, choice, costs, study.seed), oracles)
 
 
@@ -458,7 +462,7 @@ def _figures(study: Study, compared: Compared, thresholds: np.ndarray) -> dict[s
         "AP50_interval": interval(routed.AP50),
         "AP50_below_full_interval": interval(kept.AP50 - routed.AP50),
         "coin": asdict(compared.chance),
-        **{name: asdict(line) for name, (_, line) in compared.oracles.items()},
+        **{name: asdict(point) for name, (_, point) in compared.oracles.items()},
         "gap_closed": _number(pooled_gap([compared.leads("oracle")])),
         "speedup": study.costs.speedup(choice, thresholds),
         "loss": float(study.test.losses("full")[np.arange(len(choice)), choice].mean()),
@@ -493,8 +497,8 @@ def _at_shares(
 def _leak(
     study: Study, calib: list[np.ndarray], test: list[np.ndarray], budgets: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """Return the figures for thresholds that are percentiles of the calib photos' scores and of the test photos' scores
-    (DynamicDet), with the exit shares of each budget."""
+    """Return for the exit shares of each budget the figures of thresholds from the confidences of the calib photos, and
+    from those of the test photos themselves (DynamicDet), which leaks test data into the thresholds."""
     entries = []
     for entry in budgets:
         choice = choose(calib, entry["thresholds"])
@@ -538,7 +542,7 @@ def evaluate_routing(cfg: CfgNode, weights: str | Path, out: Path, policies: Seq
         name: fit_router(cfg, name, temperatures, train if needs_training_photos(name) else calib, cross_fit=False)[0]
         for name in names
     }
-    # before the evaluation, which fragments the memory and would change the times
+    # timed before the evaluation, which fragments the memory and would change the times
     scoring_ms = _scoring_ms(cfg, routers, test)
     # one cost model for all policies, so that their budgets are equal
     costs = measure_cost_model(cfg, model, routers[names[0]])
@@ -601,8 +605,8 @@ def _exits(study: Study) -> list[dict[str, Any]]:
     entries = []
     for index, (name, intervals) in enumerate(zip(study.exit_names, _ap_intervals(study, choices), strict=True)):
         only = [CLOSED] * index + [0.0] * (len(study.exit_names) - 1 - index)
-        line = line_of(study.test.matches, choices[index], study.costs.per_exit(only))
-        entries.append({"name": name, **asdict(line), **intervals})
+        point = point_of(study.test.matches, choices[index], study.costs.per_exit(only))
+        entries.append({"name": name, **asdict(point), **intervals})
     return entries
 
 
@@ -620,7 +624,7 @@ def _throughput(
 ) -> list[dict[str, Any]]:
     """Return the throughput of mixed batches with the exit shares of each budget, in eager PyTorch."""
     threads, device, timed = cfg.EVAL.TIMING_THREADS, next(model.parameters()).device, []
-    router = ExitRouter(**router.to_dict()).to(device)  # a copy, because `.to` moves the router
+    router = ExitRouter(**router.to_dict()).to(device)  # a copy, because the caller's router must not move
     for entry in progress(budgets, desc="batches"):
         shares = entry["exit_share"]
         speed = mixed_throughput(model, router, list(shares.values()), threads=threads)
@@ -636,8 +640,8 @@ def _with_learnt_thresholds(cfg: CfgNode, study: Study, router: ExitRouter) -> l
     for budget in progress(study.budgets(), desc="learnt thresholds"):
         thresholds = learn_open_exits(calib, losses, costs_with, budget)
         choice = choose(test, thresholds).astype(np.int64)
-        line = line_of(study.test.matches, choice, costs_with(thresholds))
-        entries.append({"budget": budget, "thresholds": thresholds.tolist(), **asdict(line)})
+        point = point_of(study.test.matches, choice, costs_with(thresholds))
+        entries.append({"budget": budget, "thresholds": thresholds.tolist(), **asdict(point)})
     return entries
 
 
@@ -686,7 +690,7 @@ def _policies_table(results: Mapping[str, Any]) -> str:
     if best in results.get("learnt_thresholds", {}):
         cells = map(_cell, results["learnt_thresholds"][best])
         rows.append([f"{best}, thresholds learnt with a soft exit", *cells, *["-"] * 5, ""])
-    for key, name in LINES.items():
+    for key, name in COIN_AND_ORACLES.items():
         cells = [_cell(entry[key]) for entry in policies[best]["budgets"]]
         rows.append([f"{name} at the cost of {best}", *cells, *[""] * 6])
     return _table(heads, rows)
@@ -723,7 +727,7 @@ def reference_lines_table(policies: Mapping[str, Any], best: str) -> str:
     its cost, and other policies with intervals."""
     first = policies[best]["budgets"]
     others = {name: entry["budgets"] for name, entry in policies.items() if name != best}
-    lines = {best: first} | {name: [entry[key] for entry in first] for key, name in LINES.items()}
+    lines = {best: first} | {name: [entry[key] for entry in first] for key, name in COIN_AND_ORACLES.items()}
     lines |= {name: entries for name, entries in others.items() if "AP_interval" in entries[0]}
     rows = [
         [name, key, *(with_interval(entry, key) for entry in entries)]
@@ -780,8 +784,8 @@ def routing_chart(results: Mapping[str, Any]) -> Image.Image:
         policies, cost_model = results["policies"], results["context"]["cost_model"]
         for color, (name, policy) in zip(COLORS * 3, policies.items(), strict=False):
             _draw_line(axes, policy["budgets"], color=color, marker="o", markersize=4, linewidth=1.2, label=name)
-        for (line, name), style in zip(LINES.items(), (":", "--", "-."), strict=True):
-            entries = [entry[line] for entry in policies[results["best"]]["budgets"]]
+        for (key, name), style in zip(COIN_AND_ORACLES.items(), (":", "--", "-."), strict=True):
+            entries = [entry[key] for entry in policies[results["best"]]["budgets"]]
             _draw_line(axes, entries, color=PLAIN, linestyle=style, label=name)
         for entry in results["exits"]:
             if entry["AP50"] is not None:

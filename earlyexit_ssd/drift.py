@@ -1,4 +1,4 @@
-"""Detect drift: photos at run time leave at other exits, or with other confidences, than the calibration photos."""
+"""Detect drift: photos in use leave at other exits, or with other confidences, than the calibration photos did."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from earlyexit_ssd.plain import build, check_fields
 logger = logging.getLogger(__name__)
 
 Values = Any  # a tensor, an array or a list of numbers
-QUANTILES = 21  # stored per early exit, at the levels 0, 1/20, ..., 1
+QUANTILES = 21  # number of quantiles stored per early exit, at the levels 0, 1/20, ..., 1
 WINDOW = 200  # photos per check
 ALPHA = 0.001  # probability of a false alarm per check
-MAX_FRAMES = 1000  # kept by a `DriftRecord`
+MAX_FRAMES = 1000  # largest number of frames in a `DriftRecord`
 ADVICE = "calibrate again, because the certificate is for other photos"
 
 
@@ -40,11 +40,12 @@ def sample_quantiles(values: np.ndarray) -> tuple[float, ...]:
 
 
 def nearest_sample(values: np.ndarray, quantiles: np.ndarray, count: int) -> np.ndarray:
-    """Return the sorted sample [count] with these ``quantiles`` that is most similar to ``values`` [m].
+    """Return the sorted sample [count] that has these ``quantiles`` and is most similar to ``values`` [m].
 
-    Each element is the quantile of ``values`` at its rank, clipped to the stored quantiles before and after it. The
-    Kolmogorov-Smirnov distance to ``values`` is at most max(D, 1 / (2 count)), where D is the distance of the sample
-    that the quantiles were taken from. So the test's p-value is conservative, also with ties.
+    It replaces the calibration's sample, of which only the quantiles are stored. Each element is the quantile of
+    ``values`` at its rank, clipped to the stored quantiles before and after it. Let D be the Kolmogorov-Smirnov
+    distance of the calibration's sample to ``values``. The distance of the returned sample is at most
+    max(D, 1 / (2 count)). So the test's p-value is conservative, also with ties.
     """
     ranks, stored = np.arange(count), _ranks(count)
     low = quantiles[np.searchsorted(stored, ranks, side="right") - 1]
@@ -60,7 +61,7 @@ class Reference:
     photos: Annotated[int, 1, 2**63]
     exit_names: tuple[str, ...]  # shallow to deep, the full path last
     exit_counts: tuple[Annotated[int, 0, 2**63], ...]  # photos that left at each exit; the sum is photos
-    confidences: tuple[tuple[float, ...], ...]  # per early exit: quantiles for the photos that left there, () for none
+    confidences: tuple[tuple[float, ...], ...]  # per early exit: quantiles for the photos that left there, or ()
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -141,7 +142,8 @@ def fisher_p_value(count: int, photos: int, before: int, photos_before: int) -> 
 
 def ks_test(first: np.ndarray, second: np.ndarray) -> tuple[float, float]:
     """Return the two-sample Kolmogorov-Smirnov distance of [n] and [m] and its p-value. No sample may be empty."""
-    with warnings.catch_warnings():  # scipy warns if rounding makes an exact p-value exceed 1, and uses the asymptotic
+    # scipy warns if rounding makes the exact p-value exceed 1, and then uses the asymptotic p-value
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         result = _stats().ks_2samp(first, second)
     return float(result.statistic), float(result.pvalue)
@@ -158,7 +160,7 @@ def _tests(reference: Reference, taken: np.ndarray, confidence: np.ndarray, bloc
     """Test the exit whose share has changed most, and the confidences at each early exit.
 
     ``taken`` and ``confidence`` [n] are the exits of the photos and their confidences there. ``block`` calibration
-    photos count as one.
+    photos count as one, because neighbouring frames are alike.
     """
     photos, names = len(taken), reference.exit_names
     counts = np.bincount(taken, minlength=len(names)).tolist()
@@ -172,7 +174,7 @@ def _tests(reference: Reference, taken: np.ndarray, confidence: np.ndarray, bloc
     tests = [_Test("shares", abs(now - before), p_values[index], _warning(text, p_values[index]))]
     for index, quantiles in enumerate(map(np.array, reference.confidences)):
         values, past = confidence[taken == index], past_counts[index]
-        if past and len(values):  # otherwise the change is in the shares
+        if past and len(values):  # an exit that took no photo in one of both is in the test of the shares
             statistic, p_value = ks_test(values, nearest_sample(values, quantiles, past))
             median = f"median {np.median(values):.3g} for {len(values)} of {last}"
             text = f"the confidences at {names[index]} have changed, {median}"
@@ -189,8 +191,8 @@ def _warning(text: str, p_value: float) -> str:
 class DriftMonitor:
     """Compare the exits and confidences of the last photos with those of the calibration photos.
 
-    The first check runs after ``window`` photos, the next ones after every half window. A check compares the share of
-    each exit by Fisher's exact test, and the confidences of the photos that left at an early exit by a two-sample
+    The first check runs after ``window`` photos, the others after each further half window. A check compares the share
+    of each exit by Fisher's exact test, and the confidences of the photos that left at an early exit by a two-sample
     Kolmogorov-Smirnov test with :func:`nearest_sample`. Both tests allow for the finite number of calibration photos.
 
     **False alarms.** The tests of a check share ``alpha`` equally (Bonferroni). So for photos like those of calibration
@@ -266,17 +268,16 @@ class DriftMonitor:
 
 @dataclass(frozen=True)
 class Drift:
-    """Comparison of the last photos with the calibration photos. It has the test with the smallest p-value. Its
-    ``statistic`` is the difference of an exit's shares, or the Kolmogorov-Smirnov distance of the confidences at an
-    early exit."""
+    """Comparison of the last photos with the calibration photos: the test with the smallest p-value. The ``statistic``
+    is the difference of an exit's shares, or the Kolmogorov-Smirnov distance of the confidences at an early exit."""
 
-    photos: int  # compared, at least 1; for frames of a video, one per block
+    photos: int  # number of compared photos, at least 1; of a video, one frame per block
     shares: dict[str, float]  # exit name -> share of the photos that left there, in [0, 1]
     calibration_shares: dict[str, float]
     statistic: float  # in [0, 1]
     p_value: float  # times the number of tests (Bonferroni), at most 1
-    drifted: bool  # p_value is at most ALPHA
-    text: str  # one line; after drift it has the change and the advice
+    drifted: bool  # whether p_value is at most ALPHA
+    text: str  # one line; with drift it has the change and the advice
 
 
 class _Target(TypedDict, total=False):
@@ -289,12 +290,12 @@ class _Certificate(TypedDict):
 
 
 class DriftRecord:
-    """Keep the decisions for the last frames of a detector, and compare them on demand. It is thread-safe.
+    """Keep exit and confidence for the last frames of a detector, and compare them on demand. It is thread-safe.
 
-    The tests are those of `DriftMonitor`, which assume independent photos. Frames of a video resemble each other, and
+    The tests are those of `DriftMonitor`, which assume independent photos. Frames of a video resemble each other, so
     the p-value would be far too small. Therefore only the first of each ``block`` frames (at least 1) is kept, up to
     `MAX_FRAMES` of them, and ``block`` calibration photos count as one. The p-value is valid if blocks are independent.
-    It is that of a single comparison: with many comparisons a false alarm is more likely.
+    It is for a single comparison. With many comparisons a false alarm is more likely.
     """
 
     def __init__(self, reference: Reference, block: int = 1) -> None:

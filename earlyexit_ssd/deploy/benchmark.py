@@ -24,7 +24,7 @@ from earlyexit_ssd.images import read_image
 from earlyexit_ssd.progress import progress
 
 PACKAGES = ("earlyexit_ssd", "numpy", "onnxruntime", "openvino", "torch", "torchvision")
-MIXED, EASY, HARD = "as they come", "all easy", "all hard"
+MIXED, EASY, HARD = "as they come", "all easy", "all hard"  # see `Row.stream`
 DRAWS = 2000  # number of bootstrap draws
 MIN_CALLS = 6  # smallest number of calls for an interval
 WARM_UP_CALLS = 2
@@ -84,7 +84,7 @@ class Times:
 
 @dataclass(frozen=True)
 class Ratio:
-    """A ratio of times with its 95 % bootstrap interval over calls; `MIN_CALLS` are needed for an interval."""
+    """A ratio of times with its 95 % bootstrap interval over calls. With fewer than `MIN_CALLS` calls it has none."""
 
     value: float
     low: float | None
@@ -116,8 +116,8 @@ class Row:
         photos: number of photos in the group.
         calls: number of timed calls.
         wall, cpu: wall time, and CPU time of all threads of the process.
-        against: comparison with the first detector of the same runtime. The first detector of a runtime is compared
-            with the first detector of all, which has None.
+        against: comparison with the first detector of the same runtime. The first detector of each runtime is compared
+            with the first detector of all. None for this one.
         peak_mb: peak memory of the process in MB; None if the system does not report it.
     """
 
@@ -185,8 +185,11 @@ def benchmark(
 
 
 def _streams(worker: _Worker, photos: Sequence[str]) -> dict[str, list[str]]:
-    """Group the photos by the exits at which they leave in the first detector."""
-    exits = [worker(_run, [photo])[2][0] for photo in progress(photos, desc="find the exits of photos")]
+    """Return groups of the photos, by the exits at which they leave in the detector of ``worker``."""
+    exits = []
+    for photo in progress(photos, desc="find the exits of photos"):
+        _, _, (exit_index,) = worker(_run, [photo])
+        exits.append(exit_index)
     shallowest = min((index for index in exits if index is not None), default=None)
     if shallowest is None:
         return {MIXED: list(photos)}
@@ -204,7 +207,7 @@ def _time(workers: Sequence[_Worker], photos: Sequence[str], batch: int, rounds:
     turns = list(itertools.product(range(rounds), range(len(calls))))
     for turn, (round_index, call_index) in enumerate(progress(turns, desc=desc)):
         for step in range(len(workers)):
-            index = (turn + step) % len(workers)  # another detector starts each turn
+            index = (turn + step) % len(workers)  # each turn starts with another detector
             times[index, round_index, call_index] = workers[index](_run, calls[call_index])[:2]
     return 1000 * times / batch
 
@@ -218,8 +221,8 @@ def _rows(
     """Yield a row for each detector. ``setting`` is (threads, batch, stream, photos); for ``times`` see `_time`."""
     runtimes = [contestant.runtime for contestant in contestants]
     for index, contestant in enumerate(contestants):
-        first = runtimes.index(contestant.runtime)
-        reference, comparison = 0 if first == index else first, None
+        first, comparison = runtimes.index(contestant.runtime), None
+        reference = 0 if first == index else first
         if index:
             ratios = [
                 ratio(times[index, ..., clock], times[reference, ..., clock], quantile)
@@ -234,7 +237,7 @@ def _rows(
 def ratio(times: np.ndarray, against: np.ndarray, quantile: float | None = None) -> Ratio:
     """Divide the mean (or a quantile) of ``times`` by that of ``against``, both [rounds, calls].
 
-    The bootstrap draws calls. A drawn call has all its rounds and is used in both arrays.
+    The bootstrap draws calls, with all rounds, and the same calls in both arrays.
     """
 
     def divide(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
@@ -308,7 +311,7 @@ class _Worker(ProcessPoolExecutor):
             ) from None
 
 
-_detect: Detect  # of the process in which `_open` has run
+_detect: Detect  # set by `_open` in the process of a detector
 
 
 def _open(contestant: Contestant, threads: int, score: float) -> None:
@@ -325,7 +328,7 @@ def _run(paths: list[str]) -> tuple[float, float, list[int | None]]:
 
 
 def _peak_mb() -> float | None:
-    """Return the peak memory of this process in MB. ``getrusage`` can report the peak of the parent instead."""
+    """Return the peak memory of this process in MB, not by ``getrusage``, which can report the parent's peak."""
     try:
         lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     except OSError:

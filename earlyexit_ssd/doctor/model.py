@@ -1,6 +1,6 @@
 """Checks of a detector. Each one finds a known failure of training that raises no error.
 
-The comment above a check gives the reason for its thresholds, which were not fitted to data. A *photo with objects* has
+The comment above a check gives the reason for its limits, which were not fitted to data. A *photo with objects* has
 an object in its ground truth. *Foreground* is 1 - the probability of background. Typically 0.7 % of a photo's default
 boxes match an object, and hardly ever more than 10 %.
 """
@@ -24,9 +24,9 @@ MODEL_CHECKS: dict[str, findings.Check] = {}  # in the order of the table
 check = functools.partial(findings.check, MODEL_CHECKS)
 
 BOX_CODER = BoxCoder(weights=(10.0, 10.0, 5.0, 5.0))  # torchvision's encoding of boxes in its SSD
-ENOUGH_PHOTOS = 10  # a check is skipped with fewer photos with objects (or without, where it needs both)
-SHOWN_SCORE = 0.25  # a low score threshold of users who show detections; noise is mostly below it
-FEW_PHOTOS = 0.01  # share of photos that is practically none
+ENOUGH_PHOTOS = 10  # a check needs so many photos with objects, and as many without if it compares both
+SHOWN_SCORE = 0.25  # a low score threshold for showing detections; noise is mostly below it
+FEW_PHOTOS = 0.01  # a smaller share of the photos counts as none
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class ExitOutput:
 
 @dataclass(frozen=True)
 class ModelEvidence:
-    """Input of the checks. A check without its input gives no finding."""
+    """Input of the checks. A check whose input is missing is skipped."""
 
     exits: Sequence[ExitOutput] = ()  # of the exits that have a branch, and of the full path
     default_boxes: Tensor = field(default_factory=lambda: torch.zeros(0, 4))  # [A, 4] xyxy in network pixels
@@ -100,7 +100,7 @@ def near_uniform_scores(output: ExitOutput, evidence: ModelEvidence) -> float:
 
 # A default box that overlaps its object with IoU 0.5 has deltas within 3.5: a side twice or half as long gives
 # 5 ln 2 = 3.5, a shift by a third of the side 10 / 3. Only an object without such a default box needs more. Its default
-# boxes are seldom the likeliest ones, so a quarter of these may have larger deltas.
+# boxes seldom have the highest foreground, so of the boxes that have it a quarter may have larger deltas.
 @check(
     most=0.25,
     meaning="the likeliest boxes are shifted or scaled more than a default box that overlaps an object ever needs",
@@ -115,7 +115,7 @@ def deltas_out_of_range(output: ExitOutput, evidence: ModelEvidence) -> float:
 
 
 # A network that ignores the photo predicts 0.007, the share of default boxes that match an object. For the likeliest of
-# thousands of boxes in a photo with objects it must predict far more. 0.1 is 14 times as much, and still of no use.
+# thousands of boxes in a photo with objects it must predict far more. 0.1 is 14 times as much, but still of no use.
 @check(
     least=0.1,
     meaning="the network predicts background everywhere, even in photos with objects",
@@ -149,7 +149,8 @@ def foreground_everywhere(output: ExitOutput, evidence: ModelEvidence) -> float:
 )
 def confidence_ignores_objects(evidence: ModelEvidence) -> dict[str, float]:
     """AUC of each photo's largest foreground: the probability that it is higher in a photo with objects than in a photo
-    without. The policy is not used, since most policies measure how certain an exit is."""
+    without. The policy is not used, because most policies measure how certain an exit is, and an exit can be certain
+    that a photo is empty."""
     with_objects = evidence.with_objects
     if min(int(with_objects.sum()), int((~with_objects).sum())) < ENOUGH_PHOTOS:
         return {}
@@ -165,7 +166,7 @@ def area_under_curve(values: Tensor, positive: Tensor) -> float:
 
 
 # The figure is Cohen's kappa (1960): 0 is chance, 1 is perfect, below 0.2 agreement is slight (Landis and Koch 1977).
-# Random boxes get a low figure even if one object fills every photo, so that they overlap it.
+# So random boxes get a low figure even if they overlap an object that fills each photo.
 @check(
     least=0.2,
     meaning="the boxes with the highest scores do not lie on objects",
@@ -200,8 +201,8 @@ def exits_none(evidence: ModelEvidence) -> dict[str, float]:
     return {"routed": 1 - list(evidence.shares.values())[-1]} if evidence.shares else {}
 
 
-# All photos may leave at an exit that is as accurate as the full path. The verdict has the same limit, and recommends
-# that exit alone then. An undefined AP50 counts as 0.
+# All photos may leave at an exit that is about as accurate as the full path. Then the verdict, with the same limit,
+# recommends that exit alone. An undefined AP50 counts as 0.
 @check(
     least=1 - LARGEST_LOSS,
     meaning="all photos leave at one exit, and that exit is less accurate than the full path, or its AP50 is unknown",
@@ -214,8 +215,8 @@ def exits_all(evidence: ModelEvidence) -> dict[str, float]:
     return {name: (evidence.ap50.get(name) or 0.0) / full for name in early if evidence.shares[name] >= 1 - FEW_PHOTOS}
 
 
-# Temperatures of trained networks lie in [0.5, 3] (Guo et al. 2017 find 1.1 to 3). Within 2 % of a bound, the bound has
-# stopped the fit.
+# Temperatures of trained networks lie in [0.5, 3] (Guo et al. 2017 find 1.1 to 3). A temperature within 2 % of these
+# bounds would probably be beyond them without bounds in the fit.
 @check(
     least=0.51,
     most=2.94,
@@ -223,7 +224,7 @@ def exits_all(evidence: ModelEvidence) -> dict[str, float]:
     advice="bound it (ROUTING.TEMPERATURE_BOUNDS), fit it on held-out photos, and check AP50 first",
 )
 def temperature_at_bound(evidence: ModelEvidence) -> dict[str, float]:
-    """Last temperature."""
+    """Last temperature of each exit."""
     return {name: values[-1] for name, values in evidence.temperatures.items() if len(values)}
 
 
@@ -245,7 +246,8 @@ def temperature_runs_away(evidence: ModelEvidence) -> dict[str, float]:
     return figures
 
 
-# The confidence of a policy that has learned changes by tens of percent. If it falls to a tenth, penalties dominate it.
+# In a normal training the mean confidence changes by tens of percent. If it falls to a tenth, penalties outweigh the
+# rest of the loss.
 @check(
     least=0.1,
     meaning="the confidence has fallen to less than a tenth of an earlier value, so no photo will leave",
@@ -264,7 +266,7 @@ def confidence_collapses(evidence: ModelEvidence) -> dict[str, float]:
     advice="train it before you judge any other figure; the other findings may show what is wrong",
 )
 def low_ap50(evidence: ModelEvidence) -> dict[str, float]:
-    """AP50."""
+    """AP50 of each exit and of the full path."""
     return {name: ap50 for name, ap50 in evidence.ap50.items() if ap50 is not None}
 
 

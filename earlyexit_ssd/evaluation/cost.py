@@ -39,8 +39,8 @@ class OnnxNetwork(nn.Module):
     """An ONNX graph that ONNX Runtime runs on the CPU.
 
     Args:
-        content: bytes of an ONNX file with all weights inside. For external weights, ONNX Runtime would open any files
-            that the graph names.
+        content: bytes of an ONNX file with all weights inside, such as those of `read_onnx`. For external weights, ONNX
+            Runtime would open any file that the graph names.
         name: name of the graph in error messages.
 
     Attributes:
@@ -60,7 +60,7 @@ class OnnxNetwork(nn.Module):
         options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = threads, 1, 4
         # idle threads must not slow the next network that is timed
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        options.add_session_config_entry("session.load_model_format", "ONNX")
+        options.add_session_config_entry("session.load_model_format", "ONNX")  # not ONNX Runtime's own format
         try:
             self.session = runtime.InferenceSession(content, options, ["CPUExecutionProvider"], enable_fallback=0)
             inputs = self.session.get_inputs()
@@ -102,8 +102,8 @@ class OpenVinoNetwork(nn.Module):
 def gather_instead_of_resize(model: Any) -> Any:
     """Return a copy of an ONNX model in which each bilinear ``Resize`` of known sizes is replaced by faster nodes.
 
-    They gather two neighbouring rows for each output row and interpolate, then do the same with columns. This takes
-    half of the time in OpenVINO.
+    For each output row they gather the two nearest input rows and interpolate. Then they do the same with columns. In
+    OpenVINO this takes half the time.
     """
     onnx = import_package("onnx")
     helper, numpy_helper = onnx.helper, onnx.numpy_helper
@@ -146,7 +146,7 @@ def gather_instead_of_resize(model: Any) -> Any:
 
 
 def in_runtime(network: nn.Module, example: Tensor, runtime: str, threads: int = 1) -> nn.Module:
-    """Convert ``network`` for ``runtime`` and for inputs of the example's shape. An `OnnxNetwork` is returned as is."""
+    """Convert ``network`` for ``runtime`` and inputs of the example's shape. An `OnnxNetwork` is returned unchanged."""
     if runtime == EAGER or isinstance(network, OnnxNetwork):
         return network
     content = export_onnx(network, example)
@@ -171,7 +171,7 @@ def export_onnx(network: nn.Module, example: Tensor) -> bytes:
     import_package("onnx")
     content = io.BytesIO()
     with evaluating(network), warnings.catch_warnings():
-        # the tracer warns of its deprecation, and of shapes that become constants, as they should
+        # the tracer warns that it is deprecated, and that shapes become constants, which is intended
         warnings.simplefilter("ignore")
         try:
             # in torch 2.6 the newer exporter fails on BatchNorm with current onnxscript, and its graphs are not faster
@@ -198,7 +198,7 @@ class Timing:
 
 
 class PlainPath(nn.Module):
-    """Trunk and head of ``model`` without branches: the detector without exits as a network to time and count.
+    """Trunk and head of ``model`` without branches: the network of the detector without exits, to time and count it.
 
     It maps normalised images [N, 3, H, W] to ``cls_logits`` [N, A, C] and ``bbox_regression`` [N, A, 4].
     """
@@ -214,7 +214,8 @@ class PlainPath(nn.Module):
 def mmacs_to_exit(model: nn.Module, router: Router | None = None) -> list[float]:
     """Return the millions of multiply-accumulates (MMACs) of one image to each exit, shallow to deep, full path last.
 
-    Only convolutions and linear layers are counted. To each exit, other exits that ``router`` has closed cost nothing.
+    Only convolutions and linear layers are counted. The branches of earlier exits are included, unless ``router`` has
+    closed these exits.
     """
     return [mmacs_of_path(model, index, router) for index in range(len(model.exit_names))]
 
@@ -241,7 +242,8 @@ def time_modules(
 ) -> list[Timing]:
     """Time each module ``runs`` times. The modules take turns, so that a slow phase of the machine slows all of them.
 
-    Before each timed run the module runs once untimed, because on a device no other detector empties its caches.
+    Before each timed run the module runs once untimed, because here the other modules have replaced its data in the
+    CPU's caches. In use a detector runs alone.
 
     Args:
         examples: one input for each module, or one tensor for all.

@@ -1,4 +1,4 @@
-"""Detectors from ONNX files: preparation of the photo and decoding of the outputs for each format, and MMACs."""
+"""Rivals from ONNX files (EVAL.RIVALS.ONNX): preparation of the photo, decoding of the outputs, and MMACs."""
 
 from __future__ import annotations
 
@@ -29,19 +29,21 @@ logger = logging.getLogger(__name__)
 Size = tuple[int, int]  # height and width, pixels
 Shape = tuple[int, ...]
 
-YOLOX_STRIDES, YOLOX_PADDING = (8, 16, 32), 114.0
-SCORE_THRESHOLD, NMS_IOU, MAX_DETECTIONS = 0.001, 0.65, 300
+SCORE_THRESHOLD, MAX_DETECTIONS = 0.001, 300  # for all formats that are decoded here
+YOLOX_STRIDES, YOLOX_PADDING, YOLOX_NMS_IOU = (8, 16, 32), 114.0, 0.65
 
+# NanoDet-Plus and PicoDet predict the distances from a point to the sides of its box.
 DISTANCE_STRIDES = (8, 16, 32, 64)
-DISTANCE_BINS = 8  # the distance from a point to a side of its box is 0 to 7 strides
+DISTANCE_BINS = 8  # a distance is 0 to 7 strides
 DISTANCE_NMS_IOU, MAX_CANDIDATES = 0.6, 1000
 IMAGENET_MEAN = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
 IMAGENET_STD = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
+CHECK_CLASSES = "check the format and the classes in its metadata"
 
 
 @dataclass(frozen=True)
 class OnnxFormat:
-    """Input and outputs of the files that one exporter writes.
+    """How to run the ONNX files of one project or exporter.
 
     ``prepare`` takes a photo [3, H, W], RGB in [0, 1], and the input size. It returns the network's input [3, height,
     width] and the scales (x, y) from photo to input. ``decode`` takes the outputs, the input size and the number of
@@ -51,7 +53,7 @@ class OnnxFormat:
     classes: tuple[str, ...]  # names of the labels 1..K, unless the file's metadata names them
     prepare: Callable[[Tensor, Size], tuple[Tensor, tuple[float, float]]]
     decode: Callable[[Sequence[Tensor], Size, int], ImageDetections]
-    constants: Mapping[str, tuple[float, ...]] = field(default_factory=dict)  # values [1, n] of further inputs
+    constants: Mapping[str, tuple[float, ...]] = field(default_factory=dict)  # further inputs -> their values [1, n]
 
 
 def letterbox(photo: Tensor, size: Size) -> tuple[Tensor, tuple[float, float]]:
@@ -87,14 +89,15 @@ def decode_yolox(outputs: Sequence[Tensor], size: Size, num_classes: int) -> Ima
     keep = scores >= SCORE_THRESHOLD
     centres = (rows[keep, :2] + cells[keep]) * strides[keep]
     halves = rows[keep, 2:4].exp() * strides[keep] / 2
-    return _suppress(torch.cat([centres - halves, centres + halves], 1), scores[keep], best[keep] + 1, NMS_IOU)
+    return _suppress(torch.cat([centres - halves, centres + halves], 1), scores[keep], best[keep] + 1, YOLOX_NMS_IOU)
 
 
 def _only_output(outputs: Sequence[Tensor], expected: list[int], num_classes: int) -> Tensor:
     """Return the rows of the only output, which must have the shape ``expected``."""
     if [list(output.shape) for output in outputs] != [expected]:
         shapes = ", ".join(str(list(output.shape)) for output in outputs)
-        raise EarlyExitError(f"expected one output {expected} for {num_classes} classes, got {shapes}")
+        message = f"expected one output {expected} for {num_classes} classes, got {shapes}"
+        raise EarlyExitError(f"{message}; {CHECK_CLASSES}")
     return outputs[0][0].float()
 
 
@@ -105,25 +108,29 @@ def _suppress(boxes: Tensor, scores: Tensor, labels: Tensor, iou: float) -> Imag
 
 
 def squeeze(photo: Tensor, size: Size, mode: str = "bilinear") -> tuple[Tensor, tuple[float, float]]:
-    """Return the photo in [0, 1], resized to the input without keeping its aspect ratio, as in torchvision's SSD."""
+    """Return the photo in [0, 1], resized to the input size without keeping its aspect ratio, as in torchvision's
+    SSD."""
     scales = size[1] / photo.shape[2], size[0] / photo.shape[1]
     return F.interpolate(photo[None], size, mode=mode, align_corners=False)[0], scales
 
 
 def decode_boxes(outputs: Sequence[Tensor], size: Size, num_classes: int) -> ImageDetections:
-    """Decode outputs that are detections already, in any order: boxes [N, 4] xyxy, scores [N] and integer labels [N] in
-    1..K. Each may have a batch dimension of 1."""
+    """Check outputs that are detections already: boxes [N, 4] xyxy, scores [N] and integer labels [N] in 1..K, in any
+    order. Each may have a batch dimension of 1."""
     floats = sorted((output for output in outputs if output.is_floating_point()), key=Tensor.dim)
     integers = [output for output in outputs if not output.is_floating_point()]
-    fits = len(floats) == 2 and len(integers) == 1 and floats[1].shape[-1] == 4 and floats[1].dim() > floats[0].dim()
-    if not fits or not floats[0].numel() == integers[0].numel() == floats[1].numel() // 4:
-        shapes = ", ".join(f"{output.dtype} {list(output.shape)}" for output in outputs)
-        raise EarlyExitError(f"expected boxes [N, 4], scores [N] and integer labels [N], got {shapes}")
-    labels = integers[0].flatten().long()
+    shapes = ", ".join(f"{output.dtype} {list(output.shape)}" for output in outputs)
+    message = f"expected boxes [N, 4], scores [N] and integer labels [N], got {shapes}; check the format"
+    if len(floats) != 2 or len(integers) != 1:
+        raise EarlyExitError(message)
+    scores, boxes, labels = *floats, integers[0].flatten().long()
+    if boxes.dim() == scores.dim() or boxes.shape[-1] != 4 or not scores.numel() == len(labels) == boxes.numel() // 4:
+        raise EarlyExitError(message)
     invalid = labels[(labels < 1) | (labels > num_classes)]
     if len(invalid):
-        raise EarlyExitError(f"found label {int(invalid[0])}, expected 1 to {num_classes}, the number of class names")
-    return {"boxes": floats[1].reshape(-1, 4).float(), "scores": floats[0].flatten().float(), "labels": labels}
+        message = f"found label {int(invalid[0])}, expected 1 to {num_classes}, the number of class names"
+        raise EarlyExitError(f"{message}; {CHECK_CLASSES}")
+    return {"boxes": boxes.reshape(-1, 4).float(), "scores": scores.flatten().float(), "labels": labels}
 
 
 def squeeze_nanodet(photo: Tensor, size: Size) -> tuple[Tensor, tuple[float, float]]:
@@ -141,8 +148,8 @@ def squeeze_picodet(photo: Tensor, size: Size) -> tuple[Tensor, tuple[float, flo
 def boxes_from_distances(points: Tensor, strides: Tensor, logits: Tensor) -> Tensor:
     """Return boxes [N, 4] xyxy in pixels around ``points`` [N, 2] in strides (Li et al. 2020, generalised focal loss).
 
-    ``logits`` [N, 4 * 8] are class logits of the distances 0 to 7 strides to the left, upper, right and lower side. The
-    predicted distance is the expected value.
+    ``logits`` [N, 4 * 8] are logits of the distances 0, 1, ..., 7 strides, for the left, upper, right and lower side.
+    The predicted distance of a side is the mean of this distribution.
     """
     probabilities = logits.reshape(-1, 4, DISTANCE_BINS).softmax(-1)
     left_top, right_bottom = (probabilities @ torch.arange(float(DISTANCE_BINS))).split(2, 1)
@@ -150,7 +157,7 @@ def boxes_from_distances(points: Tensor, strides: Tensor, logits: Tensor) -> Ten
 
 
 def suppress_all_classes(boxes: Tensor, scores: Tensor) -> ImageDetections:
-    """Run non-maximum suppression. Each of the boxes [N, 4] is a candidate in all K classes, with the scores [N, K].
+    """Run non-maximum suppression class by class. Each of the ``boxes`` [N, 4] has a score in all K classes, [N, K].
 
     Raises:
         EarlyExitError: a score is outside [0, 1].
@@ -177,8 +184,8 @@ def decode_picodet(outputs: Sequence[Tensor], size: Size, num_classes: int) -> I
     - none: scores [1, n, K] of each grid, then for each grid the logits [1, n, 4 * 8] of the distances from the cell's
       centre, see `boxes_from_distances`;
     - all but NMS: boxes [1, cells, 4] xyxy and scores [1, K, cells];
-    - all: rows [n, 6] of class (from 0), score and box, and optionally their number. A row with a negative class is no
-      detection.
+    - all: rows [n, 6] of class (from 0), score and box, and optionally a second output, their number. A row with a
+      negative class is no detection.
     """
     cells, strides = grid(size, DISTANCE_STRIDES)
     counts = [int((strides == stride).sum()) for stride in DISTANCE_STRIDES]
@@ -193,7 +200,8 @@ def decode_picodet(outputs: Sequence[Tensor], size: Size, num_classes: int) -> I
         return decode_boxes([rows[:, 2:], rows[:, 1], rows[:, 0].long() + 1], size, num_classes)
     raise EarlyExitError(
         f"expected [1, n, {num_classes}], then [1, n, {4 * DISTANCE_BINS}] for n = {str(counts)[1:-1]}, or"
-        f" [1, {len(cells)}, 4], [1, {num_classes}, {len(cells)}], or [n, 6]; got {len(shapes)}: {shown(shapes, 80)}"
+        f" [1, {len(cells)}, 4], [1, {num_classes}, {len(cells)}], or [n, 6]; got {len(shapes)}: {shown(shapes, 80)};"
+        f" {CHECK_CLASSES}"
     )
 
 
@@ -211,23 +219,24 @@ FORMATS: dict[str, OnnxFormat] = {
 # Multiply-accumulates of an ONNX file. As in `count_mmacs`, convolutions and linear layers are counted.
 
 
-def count_onnx_mmacs(content: bytes) -> float | None:
+def count_onnx_mmacs(content: bytes, name: str = "the ONNX file") -> float | None:
     """Return the MMACs of one image; None if a shape that is needed cannot be inferred.
 
-    A MatMul is counted if one of its factors is constant. The bodies of loops and conditions are not counted.
+    A MatMul is counted if one of its factors is constant. The bodies of loops and conditions are not counted. ``name``
+    is the file's name in a warning.
     """
     onnx = import_package("onnx")
     try:
         return _count_graph(onnx, onnx.load_from_string(content))
     except Exception as error:  # shape inference may raise any exception on an invalid graph
-        logger.warning("the multiply-accumulates of an ONNX file cannot be counted (%s)", one_line(str(error)))
+        logger.warning("%s: its multiply-accumulates cannot be counted (%s)", name, one_line(str(error)))
         return None
 
 
 def _count_graph(onnx: ModuleType, model: Any) -> float | None:
     for value in model.graph.input:
         for batch in value.type.tensor_type.shape.dim[:1]:
-            batch.dim_value = batch.dim_value or 1
+            batch.dim_value = batch.dim_value or 1  # a dynamic batch size
     graph = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
     shapes: dict[str, Shape] = {
         value.name: tuple(dimension.dim_value for dimension in value.type.tensor_type.shape.dim)
@@ -261,8 +270,8 @@ def _count_node(node: Any, data: Shape, weights: Shape, output: Shape) -> int:
 def read_onnx(path: str | os.PathLike[str], constants: Mapping[str, tuple[float, ...]]) -> bytes:
     """Return the content of an ONNX file with all weights inside.
 
-    Inputs that are named in ``constants`` get its values [1, n] as default. External weights must lie in the file's
-    folder, because a file from elsewhere may name any file of this machine.
+    ``constants`` are the values [1, n] of further inputs, which become constants. External weights must be in the
+    file's folder, because a file of somebody else may name any file of this machine.
 
     Raises:
         EarlyExitError: the file cannot be read or is damaged, or its weights are in another folder.
@@ -302,6 +311,7 @@ def _tensors(message: Any, tensor_type: type) -> Iterator[Any]:
         return
     for descriptor, value in message.ListFields():
         if descriptor.message_type is not None:
+            # the values of a repeated field, or a single value
             for part in value if isinstance(value, Sequence) or hasattr(value, "add") else (value,):
                 yield from _tensors(part, tensor_type)
 
@@ -357,8 +367,7 @@ class OnnxDetector(nn.Module):
             outputs = self.network(x.reshape(self.network.input_shape))
             detections = self.format.decode(outputs, size, len(self.classes))
         except EarlyExitError as error:
-            problem = f"{self.path}: format {self._format_name}: {error}"
-            raise EarlyExitError(f"{problem}; list its classes in its metadata") from None
+            raise EarlyExitError(f"{self.path}: format {self._format_name}: {error}") from None
         if not all(detections[key].isfinite().all() for key in ("boxes", "scores")):
             raise EarlyExitError(f"{self.path}: its boxes or scores are not finite; export it again")
         boxes = detections["boxes"] / torch.tensor([*scales, *scales])

@@ -14,11 +14,11 @@ from earlyexit_ssd.evaluation.results import ExitResult, Finding, Results, Rival
 from earlyexit_ssd.routing.policies import reads_taps
 
 DETECTS_AP50 = 0.05  # a full path with a lower AP50 does not detect
-DOUBTFUL_AP50 = 0.20  # with a lower AP50 it does not detect if its scores are alike or most boxes outside the photos
+DOUBTFUL_AP50 = 0.20  # with a lower AP50 it does not detect if its scores are alike or most boxes lie outside photos
 ALIKE = 0.2  # scores are alike if standard deviation / mean is lower; in a working detector it is about 1 or more
 ENOUGH_BOXES = 20  # with fewer boxes, neither scores nor positions are judged
-MOVE_DEEPER_AP50 = 0.30  # a first exit with a lower AP50 must move to a deeper layer
-ENOUGH_AP50 = 0.35  # a first exit with a higher AP50 is accurate enough
+MOVE_DEEPER_AP50 = 0.30  # the first exit must move to a deeper layer if its AP50 is lower
+ENOUGH_AP50 = 0.35  # the first exit is accurate enough if its AP50 is higher
 FIRST_EXIT_SHARE = 0.75  # minimum of AP50 of the first exit / AP50 of a full path that is an unchanged checkpoint
 DEEPEST_SHARE = 0.85  # minimum of AP50 of the deepest exit / AP50 of the full path
 LARGEST_LOSS = 0.10  # maximum of AP50 lost by routing / AP50 of the full path
@@ -33,7 +33,7 @@ def judge(results: Results) -> Verdict:
     context = results.context
     rules = RULES if results.early else (report_no_exits, compare_with_rivals, report_other_runtimes)
     if not context.labelled:
-        rules = (report_agreement, check_speedup)  # the other rules need the accuracy, which is unknown
+        rules = (report_agreement, check_speedup)  # without labels AP is unknown, which the other rules need
     elif findings := list(check_full_path(results)):
         forced = "; --force was used on the way" if context.forced else ""
         return Verdict(False, None, (Finding(findings[0].line + forced, veto=True),))
@@ -77,13 +77,15 @@ def check_full_path(results: Results) -> Iterator[Finding]:
 
 
 def check_exit_accuracy(results: Results) -> Iterator[Finding]:
-    """Judge the AP50 of the first and of the deepest exit in use.
+    """Judge the AP50 of the first and of the deepest exit with a branch: of the open exits, or of all if none is open.
+    If an exit is to be shipped alone, only this exit is judged.
 
     The first is compared with two limits, or with the full path if this is an unchanged checkpoint (``taken_over``).
     The deepest is compared with the full path.
     """
     single = [early for early in results.early if early.name == exit_to_ship_alone(results)]
-    used = [early for early in single or _open_exits(results) or results.early if not early.empty]
+    judged = single or _open_exits(results) or results.early
+    used = [early for early in judged if not early.empty]
     full = results.full.ap50
     if not used:
         yield Finding("the early exits are empty: only photos that seem to show nothing leave there")
@@ -107,14 +109,15 @@ def check_exit_accuracy(results: Results) -> Iterator[Finding]:
 
 
 def check_exits_below_full(results: Results) -> Iterator[Finding]:
-    """Veto if an early exit is clearly better than the full path, which may be damaged. If this exit is to be shipped
-    alone, it is no veto."""
+    """Veto if an early exit is clearly better than the full path, which may be damaged. An exit that is to be shipped
+    alone gives no veto."""
     full = results.full
     for early in results.early:
         if early.ap50 <= full.ap50 + AP50_TOLERANCE:
             continue
         figures = f"{early.name}: AP50 {early.ap50:.3f} is above {full.name}'s {full.ap50:.3f}"
-        if early.AP50_below_full_interval and early.AP50_below_full_interval[1] > 0:
+        full_minus_exit = early.AP50_below_full_interval
+        if full_minus_exit and full_minus_exit[1] > 0:
             yield Finding(f"{figures}, but not clearly: with other photos it might not be")
         elif early.name == exit_to_ship_alone(results):
             yield Finding(f"{figures}: was the full path trained to its end?")
@@ -146,17 +149,18 @@ def check_exit_use(results: Results) -> Iterator[Finding]:
 
 
 def _no_photo_leaves(results: Results, fix: str) -> str:
-    """Return the text of the finding if no photo leaves early. ``fix`` is the advice if there is no special advice."""
+    """Return the text of the finding that no photo leaves early. ``fix`` is the advice if no other is known."""
     closed = results.routed.thresholds and not _open_exits(results)
-    no_logits = all(early.empty for early in results.early) and not reads_taps(results.routed.policy)
+    # the policy reads logits, which empty exits do not have
+    unsuitable = all(early.empty for early in results.early) and not reads_taps(results.routed.policy)
     policy = "ROUTING.POLICY foreseen_emptiness"
     if closed and results.certificate:
         return "the certificate opens no exit; every photo takes the full path: allow a larger loss, or train the exits"
     if closed:
-        flags = f"--ap-drop 0.01 {policy}" if no_logits else "--ap-drop 0.01"
+        flags = f"--ap-drop 0.01 {policy}" if unsuitable else "--ap-drop 0.01"
         fix = f"open them with tools/calibrate.py ({flags}) and evaluate with its certificate"
         return f"every exit is closed until routing is calibrated; every photo takes the full path: {fix}"
-    if no_logits:
+    if unsuitable:
         fix = f"let tools/calibrate.py fit a policy that predicts empty photos ({policy})"
     return f"no photo leaves early; every one takes the full path: {fix}"
 
@@ -228,7 +232,8 @@ def check_rivals_exist(results: Results) -> Iterator[Finding]:
 
 
 def report_better_rival(results: Results) -> Iterator[Finding]:
-    """Name, without a veto, the best rival with more AP50 and less time than the detector without exits."""
+    """Report, without a veto, the rival with the highest AP50 of those that are better and faster than the detector
+    without exits."""
     full, plain = results.full.ap50, results.without_exits.ms
     more_accurate = [rival for rival in _comparable(results) if rival.ap50 > full + AP50_TOLERANCE]
     better = [rival for rival in more_accurate if rival.ms_interval[1] < plain]
@@ -240,7 +245,8 @@ def report_better_rival(results: Results) -> Iterator[Finding]:
 
 
 def compare_with_rivals(results: Results) -> Iterator[Finding]:
-    """Veto if a rival is better than the routed detector, and name it. Otherwise name the nearest rival."""
+    """Veto if a rival is better than the routed detector (see `_dominates`), and name the fastest of the best such
+    rivals. Otherwise name the rival that comes nearest."""
     routed, comparable = results.routed, _comparable(results)
     if not comparable or routed.ap50 is None or routed.ms is None:
         return
@@ -289,7 +295,7 @@ def report_agreement(results: Results) -> Iterator[Finding]:
 
 
 def target_value(target: Target) -> float:
-    """Return the limit of a certificate's target: its ``value``, or ``epsilon`` for a risk."""
+    """Return the limit in a certificate's target: ``epsilon`` for a risk, otherwise ``value``."""
     return target["value"] if "value" in target else target["epsilon"]
 
 
@@ -330,7 +336,7 @@ def _comparable(results: Results) -> list[RivalResult]:
 
 def _dominates(rival: RivalResult, routed: RoutedResult) -> bool:
     """Return True if the rival has no less AP50 (within `AP50_TOLERANCE`), takes no more time, and is clearly better in
-    one of both: its time interval is below the routed time, or its paired AP50 interval is below 0."""
+    one of them: its time interval is below the routed time, or the interval of routed AP50 - its AP50 is below 0."""
     if rival.ap50 < routed.ap50 - AP50_TOLERANCE or rival.ms > routed.ms:
         return False
     difference = rival.routed_minus_rival_AP50_interval

@@ -50,7 +50,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 Job = Callable[Concatenate[CfgNode, P], R]
 
-COMPARED_PHOTOS = 300  # number of photos on which MODEL.FOLD compact finds the competing classes
+COMPACT_PHOTOS = 300  # number of training photos on which MODEL.FOLD compact finds the competing classes
 
 
 def takes_over(cfg: CfgNode) -> bool:
@@ -65,16 +65,16 @@ def evaluation_device(cfg: CfgNode) -> torch.device:
 
 
 def shares_processes(folder: str) -> Callable[[Job[P, R]], Job[P, R]]:
-    """Return a decorator for a job that all processes of torchrun call together. The first process locks the folder in
-    the job's parameter ``folder``. An error of one process ends all processes."""
+    """Return a decorator for a job that all processes of torchrun call together. ``folder`` is the name of the job's
+    parameter for a folder, which the first process locks. An error in one process ends all processes."""
 
     def decorate(job: Job[P, R]) -> Job[P, R]:
-        locking = locks_folder(folder)(job)
+        locking_job = locks_folder(folder)(job)
 
         @functools.wraps(job)
         def shared(cfg: CfgNode, *args: P.args, **kwargs: P.kwargs) -> R:
             with process_group(evaluation_device(cfg)), failing_together():
-                return (locking if is_main() else job)(cfg, *args, **kwargs)
+                return (locking_job if is_main() else job)(cfg, *args, **kwargs)
 
         return shared
 
@@ -123,7 +123,7 @@ def build_architecture(cfg: CfgNode, classes: tuple[str, ...]) -> Architecture:
         detector=cfg.MODEL.NAME,
         image_size=cfg.MODEL.IMAGE_SIZE,
         width=cfg.MODEL.WIDTH,
-        reduced_tail=not cfg.MODEL.WEIGHTS_BACKBONE,
+        reduced_tail=not cfg.MODEL.WEIGHTS_BACKBONE,  # torchvision's ImageNet weights have a full tail
         exits=build_exits(cfg),
         score_thresh=cfg.MODEL.SCORE_THRESH,
         nms_thresh=cfg.MODEL.NMS_THRESH,
@@ -133,13 +133,15 @@ def build_architecture(cfg: CfgNode, classes: tuple[str, ...]) -> Architecture:
 
 
 def build_model(cfg: CfgNode, classes: tuple[str, ...]) -> tuple[EarlyExitSSDLite, Architecture]:
-    """Build a model and its architecture. MODEL.WEIGHTS has the weights of the full path, MODEL.WEIGHTS_BACKBONE those
-    of the trunk; either may be empty. All other weights are initialised by the model."""
+    """Build a model and its architecture. MODEL.WEIGHTS has the weights of the full path. If it is empty,
+    MODEL.WEIGHTS_BACKBONE has those of the trunk, or is empty too. All other weights are initialised by the model."""
     architecture = build_architecture(cfg, classes)
     if cfg.MODEL.WEIGHTS:
         source = source_classes(cfg.MODEL.WEIGHTS, cfg.MODEL.WEIGHTS_CLASSES, cfg.MODEL.NAME)
-        folding = cfg.MODEL.FOLD, photos_to_compare_on(cfg, classes), cfg.MODEL.COMPACT_TOLERANCE
-        detector, architecture, change = retrofit(architecture, cfg.MODEL.WEIGHTS, source, *folding)
+        photos, tolerance = photos_to_compare_on(cfg, classes), cfg.MODEL.COMPACT_TOLERANCE
+        detector, architecture, change = retrofit(
+            architecture, cfg.MODEL.WEIGHTS, source, cfg.MODEL.FOLD, photos, tolerance
+        )
         logger.info("%s: %s", cfg.MODEL.WEIGHTS, change or "every class and weight kept")
     elif cfg.MODEL.WEIGHTS_BACKBONE:
         detector = _imagenet_detector(cfg, architecture)
@@ -153,7 +155,7 @@ def build_model(cfg: CfgNode, classes: tuple[str, ...]) -> tuple[EarlyExitSSDLit
 def photos_to_compare_on(cfg: CfgNode, classes: tuple[str, ...]) -> Iterator[Tensor]:
     """Yield a seeded sample of the photos of DATA.TRAIN, [3, H, W] in [0, 1], not augmented."""
     dataset = load_dataset(with_classes(cfg, classes), cfg.DATA.TRAIN, train=True, labels="optional")
-    dataset = dataset.subset(limit_photos(dataset.records, COMPARED_PHOTOS, cfg.SEED))
+    dataset = dataset.subset(limit_photos(dataset.records, COMPACT_PHOTOS, cfg.SEED))
     dataset.transforms = None
     loader = build_loader(dataset, 1, cfg.DATA.WORKERS, False, cfg.SEED)
     for images, _ in progress(loader, "competing classes"):
@@ -162,7 +164,7 @@ def photos_to_compare_on(cfg: CfgNode, classes: tuple[str, ...]) -> Iterator[Ten
 
 def file_of(weights: str | os.PathLike[str]) -> str | os.PathLike[str]:
     """Return the file of shipped weights from their name, or ``weights`` unchanged if it is a path. A text without a
-    suffix is a name."""
+    suffix is taken for a name. Raise EarlyExitError if no shipped weights have this name."""
     return weights_path(weights) if find_weights(weights) or not Path(weights).suffix else weights
 
 
@@ -173,8 +175,8 @@ def open_model(
 
     ``weights`` is a model file of this project, the name of shipped weights, or a checkpoint of torchvision's reference
     training. A checkpoint must fit the configuration: MODEL, EXITS, and DATA.CLASSES in the order of the labels. If its
-    head has COCO's 91 outputs, classes that are not in DATA.CLASSES are folded into background. Its trained
-    temperatures are in ``info["router"]``.
+    head has COCO's 91 outputs, classes that are not in DATA.CLASSES are folded into background. If temperatures were
+    trained with the checkpoint, they are in ``info["router"]``.
 
     Raises:
         EarlyExitError: unusable weights, weights that do not fit the configuration, or a checkpoint without exits if
@@ -182,6 +184,7 @@ def open_model(
     """
 
     def describe(outputs: int, exits: tuple[str, ...]) -> Architecture:
+        """Return the architecture of a checkpoint with these outputs per default box and these exits."""
         if need_exits and not exits:
             raise ConfigError("the detector has no exits; train them: tools/train_net.py with MODEL.WEIGHTS")
         classes = class_names(cfg)
@@ -210,8 +213,8 @@ def open_model(
 
 
 def source_classes(weights: str, classes: str, detector: str) -> tuple[str, ...] | None:
-    """Return COCO's class names if ``weights`` are torchvision's of ``detector`` or ``classes`` is "coco", otherwise
-    None."""
+    """Return the names of the checkpoint's labels: COCO's for torchvision's own weights of ``detector``, or if
+    ``classes`` is "coco". None: the checkpoint has the classes of the configuration."""
     from_torchvision = torchvision_name(weights, detector_class(detector).plain_weights)
     return COCO_CLASSES if classes == "coco" or from_torchvision else None
 
@@ -301,11 +304,12 @@ def open_router(cfg: CfgNode, model: EarlyExitSSDLite, info: ModelInfo, weights:
 
 
 def trained_temperatures(cfg: CfgNode, info: dict, exits: int) -> list[float]:
-    """Return the temperatures that were fitted in training, from the ``info`` of a model's file, or those of ROUTING.
-    The router of a calibrated model may have others, fitted on calibration photos; its info then has both."""
+    """Return the temperatures [exits] that were fitted in training, from the ``info`` of a model's file, or those of
+    ROUTING. A calibrated model may have other temperatures in its router, fitted on calibration photos."""
     temperatures = (info.get("router") or {}).get("temperatures", cfg.ROUTING.TEMPERATURES)
     temperatures = info.get("trained_temperatures", temperatures)
     bounds = cfg.ROUTING.TEMPERATURE_BOUNDS
+    # the router repeats a single temperature for all exits, and checks the bounds
     return ExitRouter(exits, temperatures=temperatures, temperature_bounds=bounds).temperatures.tolist()
 
 
@@ -327,7 +331,7 @@ def build_evaluation(cfg: CfgNode) -> EvaluationSettings:
 
 
 def with_values(cfg: CfgNode, values: Mapping[str, Any]) -> CfgNode:
-    """Return a copy of the configuration with other ``values`` by dotted key. They are not checked."""
+    """Return a copy of the configuration with ``values`` (dotted key -> value), which are not checked."""
     cfg = cfg.clone()
     cfg.defrost()
     for key, value in values.items():

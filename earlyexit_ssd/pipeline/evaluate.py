@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import logging
 import os
-import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -21,14 +20,14 @@ from torchvision.models.detection.ssd import SSD
 
 from earlyexit_ssd.calibration import DriftMonitor
 from earlyexit_ssd.calibration.certificate import Certificate
-from earlyexit_ssd.config import CLOSED, PHASE_SECTIONS
+from earlyexit_ssd.config import CLOSED, PHASE_SECTIONS, get_cfg
 from earlyexit_ssd.data import DetectionDataset, load_dataset, to_coco
 from earlyexit_ssd.data.dataset import photo_hashes
 from earlyexit_ssd.drift import WINDOW
 from earlyexit_ssd.engine import read_log
 from earlyexit_ssd.engine.processes import is_main
 from earlyexit_ssd.errors import ConfigError, EarlyExitError, import_package
-from earlyexit_ssd.evaluation.cost import EAGER, PlainPath, count_mmacs, example_input, mmacs_of_path
+from earlyexit_ssd.evaluation.cost import EAGER, ONNX_RUNTIME, PlainPath, count_mmacs, example_input, mmacs_of_path
 from earlyexit_ssd.evaluation.evaluate import (
     CUT_HEAD,
     ONNX,
@@ -93,9 +92,8 @@ def check_certificate(
 
 
 def drift_of(certificate: Certificate, collected: Collected, chosen: list[int]) -> DriftResult:
-    """Compare the photos with the calibration photos, in windows of up to `WINDOW` photos. Warnings are logged too.
-
-    ``chosen`` is the exit of each photo, in the order of ``collected``.
+    """Compare exits and confidences with those of the calibration photos, in windows of at most `WINDOW` photos.
+    Warnings are logged too. ``chosen`` is the exit of each photo, in the order of ``collected``.
     """
     monitor = DriftMonitor(certificate.drift, min(WINDOW, max(1, len(chosen))))
     confidences = [float(collected.confidences[exit_index][photo]) for photo, exit_index in enumerate(chosen)]
@@ -105,13 +103,13 @@ def drift_of(certificate: Certificate, collected: Collected, chosen: list[int]) 
 
 # Rivals of EVAL.RIVALS: plain detectors, single exits and exported detectors.
 
-SHARES = (0.8, 0.7, 0.6)  # input sides of the smaller plain detectors, relative to the model's
-SMALLEST_SIDE = 64  # pixels
+SIZE_SHARES = (0.8, 0.7, 0.6)  # input side of a smaller plain detector / the model's
+SMALLEST_SIZE = 64  # input side in pixels
 
 
 def check_rivals(cfg: CfgNode, device: torch.device) -> None:
-    """Raise an EarlyExitError if a file or package for the evaluation is missing, or EVAL.RUNTIME does not run on the
-    device. Called before hours of training."""
+    """Raise EarlyExitError if a file or package for the evaluation is missing, or if EVAL.RUNTIME does not run on the
+    device. A training calls it before its first phase, so these errors do not come after hours."""
     rivals, runtime = cfg.EVAL.RIVALS, cfg.EVAL.RUNTIME
     if runtime != EAGER and device.type != "cpu":
         raise ConfigError(f"EVAL.RUNTIME {runtime} measures the CPU, but DEVICE is {device}; set DEVICE to cpu")
@@ -120,14 +118,16 @@ def check_rivals(cfg: CfgNode, device: torch.device) -> None:
     for key, path in files if rivals.ENABLED else ():
         if not Path(path).is_file():
             raise ConfigError(f"EVAL.RIVALS.{key} has {path}: no such file; check the path, or remove it")
-    if runtime != EAGER or (rivals.ENABLED and rivals.ONNX):
-        import_package("onnx")
-        import_package("onnxruntime" if runtime == EAGER else runtime)
+    packages = set() if runtime == EAGER else {"onnx", runtime}
+    if rivals.ENABLED and rivals.ONNX:  # they run in ONNX Runtime only
+        packages |= {"onnx", ONNX_RUNTIME}
+    for package in sorted(packages):
+        import_package(package)
 
 
 def build_rivals(cfg: CfgNode, model: EarlyExitSSDLite, architecture: Architecture) -> list[Rival]:
-    """Return the rivals of EVAL.RIVALS, which detect the model's classes. They are on the model's device, exported
-    detectors on the CPU. Raise EarlyExitError if a file does not hold a detector of its kind and of these classes."""
+    """Return the rivals of EVAL.RIVALS, which detect the model's classes. They are on the model's device, those from
+    ONNX files on the CPU. Raise EarlyExitError if a file has no detector of its kind, or none of these classes."""
     rivals, wanted, own_size = cfg.EVAL.RIVALS, architecture.classes, architecture.image_size
     built: list[Rival] = []
     if not rivals.ENABLED:
@@ -144,6 +144,7 @@ def build_rivals(cfg: CfgNode, model: EarlyExitSSDLite, architecture: Architectu
     sizes = [size for size in dict.fromkeys(sizes) if size != own_size]
     for size in sizes:
         add(f"plain {size}", PLAIN, resize_detector(model, architecture, size))
+    # only a folded head has rows of unwanted classes that can be cut
     for size in (own_size, *sizes) if is_folded(model.head.classification_head) else ():
         add(f"plain {size}, cut head", CUT_HEAD, resize_detector(model, architecture, size, cut=True))
     for path in rivals.FULL_PATHS:
@@ -160,8 +161,8 @@ def build_rivals(cfg: CfgNode, model: EarlyExitSSDLite, architecture: Architectu
 def smaller_sizes(size: int) -> tuple[int, ...]:
     """Return 0.8, 0.7 and 0.6 times ``size``, rounded to multiples of 32, or of 16 for a ``size`` under 256 pixels."""
     step = 32 if size >= 256 else 16
-    sides = dict.fromkeys(round(share * size / step) * step for share in SHARES)
-    return tuple(side for side in sides if SMALLEST_SIDE <= side < size)
+    sides = dict.fromkeys(round(share * size / step) * step for share in SIZE_SHARES)
+    return tuple(side for side in sides if SMALLEST_SIZE <= side < size)
 
 
 def _single_exit(path: str) -> EarlyExitSSDLite:
@@ -187,7 +188,7 @@ def onnx_rivals(cfg: CfgNode, wanted: tuple[str, ...]) -> list[Rival]:
         example = torch.rand(network.input_shape, generator=torch.Generator().manual_seed(0))
         filtered = WantedClasses(detector, detector.classes, wanted, path)
         filtered([torch.zeros(3, 64, 64)])  # raises if the outputs have another format, before hours of evaluation
-        mmacs = count_onnx_mmacs(detector.content)
+        mmacs = count_onnx_mmacs(detector.content, path)
         rivals.append(Rival(Path(path).stem, ONNX, network, example, mmacs, filtered, path))
     return rivals
 
@@ -206,7 +207,7 @@ def evaluate_model(
     Args:
         cfg: configuration; its DATA.CLASSES are replaced by the classes of the weights.
         weights: a model of this project, or a checkpoint that ``cfg`` describes, see `open_model`.
-        compare: whether to warn if ``cfg`` describes another model than ``weights``.
+        compare: whether to warn if the model of ``weights`` differs from that in ``cfg``.
 
     Returns:
         The content of metrics.json; None on processes other than the first, which only compute their share of the
@@ -232,10 +233,10 @@ def evaluate_model(
         logger.warning("%s: no labels, so agreement with the full path replaces AP", " + ".join(cfg.DATA.TEST))
     rivals = build_rivals(cfg, model, architecture) if dataset.labelled else []  # they are compared by AP
     collected = collect(model, loader, router)
-    if cfg.EVAL.RIVALS.ENABLED and dataset.labelled and not router.hybrid:  # hybrid exits have the full path's boxes
+    if cfg.EVAL.RIVALS.ENABLED and dataset.labelled and not router.hybrid:  # a hybrid exit needs the full path's boxes
         rivals = [*exits_alone(model, collected), *rivals]
-    rivals = [replace(rival, detector=rival.detections(loader)) for rival in rivals]
-    if not is_main():  # the decorator makes it wait, so that the first process measures times undisturbed
+    rivals = [replace(rival, detector=rival.detections(loader)) for rival in rivals]  # all processes detect
+    if not is_main():  # the decorator makes this process wait, so that the first one measures times undisturbed
         return None
     context = Context(
         splits=list(cfg.DATA.TEST),
@@ -270,7 +271,7 @@ def evaluate_model(
 
 
 def _warn_of_differences(cfg: CfgNode, architecture: Architecture) -> None:
-    """Warn of settings in which the configuration differs from the architecture of the weights, which is used."""
+    """Warn of each setting of the configuration that differs from the weights. The setting of the weights is used."""
     configured = build_architecture(cfg, tuple(cfg.DATA.CLASSES) or architecture.classes).to_dict()
     used = architecture.to_dict()
     from_weights = ("reduced_tail", "head_outputs", "folded_rows", "folded_branches", "competing")  # not in cfg
@@ -293,7 +294,7 @@ def _detection_picture(
     return detection_grid(examples, model.exit_names, model.classes, cfg.EVAL.PICTURE_SCORE)
 
 
-# The report page. The results are on disk already, so an error in it must not end the job (`never_failing`).
+# The report page. Before it, the results are written, so an error in the page must not end the job (`never_failing`).
 
 PAGE = "report.html"
 ATTENTION_PHOTOS = 6  # number of photos with attention maps, the first of the gallery
@@ -330,10 +331,10 @@ def read_training(folder: Path, bounds: Sequence[float]) -> tuple[Section | None
 
 
 def _open_costs(model: EarlyExitSSDLite, router: ExitRouter, results: Results) -> list[OpenCosts]:
-    """Return the costs of the exits for the evaluated set of open exits, and the MMACs for all other sets. Only the
-    evaluated set was timed."""
+    """Return MMACs and ms of the exits for the evaluated set of open exits, and MMACs only for all other sets, because
+    these were not timed."""
     evaluated = tuple(threshold < CLOSED for threshold in router.thresholds.tolist())
-    # key: which of the earlier exits are open; value: MMACs up to the exit after them
+    # which of the earlier exits are open -> MMACs of the exit after them
     mmacs = {evaluated[:index]: row.mmacs for index, row in enumerate(results.exits)}
     costs = [OpenCosts(evaluated, [row.mmacs for row in results.exits], [row.ms for row in results.exits])]
     others = [opened for opened in itertools.product((True, False), repeat=len(evaluated)) if opened != evaluated]
@@ -358,12 +359,14 @@ def attention_of(
 
 
 def calibrate_command(arguments: Sequence[str], weights: Any) -> str:
-    """Return a command that calibrates ``weights``, with ``{target}`` in place of the target. Configuration file and
-    keys are from ``arguments``, a command line. Without ``--config``, as in a notebook, the result is empty."""
+    """Return a command that calibrates ``weights``, with ``{target}`` in place of ``--ap-drop`` and the like.
+    Configuration file and keys are those of ``arguments``, a command line. Without ``--config``, as in a notebook, the
+    result is empty."""
     if "--config" not in arguments[:-1]:
         return ""
     config = arguments[list(arguments).index("--config") + 1]
-    pairs = [pair for pair in itertools.pairwise(arguments) if re.fullmatch(r"[A-Z][A-Z0-9_]*(\.[A-Z0-9_]+)*", pair[0])]
+    tree = get_cfg()
+    pairs = [pair for pair in itertools.pairwise(arguments) if pair[0].partition(".")[0] in tree]
     keys = [text for pair in pairs if pair[0] != "ROUTING.CERTIFICATE" for text in pair]
     words = ["earlyexit", "calibrate", "--config", config, "--weights", str(weights), "--out", "calibrated"]
     return f"{shlex.join(words)} {{target}} {shlex.join(keys)}".strip()

@@ -46,12 +46,12 @@ from earlyexit_ssd.runtimes import OnnxRuntime
 
 logger = logging.getLogger(__name__)
 
-COMPARED_PHOTOS = 16  # number of photos on which the file in 32 bits is compared with the model
-RANGE_PHOTOS = 200  # number of photos on which ranges of activations are measured, and on which files are timed
+EXPORT_PHOTOS = 16  # number of photos on which the file in 32 bits is compared with the model
+RANGE_PHOTOS = 200  # largest number of photos on which ranges of activations are measured, and files are timed
 OPERATORS = ("Conv", "Add", "Mul", "Relu", "HardSwish", "HardSigmoid", "GlobalAveragePool", "MaxPool")
-"""Operators that are quantised, in modules of trunk, branches and heads."""
-SCORE, IOU = 0.5, 0.5  # minimum score and IoU of a detection that counts as a found object
-DELTA = 0.05  # default share of the bootstrap draws that may lose more than the budget
+"""Operators that are quantised in trunk, branches and heads."""
+SCORE, IOU = 0.5, 0.5  # an object is found by a detection with at least this score and IoU
+DELTA = 0.05  # default share of the bootstrap draws that may lose more AP50 than is allowed
 
 
 @dataclass(frozen=True)
@@ -68,13 +68,15 @@ class Kept:
 
 
 LADDER = (Kept(0, False), Kept(3, False), Kept(3, True), Kept(9, True))
-"""Choices in the order in which they are tried. The first layers are the most sensitive, and have few MMACs."""
+"""Layers in 32 bits, in the order in which they are tried. The first layers are the most sensitive, and have few
+MMACs."""
 
 
 @dataclass(frozen=True)
 class Int8Figures:
-    """Figures of a file in 8 bits and of the reference: the same detector in 32 bits, or the argument ``reference`` of
-    `export_int8`. Without labels, the reference's detections with a score of at least `SCORE` replace them."""
+    """Figures of a file in 8 bits, compared with the reference: the same detector in 32 bits, or the detections
+    ``reference`` of `export_int8`. On unlabelled photos, the reference's detections with a score of at least `SCORE`
+    are the labels."""
 
     path: Path
     size: int  # bytes
@@ -87,7 +89,7 @@ class Int8Figures:
     AP_lost_bound: float | None  # the same for AP; None if the loss of AP is not limited
     delta: float
     objects: int  # number of the reference's detections with a score of at least `SCORE`
-    objects_kept: int  # number of these that the detector in 8 bits finds too
+    objects_kept: int  # number of these that the detector in 8 bits also finds
     speed: Ratio  # time of a photo in 32 bits / time in 8 bits, from photo to detections, one thread
     runtime: str
 
@@ -102,7 +104,7 @@ class Int8Figures:
 
     @property
     def accuracy_text(self) -> str:
-        photos = f"{self.photos} labelled photos" if self.labelled else f"{self.photos} photos, 32 bits for labels"
+        photos = f"{self.photos} labelled photos" if self.labelled else f"{self.photos} photos, labelled in 32 bits"
         pairs = {"AP50": self.AP50, "AP": self.AP} if None not in (*self.AP50, *self.AP) else {}
         aps = [f"{name} {after:.3f} instead of {before:.3f}" for name, (before, after) in pairs.items()]
         kept = f"{self.objects_kept} of {self.objects} objects kept"
@@ -126,19 +128,18 @@ def export_int8(
 ) -> Int8Figures:
     """Write a detector in 8 bits, if it is faster than in 32 bits and loses little AP50.
 
-    First the detector is exported in 32 bits and compared with the model. Then the choices of layers that stay in 32
-    bits (`LADDER`) are tried until one holds the budget. The thresholds are computed again, so that as many photos
-    leave at each exit as in 32 bits. The temperatures stay the same. The file has no certificate, because the
-    certificate of a detector in 32 bits does not hold for 8 bits.
+    First the detector is exported in 32 bits and compared with the model. Then more and more layers stay in 32 bits
+    (`LADDER`), until the loss is at most ``ap_drop``. The thresholds are computed again, so that as many photos leave
+    at each exit as in 32 bits. The temperatures stay the same. The file has no certificate, because the certificate of
+    a detector in 32 bits does not hold for 8 bits.
 
     Args:
         model, path, file_format: see `export_detector`.
-        dataset: photos like the photos in deployment. AP is measured against their labels, or against the reference if
-            they have none.
+        dataset: photos like those of use, with or without labels.
         ap_drop: largest AP50 that may be lost, in a share 1 - ``delta`` of the bootstrap draws.
-        ranges: paths of photos on which the ranges of activations are measured, at most `RANGE_PHOTOS` of them; empty:
-            the photos of ``dataset``.
-        reference: image id -> detections that the loss is measured against; None: the detections in 32 bits.
+        ranges: paths of the photos on which the ranges of activations are measured, empty for those of ``dataset``. At
+            most `RANGE_PHOTOS` are used.
+        reference: detections with which those in 8 bits are compared; None: the detections in 32 bits.
         delta: share of the bootstrap draws that may lose more than ``ap_drop``.
         coco_ap_drop: as ``ap_drop``, for COCO's AP (IoU 0.5 to 0.95); None: not limited.
 
@@ -153,7 +154,7 @@ def export_int8(
     model, photos = export.exportable(model), [record.path for record in dataset.records]
     with export.replacing(path) as new_path, evaluating(model):
         float_path = new_path.with_name(f"float32{new_path.suffix}")
-        export.export_detector(model, float_path, file_format, photos[:COMPARED_PHOTOS])
+        export.export_detector(model, float_path, file_format, photos[:EXPORT_PHOTOS])
         confidences = _confidences(float_path, runtime, photos)
         if reference is None:
             reference = detect(Predictor(float_path, runtime), dataset)
@@ -168,7 +169,7 @@ def export_int8(
             predictors = Predictor(float_path, runtime), Predictor(trial, runtime, thresholds=thresholds)
             figures = _compare(*predictors, reference, dataset, kept, delta, with_ap=coco_ap_drop is not None)
             logger.info("8 bits, %s: %s; %s", kept, figures.accuracy_text, figures.speed_text)
-            speed = figures.speed
+            speed = figures.speed  # more layers in 32 bits would not make it faster
             if (speed.value if speed.low is None else speed.low) <= 1:
                 raise EarlyExitError(f"{path}: 8 bits are refused: {figures.speed_text}; export without --int8")
             if figures.lost_bound <= ap_drop and (coco_ap_drop is None or figures.AP_lost_bound <= coco_ap_drop):
@@ -178,7 +179,7 @@ def export_int8(
                 f"{path}: 8 bits are refused: {figures.bound_text} on {len(photos)} photos, even with {figures.kept}; "
                 f"allow more than {ap_drop:g} (--ap-drop), or export without --int8"
             )
-        if thresholds:
+        if model.router is not None:
             model.router.thresholds = [thresholds.get(name, CLOSED) for name in model.exit_names[:-1]]
             model.router.certificate = None
         export.write_segments(model, quantised, new_path, file_format)
@@ -189,15 +190,15 @@ def photos_to_quantise_on(
     folder: str | os.PathLike[str], annotations: str | os.PathLike[str] | None, classes: Sequence[str]
 ) -> DetectionDataset:
     """Return a data set of the photos of a folder, with the labels of the detector's ``classes`` in the file
-    ``annotations`` (a format of DATA.DATASETS; None: no labels). Raise DataError if a file is unusable, or if no label
-    is of the detector's classes."""
+    ``annotations`` (a format of DATA.DATASETS; None: no labels). Raise DataError if a file is unusable, or has none of
+    the detector's classes."""
     flags = ((folder, "--photos takes a folder"), (annotations, "--annotations takes a COCO JSON file"))
     for path, expected in flags:
         if path and not os.path.exists(path):
             raise DataError(f"{path}: it does not exist; {expected}")
     paths = [os.path.abspath(annotations) if annotations else "", os.path.abspath(folder)]
-    cfg = with_values(get_cfg(), {"DATA.DATASETS": [("--photos", *paths)]})
-    classes = [name for name in dict.fromkeys(classes) if name != "N/A"]  # COCO's ids without a class
+    cfg = with_values(get_cfg(), {"DATA.DATASETS": [("--photos", *paths)]})  # the name is for messages
+    classes = [name for name in dict.fromkeys(classes) if name != "N/A"]  # output for an unused id of COCO
     if annotations:
         labelled = [canonical(name) for name in read_dataset(cfg, "--photos").classes]
         classes = [name for name in classes if canonical(name) in labelled]
@@ -226,9 +227,10 @@ def _quantised(
     segments_int8 = []
     for segment in progress(segments, desc="8 bits"):
         graph = segment.model.graph
-        ignored = [node.name for node in graph.node if not _fits(node) or (kept.heads and "head" in node.name)]
+        ignored = [node.name for node in graph.node if not _is_quantised(node) or (kept.heads and "head" in node.name)]
         if graph.input[0].type.tensor_type.shape.dim[1].dim_value == 3:  # the input is the image
-            ignored += [node.name for node in graph.node if node.op_type == "Conv" and _fits(node)][: kept.convolutions]
+            convolutions = [node.name for node in graph.node if node.op_type == "Conv" and _is_quantised(node)]
+            ignored += convolutions[: kept.convolutions]
         try:
             with contextlib.redirect_stdout(sys.stderr):  # NNCF writes its progress bars to stdout
                 quantised = nncf.quantize(
@@ -247,9 +249,9 @@ def _quantised(
     return segments_int8
 
 
-def _fits(node: onnx.NodeProto) -> bool:
-    """Return whether a node is quantised: its operator is in `OPERATORS`, and it belongs to a module that is not a
-    policy. Nodes of functions, such as the resizing for a glance, belong to no module."""
+def _is_quantised(node: onnx.NodeProto) -> bool:
+    """Return whether the operator of a node is in `OPERATORS`, and the node is in a module that is no policy. Nodes of
+    functions, such as the resizing for a glance, are in no module."""
     *modules, _ = node.name.strip("/").split("/")
     return node.op_type in OPERATORS and bool(modules) and modules[0] != "_policy"
 
@@ -269,7 +271,7 @@ def detect(predictor: Predictor, dataset: DetectionDataset) -> Detections:
 
 
 def _confidences(path: Path, runtime: str, photos: Sequence[Path]) -> dict[str, np.ndarray]:
-    """Return a dict: open exit, shallow to deep -> confidences [n], as if no photo had left at an earlier exit."""
+    """Return a dict: open exit, shallow to deep -> confidences [n]. No photo leaves at an earlier exit."""
     names = [name for name, value in Predictor(path, runtime).thresholds.items() if value is not None]
     closed, by_exit = dict.fromkeys(names, CLOSED), {}
     for name in names:
@@ -283,7 +285,8 @@ def _thresholds(
     model: EarlyExitDetector, before: dict[str, np.ndarray], after: dict[str, np.ndarray]
 ) -> dict[str, float]:
     """Return a dict: open exit -> threshold in 8 bits, from the confidences in 32 bits and in 8 bits."""
-    by_exit, arrives = {}, np.ones_like(next(iter(before.values()), np.zeros(0)), bool)  # photos that reach the exit
+    by_exit = {}
+    arrives = np.ones_like(next(iter(before.values()), np.zeros(0)), bool)  # photos that reach the exit, in 32 bits
     for name, confidences in before.items():
         threshold = float(model.router.thresholds[model.exit_names.index(name)])
         by_exit[name] = matching_threshold(threshold, confidences[arrives], after[name][arrives])
@@ -293,7 +296,7 @@ def _thresholds(
 
 def matching_threshold(threshold: float, before: np.ndarray, after: np.ndarray) -> float:
     """Return a threshold at which as many photos leave with the confidences ``after`` [n] as with ``before`` [n] at
-    ``threshold``. If some photos leave and some do not, it is halfway between two confidences."""
+    ``threshold``. It is halfway between two confidences, unless no photo or every photo leaves."""
     leaving, ordered = int((before >= threshold).sum()), np.sort(after)[::-1]
     if not len(ordered):
         return threshold
@@ -313,11 +316,11 @@ def _compare(
     delta: float,
     with_ap: bool,
 ) -> Int8Figures:
-    """Measure ``quantised``: its detections are compared with ``reference``, its time with ``unquantised``."""
+    """Compare the detections of ``quantised`` with ``reference``, and its time with that of ``unquantised``."""
     detections, template = detect(quantised, dataset), to_coco(dataset)
     truth = template if dataset.labelled else as_ground_truth(template, reference, SCORE)
     matches = exit_matches(truth, [reference, detections], IOU)
-    choices = [np.full(matches.photos, index) for index in range(2)]
+    choices = [np.full(matches.photos, index) for index in range(2)]  # the reference, then 8 bits, for all photos
     before, after = (ap_of_choice(matches, choice) for choice in choices)
     reference_draws, draws = bootstrap_choices(matches, choices, ap50_only=not with_ap)
 

@@ -89,7 +89,7 @@ class Gate:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Files of a run below ``root``: the final model, and a folder for each phase."""
+    """The folder ``root`` of a run: the final model, and a folder for each phase."""
 
     root: Path
     shared_taps: Path | None = None  # folder of a tap cache that several runs share; it is not deleted
@@ -112,15 +112,15 @@ class RunFolder:
             shutil.rmtree(self.taps, ignore_errors=True)
 
     def require_free(self, cfg: CfgNode, resume: bool) -> None:
-        """Raise EarlyExitError if the folder holds other results or a run, unless ``resume`` is set and this
-        configuration can continue the run. Settings of unfinished phases may change, since a failed gate may advise
-        it; :meth:`start` then moves the files of these phases aside."""
+        """Raise EarlyExitError if the folder holds other results, or a run that ``cfg`` may not continue: ``resume`` is
+        not set, or settings of a finished phase have changed. Settings of unfinished phases may change, because a
+        failed gate may advise this. Then :meth:`start` moves the files of these phases aside."""
         make_folder(self.root)
         fix = "choose another folder (OUTPUT_DIR), or delete this one"
         if (self.root / "config.yaml").is_file():
             if not resume:
                 raise EarlyExitError(f"{self.root} already holds a run; continue it (--resume), {fix}")
-            self._changed_phases(cfg)
+            self._changed_phases(cfg)  # raises if a setting may not change
         elif (self.root / "metrics.json").exists():
             raise EarlyExitError(f"{self.root} holds other results; {fix}")
 
@@ -130,7 +130,7 @@ class RunFolder:
         for phase, key in self._changed_phases(cfg).items():
             logger.info("phase %s starts again, since %s has changed", phase, key)
             folder = self.phase(phase)
-            # the taps stay: they are recorded again if their key does not fit
+            # the tap cache stays; if the new settings need other taps, they are recorded again
             files = [path for path in folder.glob("*") if path.name != "taps" and not path.name.startswith("before_")]
             if files:
                 target = next(path for number in count(1) if not (path := folder / f"before_{number}").exists())
@@ -151,9 +151,9 @@ class RunFolder:
         path = self.root / "config.yaml"
         if not path.is_file():
             return {}
-        # a key that the stored configuration lacks has its default
+        # dumped and parsed, so that their values have the types of the stored YAML, such as lists for tuples
         defaults, current = (_flat(parse_yaml(each.dump())) for each in (get_cfg(), cfg))
-        stored = {**defaults, **_flat(_read_dict(path))}
+        stored = {**defaults, **_flat(_read_dict(path))}  # a file of an older version lacks newer keys
         changed = {}
         for key in sorted({*stored, *current}):
             if stored.get(key) == current.get(key) or key.startswith(_CHANGEABLE):
@@ -167,7 +167,7 @@ class RunFolder:
                 values = f"{key} = {shown(stored.get(key))}, now it is {shown(current.get(key))}"
                 fix = "use the stored value, or choose another folder (OUTPUT_DIR)"
                 raise EarlyExitError(f"{path}: the run to resume has {values}; {fix}")
-            if ".GATE." not in key:  # with a changed gate, the phase need not be trained again
+            if ".GATE." not in key:  # another limit of the gate needs no new training
                 changed[phase] = key
         return changed
 
@@ -205,7 +205,7 @@ def _flat(tree: dict, prefix: str = "") -> dict:
 
 
 class SplitQuality:
-    """Figures such as AP50 on ``dataset``. Under torchrun every process must call the same methods."""
+    """AP and other figures of models on ``dataset``. Under torchrun every process must call the same methods."""
 
     def __init__(self, dataset: DetectionDataset, cfg: CfgNode, workers: int) -> None:
         self._loader = build_loader(dataset, cfg.EVAL.BATCH_SIZE, workers, False, 0, rank(), world_size())
@@ -214,7 +214,7 @@ class SplitQuality:
         self._settings = EvaluationSettings(score=cfg.EVAL.SCORE, iou=cfg.EVAL.IOU, resamples=0)
 
     def of_full_path(self, model: EarlyExitSSDLite) -> Figures:
-        router, model.router = model.router, None
+        router, model.router = model.router, None  # without a router every photo takes the full path
         try:
             return self._figures(collect_detections(model, self._loader))
         finally:
@@ -230,9 +230,9 @@ class SplitQuality:
     def curve_point(self, model: EarlyExitSSDLite) -> dict[str, float | None]:
         """Return a point of the training curves.
 
-        Keys are ``AP/<exit>`` and ``AP50/<exit>`` for exits with a branch and the full path, ``share/<exit>`` of the
-        photos for every exit, ``temperature/<exit>`` and the mean ``confidence/<exit>`` for early exits. Without a
-        router, as before the exits phase, the point has only the full path's AP and AP50.
+        Keys are ``AP/<exit>`` and ``AP50/<exit>`` for exits with a branch and for the full path, ``share/<exit>`` (of
+        the photos) for every exit, and ``temperature/<exit>`` and ``confidence/<exit>`` (mean) for early exits. Without
+        a router, as before the exits phase, the point has only the full path's AP and AP50.
         """
         router = model.router
         if router is None:

@@ -23,6 +23,7 @@ from pycocotools.coco import COCO
 from torch import Tensor
 
 from earlyexit_ssd.calibration.thresholds import pareto_path, threshold_grid
+from earlyexit_ssd.config import CLOSED
 from earlyexit_ssd.errors import DataError
 from earlyexit_ssd.evaluation.matches import Detections, ExitMatches, ap_of_choice, photo_counts
 from earlyexit_ssd.images import read_thumbnail
@@ -32,17 +33,18 @@ from earlyexit_ssd.modeling.detector import walk
 from earlyexit_ssd.modeling.trunk import evaluating
 from earlyexit_ssd.report.pictures import as_picture
 
-MAX_THUMBNAILS = 400  # of the other photos the page shows only the boxes
+MAX_THUMBNAILS = 400  # number of photos with a thumbnail; for the others the page shows only the boxes
 THUMBNAIL_SIDE = 240  # longer side of a thumbnail and of a picture of attention, in pixels
-MAX_BOXES = 30  # boxes per photo and exit, those with the highest scores
+MAX_BOXES = 30  # largest number of boxes per photo and exit; those with the highest scores are kept
 CURVE_CHOICES = 150  # approximate number of threshold combinations that are tried for the curve of the explorer
 
 
 @dataclass(frozen=True)
 class OpenCosts:
-    """Costs of a photo that leaves at each exit, the full path last, with some exits open. None: not measured."""
+    """Costs of a photo that leaves at each exit, the full path last, if the exits ``opened`` are open. None: not
+    measured."""
 
-    opened: tuple[bool, ...]
+    opened: tuple[bool, ...]  # for each early exit
     mmacs: Sequence[float] | None = None
     ms: Sequence[float] | None = None
 
@@ -53,22 +55,22 @@ class PagePhotos:
 
     ground_truth: COCO  # photos and objects; for unlabelled photos, the full path's detections are the objects
     detections: Sequence[Detections]  # per exit, the full path last
-    matches: ExitMatches  # of these detections; their last condition is used for counts
+    matches: ExitMatches  # of these detections; hits and false positives are those at the IoU of the last condition
     exit_names: Sequence[str]
     confidences: np.ndarray  # float [early exits, n]
     thresholds: Sequence[float]  # the evaluated thresholds
     costs: Sequence[OpenCosts]  # of every set of open exits whose costs are known
     plain_mmacs: float | None  # of the detector without exits
     plain_ms: float | None
-    score: float  # least score of the detections that are counted and drawn
+    score: float  # minimum score of the detections that are counted and drawn
     labelled: bool = True
-    chosen_here: bool = False  # whether thresholds may be chosen on these photos: they are no test photos
+    chosen_here: bool = False  # whether thresholds may be chosen on these photos, because they are no test photos
     attention: tuple[Attention, ...] = ()
 
 
 def by_gain(matches: ExitMatches, score: float) -> np.ndarray:
-    """Return the indices of the photos [n] by falling gain: errors (misses and false positives) of the first exit minus
-    errors of the full path."""
+    """Return the indices of the photos [n], those first in which the full path gains most: errors (misses and false
+    positives) of the first exit minus errors of the full path."""
     errors = photo_counts(matches, score).errors
     return np.argsort(errors[:, -1] - errors[:, 0], kind="stable")
 
@@ -107,10 +109,11 @@ def photos_json(photos: PagePhotos) -> dict[str, object]:
 
 
 def _matches_json(matches: ExitMatches) -> list[dict[str, int | list[int]]]:
-    """Return the input of AP50 for each class with objects, see `ExitMatches.ranked_positives`.
+    """Return what page.js computes AP50 from, for each class with objects. See `ExitMatches.ranked_positives`.
 
-    ``objects`` is their number, ``hits`` are the pairs of the hits. ``rows`` (lengths), ``pairs`` (column indices, as
-    differences) and ``counts`` are the false positives in CSR form.
+    ``objects`` is the number of objects. ``hits`` are the pairs (photo and exit) of the true positives. ``rows``,
+    ``pairs`` and ``counts`` are the sparse array of the false positives in CSR form: lengths of the rows, column
+    indices (each as the difference to the one before), and values.
     """
     classes = []
     objects_of_class = matches.objects_by_size["all"].sum(axis=1).tolist()
@@ -125,12 +128,13 @@ def _matches_json(matches: ExitMatches) -> list[dict[str, int | list[int]]]:
 def _curve(photos: PagePhotos) -> list[dict[str, object]]:
     """Return the Pareto-optimal thresholds of a coarse grid, in AP50 and cost, by falling cost."""
     early = len(photos.exit_names) - 1
-    known = {costs.opened: costs.mmacs or costs.ms for costs in photos.costs}
-    if not early or not photos.labelled or len(known) < 2**early or not photos.matches.objects.sum():
+    costs_of = {costs.opened: costs.mmacs or costs.ms for costs in photos.costs}
+    if not early or not photos.labelled or len(costs_of) < 2**early or not photos.matches.objects.sum():
         return []
-    grid = threshold_grid(list(photos.confidences), max(1, int(CURVE_CHOICES ** (1 / early)) - 2))
-    opened = [tuple(bool(value <= 1) for value in row) for row in grid.thresholds]
-    cost = grid.mean_cost(np.array([known[exits] for exits in opened]))
+    levels = max(1, int(CURVE_CHOICES ** (1 / early)) - 2)  # per exit; the grid adds 0 and `CLOSED`
+    grid = threshold_grid(list(photos.confidences), levels)
+    opened = [tuple(bool(value < CLOSED) for value in row) for row in grid.thresholds]
+    cost = grid.mean_cost(np.array([costs_of[exits] for exits in opened]))
     ap50 = np.array([ap_of_choice(photos.matches, choice, ap50_only=True).AP50 for choice in grid.choices])
     path = pareto_path(-ap50, cost).tolist()
     return [{"thresholds": grid.thresholds[index].tolist(), "AP50": float(ap50[index])} for index in path]
@@ -157,15 +161,13 @@ def _boxes(photos: PagePhotos) -> list[list[list[list[int]]]]:
     score in percent, and 1 for a hit, 2 for an ignored detection, 0 for a false positive."""
     matches, classes = photos.matches, _class_indices(photos)
     drawn = matches.score >= photos.score
-    state = np.where(matches.true_positive[-1], 1, np.where(matches.false_positive[-1], 0, 2))
-    *keys, states = (
-        values[drawn].tolist() for values in (matches.photo, matches.exit, matches.label, matches.rank, state)
-    )
-    state_of = dict(zip(zip(*keys, strict=True), states, strict=True))
+    states = np.where(matches.true_positive[-1], 1, np.where(matches.false_positive[-1], 0, 2))
+    keys = (values[drawn].tolist() for values in (matches.photo, matches.exit, matches.label, matches.rank))
+    state_of = dict(zip(zip(*keys, strict=True), states[drawn].tolist(), strict=True))
     rows: list[list[list[list[int]]]] = []
     for photo, image_id in enumerate(matches.image_ids):
         rows.append([])
-        for exit, detections in enumerate(photos.detections):
+        for exit_index, detections in enumerate(photos.detections):
             boxes: list[list[int]] = []
             if found := detections.get(image_id):
                 scores, labels = found["scores"].double().numpy(), found["labels"].tolist()
@@ -173,14 +175,14 @@ def _boxes(photos: PagePhotos) -> list[list[list[list[int]]]]:
                 for index in np.argsort(-scores, kind="stable").tolist():
                     label = classes.get(labels[index])
                     if scores[index] >= photos.score and label is not None:
-                        state = state_of[photo, exit, label, next(ranks[label])]
+                        state = state_of[photo, exit_index, label, next(ranks[label])]
                         boxes.append([*corners[index], label, round(100 * float(scores[index])), state])
             rows[-1].append(boxes[:MAX_BOXES])
     return rows
 
 
 def _thumbnails(photos: PagePhotos) -> dict[int, Image.Image]:
-    """Return index of a photo -> thumbnail, for the most notable photos."""
+    """Return a dict: index of a photo -> thumbnail, for the first photos of `_notable` with a readable file."""
     thumbnails, images = {}, photos.ground_truth.loadImgs(photos.matches.image_ids)
     for index in _notable(photos)[:MAX_THUMBNAILS]:
         image = images[index]
@@ -196,8 +198,8 @@ def _jpeg(picture: Image.Image) -> str:
 
 
 def _notable(photos: PagePhotos) -> list[int]:
-    """Return the indices of all photos, in turns from four orders: greatest gain first, least gain first, nearest to a
-    threshold first, and by image id."""
+    """Return the indices of all photos, in turns from four orders: greatest gain first (see `by_gain`), smallest gain
+    first, confidence nearest to a threshold first, and by image id."""
     gain, count = by_gain(photos.matches, photos.score), photos.matches.photos
     thresholds = np.array(photos.thresholds).reshape(-1, 1)
     # confidences of a model without early exits have the shape [0]
@@ -222,22 +224,23 @@ BINS = {
 
 
 def _groups(photos: PagePhotos, thumbnails: dict[int, Image.Image]) -> list[dict[str, object]]:
-    """Return the groups of photos by property (`BINS` and the classes shown): title, and labels with their photos."""
+    """Return the groups of photos for each property (`BINS`, and the classes that a photo shows): ``title``, and
+    ``bins`` with the indices of their photos."""
     truth = photos.ground_truth
     names = {category: truth.cats[category]["name"] for category in sorted(truth.cats)}
     groups: dict[str, dict[str, list[int]]] = {title: {label: [] for label in bins} for title, bins in BINS.items()}
     groups["class shown"] = {name: [] for name in names.values()}
     for index, image_id in enumerate(photos.matches.image_ids):
-        objects = [one for one in truth.imgToAnns.get(image_id, []) if not one.get("iscrowd", 0)]
+        objects = [row for row in truth.imgToAnns.get(image_id, []) if not row.get("iscrowd", 0)]
         pixels = truth.imgs[image_id]["width"] * truth.imgs[image_id]["height"]
-        sides = [(one["area"] / pixels) ** 0.5 for one in objects]
+        sides = [(row["area"] / pixels) ** 0.5 for row in objects]
         brightness = ImageStat.Stat(thumbnails[index].convert("L")).mean[0] if index in thumbnails else None
-        boxes = np.array([one["bbox"] for one in objects], np.float64)
+        boxes = np.array([row["bbox"] for row in objects], np.float64)
         values = len(objects), np.median(sides) if sides else None, _crowding(boxes), brightness
         for (title, bins), value in zip(BINS.items(), values, strict=True):
             if value is not None:
                 groups[title][next(label for label, limit in bins.items() if value < limit)].append(index)
-        for name in {names[one["category_id"]] for one in objects}:
+        for name in {names[row["category_id"]] for row in objects}:
             groups["class shown"][name].append(index)
     return [
         {"title": title, "bins": [{"label": label, "photos": members} for label, members in bins.items() if members]}
@@ -258,11 +261,11 @@ CHANNELS, GRADIENTS = "channel attention", "gradients"
 
 @dataclass(frozen=True)
 class Attention:
-    """A photo under the attention map of an exit. ``photo`` is the photo's index, ``method`` how the map was made."""
+    """The attention map of an exit, drawn over a photo."""
 
-    photo: int
+    photo: int  # index
     exit: str
-    method: str
+    method: str  # `CHANNELS` or `GRADIENTS`
     picture: Image.Image
 
 
@@ -305,13 +308,13 @@ def _scaled(values: Tensor) -> Tensor:
 
 
 def attention_pictures(model: EarlyExitSSDLite, images: Sequence[tuple[int, Tensor]]) -> tuple[Attention, ...]:
-    """Return the maps of every exit over these photos: (index of the photo, float [3, H, W] in [0, 1])."""
+    """Draw the maps of every exit over ``images``: (index of the photo, float [3, H, W] in [0, 1])."""
     device, pictures = next(model.parameters()).device, []
     for index, image in images:
         photo = as_picture(image)
         photo.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
         for name, (method, values) in attention_maps(model, image.to(device)).items():
-            # the network sees the photo squeezed to a square, so its map is stretched to the photo
+            # the network's input is the photo resized to a square, so the map is resized to the photo
             heat = Image.fromarray((values.numpy() * 255).round().astype(np.uint8)).resize(photo.size, Image.BICUBIC)
             colors = matplotlib.colormaps["inferno"](np.asarray(heat), bytes=True)[..., :3]
             pictures.append(Attention(index, name, method, Image.blend(photo, Image.fromarray(colors), 0.6)))

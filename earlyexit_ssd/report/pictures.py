@@ -41,8 +41,8 @@ STYLES = {
 def draw_charts(
     draw: Callable[[np.ndarray], None], rows: int = 1, columns: int = 1, inches: tuple[float, float] = (7.5, 5)
 ) -> Image.Image:
-    """Return the picture of what ``draw`` draws on the axes [rows, columns], at 128 dpi. The axes of a row share the y
-    scale, those of a column the x scale."""
+    """Call ``draw`` with the axes [rows, columns] of a new figure, and return its picture at 128 dpi. The axes of a row
+    share the y scale, those of a column the x scale."""
     figure = Figure(figsize=inches, dpi=128, layout="constrained")
     canvas = FigureCanvasAgg(figure)
     all_axes = figure.subplots(rows, columns, sharex="col", sharey="row", squeeze=False)
@@ -57,7 +57,7 @@ def draw_charts(
 
 
 def _make_drawable(artist: Artist) -> None:
-    """Make any name in a text drawable: "$" starts no formula, and bytes that are no character are escaped."""
+    """Make all texts drawable, whatever names they contain: "$" starts no formula, and invalid Unicode is escaped."""
     for text in artist.findobj(Text):
         text.set_parse_math(False)
         text.set_text(text.get_text().encode("utf-8", "backslashreplace").decode())
@@ -78,7 +78,7 @@ def accuracy_against_cost(results: Results) -> Image.Image:
         for axes, (quality, cost) in zip(all_axes.flat, kinds, strict=True):
             defined = [row for row in rows if row.number(quality) is not None and row.number(cost) is not None]
             panels.append((axes, defined, quality, cost))
-            _draw_points(*panels[-1])
+            _draw_points(axes, defined, quality, cost)
         all_axes[1, 0].set_xlabel(f"ms per image ({timing_title(results)})")
         all_axes[1, 1].set_xlabel("MMAC per image")
         all_axes[0, 0].set_ylabel("AP")
@@ -114,12 +114,13 @@ def _draw_points(axes: Axes, rows: Sequence[Row], quality: str, cost: str) -> No
 
 
 def _bars(value: float, interval: Interval) -> list[list[float]] | None:
-    """Return the lengths of the bars below and above ``value``, which may lie outside a percentile interval."""
+    """Return the lengths of the error bars below and above ``value``. A value outside its interval, which is possible
+    with a bootstrap, has a bar of length 0 on one side."""
     return [[max(value - interval[0], 0.0)], [max(interval[1] - value, 0.0)]] if interval else None
 
 
 LABEL_GAP = 7  # points between a marker and its text
-MARKER = 9  # pixels around a point that its marker takes
+MARKER = 9  # pixels from a point to the edge of its marker
 PLACES = [
     (x * LABEL_GAP * distance, y * LABEL_GAP * distance)
     for distance in (1, 2.2, 3.6)
@@ -142,10 +143,10 @@ def place_labels(
         )
         _make_drawable(label)
         label.set_in_layout(False)
-        own, candidates = label.get_window_extent(), []
-        for x, y in PLACES:
-            left, down = (1 - np.sign(x)) / 2 * own.width, (1 - np.sign(y)) / 2 * own.height
-            box = own.translated(x * scale - left, y * scale - down)
+        extent, candidates = label.get_window_extent(), []
+        for x, y in PLACES:  # a text to the left of its point ends there, a text below has its top there
+            left, down = (1 - np.sign(x)) / 2 * extent.width, (1 - np.sign(y)) / 2 * extent.height
+            box = extent.translated(x * scale - left, y * scale - down)
             outside = box.width * box.height - _overlap(box, frame)
             candidates.append((round(outside + sum(_overlap(box, other) for other in taken), 3), x, y, box))
         _, x, y, box = min(candidates, key=lambda candidate: candidate[0])
@@ -164,10 +165,11 @@ Curves = dict[str, dict[str, list[tuple[float, float]]]]  # figure -> curve -> p
 
 
 def log_curves(logs: Mapping[str, Sequence[LogLine]]) -> tuple[Curves, list[float]]:
-    """Return the curves of all figures in the ``logs`` (phase -> lines, in the order of training), and the epochs
-    between which the phases lie. Epochs are numbered across all phases.
+    """Return the curves of all figures in the ``logs`` (phase -> lines, in the order of training), and the epochs at
+    which the phases begin and end. Epochs are numbered across all phases.
 
-    The curves of a figure are those of the exits. ``loss`` (total) and ``parts`` (of the loss) have one in each phase.
+    A figure such as AP50 has one curve for each exit. ``loss`` (total) and ``parts`` (of the loss) have separate curves
+    for each phase.
     """
     curves: Curves = defaultdict(lambda: defaultdict(list))
     ends = [0.0]
@@ -184,8 +186,8 @@ def log_curves(logs: Mapping[str, Sequence[LogLine]]) -> tuple[Curves, list[floa
 
 
 def training_curves(logs: Mapping[str, Sequence[LogLine]]) -> Image.Image | None:
-    """Draw AP50 of every exit, the share of the photos that leave there, and its temperature, by epoch. There is a row
-    for each of these figures in the ``logs`` (see `log_curves`); without one the result is None."""
+    """Draw AP50 of every exit, the share of the photos that leave there, and its temperature, by epoch. Figures that
+    are not in the ``logs`` (see `log_curves`) have no row. Return None if none is in the logs."""
     curves, ends = log_curves(logs)
     titles = {"AP50": "AP50", "share": "share of photos", "temperature": "temperature"}
     titles = {kind: title for kind, title in titles.items() if kind in curves}
@@ -214,8 +216,8 @@ def training_curves(logs: Mapping[str, Sequence[LogLine]]) -> Image.Image | None
 
 
 def reliability_diagram(temperatures: Sequence[FittedTemperature]) -> Image.Image:
-    """Draw, for each exit, the share of default boxes whose most probable class is right, by its probability, before
-    and after the fit."""
+    """Draw for each exit how often the most probable class of a default box is right, against its probability, before
+    and after the fit of the temperature."""
 
     def draw(all_axes: np.ndarray) -> None:
         for axes, fitted in zip(all_axes[0], temperatures, strict=True):
@@ -253,13 +255,13 @@ def candidates_chart(candidates: Sequence[Candidate], chosen: Candidate | None, 
     frontier. The first of the ``candidates`` is the unchanged detector. Rivals are squares."""
     timed = [candidate for candidate in candidates if candidate.ms is not None and candidate.AP50 is not None]
     frontier: list[Candidate] = []
-    for candidate in sorted((candidate for candidate in timed if not candidate.rival), key=lambda one: one.ms):
+    for candidate in sorted((row for row in timed if not row.rival), key=lambda row: row.ms):
         if not frontier or candidate.AP50 > frontier[-1].AP50:
             frontier.append(candidate)
 
     def draw(all_axes: np.ndarray) -> None:
         axes = all_axes[0, 0]
-        axes.plot([one.ms for one in frontier], [one.AP50 for one in frontier], color=EXITS, alpha=0.4, zorder=1)
+        axes.plot([row.ms for row in frontier], [row.AP50 for row in frontier], color=EXITS, alpha=0.4, zorder=1)
         for candidate in timed:
             ms, ap50, is_chosen = candidate.ms, candidate.AP50, candidate == chosen
             color = ROUTED if is_chosen else PLAIN if candidate.rival or not candidate.exits else EXITS
@@ -276,10 +278,10 @@ def candidates_chart(candidates: Sequence[Candidate], chosen: Candidate | None, 
 
 # Photos with their boxes.
 
-TILE, PHOTO_TILE = 320, 240  # width and largest height of a photo in `detection_grid` and `photo_grid`, pixels
-PHOTO_COLUMNS = 4
-GAP = 8
-HEADER = 30
+TILE, PHOTO_TILE = 320, 240  # longer side of a photo in `detection_grid` and in `photo_grid`, pixels
+PHOTO_COLUMNS = 4  # photos in a row of `photo_grid`
+GAP = 8  # pixels between photos
+HEADER = 30  # height of the column titles, pixels
 BACKGROUND, PADDING, INK, FRAME, IGNORED = "#ffffff", "#edf2f7", "#1a202c", "#dd6b20", "#718096"
 
 
@@ -300,9 +302,9 @@ def detection_grid(
     """Draw each example in a row: the photo with the ground truth, then with the detections of each exit that have at
     least this ``score``. ``classes`` are the names of the labels 1..K. The column of the ground truth is left out if no
     example has one."""
-    first = 0 if examples and all(example.target is None for example in examples) else 1
-    columns = ["ground truth", *exit_names][1 - first :]
-    rows = [_tiles(example, classes, score, TILE)[1 - first :] for example in examples]
+    has_truth = not examples or any(example.target is not None for example in examples)
+    columns = ["ground truth", *exit_names] if has_truth else list(exit_names)
+    rows = [_tiles(example, classes, score, TILE)[0 if has_truth else 1 :] for example in examples]
     width = GAP + len(columns) * (TILE + GAP)
     picture = Image.new("RGB", (width, HEADER + sum(row[0].height + GAP for row in rows)), BACKGROUND)
     draw = ImageDraw.Draw(picture)
@@ -315,7 +317,7 @@ def detection_grid(
         for column, tile in enumerate(row):
             left = GAP + column * (TILE + GAP)
             picture.paste(tile, (left, top))
-            if example.exit_index is not None and column == example.exit_index + first:  # the frame is in the gap
+            if example.exit_index is not None and column == example.exit_index + has_truth:  # the frame is in the gap
                 x, y = left - GAP // 2, top - GAP // 2
                 box = (x, y, x + tile.width + GAP - 1, y + tile.height + GAP - 1)
                 draw.rectangle(box, outline=FRAME, width=GAP // 2)
@@ -336,8 +338,8 @@ def photo_grid(samples: Sequence[tuple[Tensor, Mapping[str, Tensor]]], classes: 
 
 
 def choose_examples(chosen: Sequence[int], empty: Sequence[bool], count: int, seed: int = 0) -> list[int]:
-    """Choose up to ``count`` photos, in a random order of this ``seed``, so that every exit of ``chosen`` (the exit of
-    each photo) is shown and a quarter has no object (``empty``). Return their indices."""
+    """Return the indices of up to ``count`` random photos, about a quarter of them without objects (``empty``). All
+    exits occur if ``count`` allows it. ``chosen`` is the exit of each photo."""
     order = np.random.default_rng(seed).permutation(len(chosen)).tolist()
     with_object = _in_turns([index for index in order if not empty[index]], chosen)
     without = _in_turns([index for index in order if empty[index]], chosen)
@@ -346,7 +348,7 @@ def choose_examples(chosen: Sequence[int], empty: Sequence[bool], count: int, se
 
 
 def _in_turns(indices: Sequence[int], chosen: Sequence[int]) -> list[int]:
-    """Reorder so that the exits take turns."""
+    """Reorder photos so that their exits take turns."""
     turns: dict[int, Iterator[int]] = defaultdict(itertools.count)
     return sorted(indices, key=lambda index: (next(turns[chosen[index]]), chosen[index]))
 

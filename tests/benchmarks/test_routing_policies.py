@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from benchmarks import routing_policies as study
-from benchmarks.routing_policies import Compared, Line, Planned, Study, coin, line_of, oracle_choice, pooled_gap
+from benchmarks.routing_policies import Compared, Planned, Point, Study, coin, oracle_choice, point_of, pooled_gap
 from earlyexit_ssd.calibration import thresholds as soft_exit
 from earlyexit_ssd.calibration.thresholds import choose
 from earlyexit_ssd.config import CLOSED
@@ -62,11 +62,11 @@ def two_exits(random_case):
 def test_router_and_coin_have_equal_cost(random_case):
     matches, costs = two_exits(random_case), COSTS[:2]
     choice, second = np.array([0, 1] * 30), np.ones(60, int)
-    router, chance = line_of(matches, choice, costs), coin(matches, choice, costs)
+    router, chance = point_of(matches, choice, costs), coin(matches, choice, costs)
     assert router.cost == chance.cost == 1.5
-    assert 0 < chance.AP50 < line_of(matches, second, costs).AP50
+    assert 0 < chance.AP50 < point_of(matches, second, costs).AP50
     assert coin(matches, choice, costs, seed=0) == chance != coin(matches, choice, costs, seed=1)
-    assert pytest.approx(line_of(matches, second, costs).AP50) == coin(matches, second, costs).AP50
+    assert pytest.approx(point_of(matches, second, costs).AP50) == coin(matches, second, costs).AP50
 
 
 def test_oracle_closes_exits_that_cost_more_than_they_gain():
@@ -248,11 +248,11 @@ def test_best_policy_is_chosen_on_the_calibration_split():
 
 
 def test_leads_over_a_coin_in_ap50_and_in_ap():
-    oracle = np.zeros(1, int), Line(1.0, 0.46, 0.72)
-    lines = Compared(np.zeros(1, int), Line(1.0, 0.45, 0.69), Line(1.0, 0.41, 0.65), {"best_oracle": oracle})
+    oracle = np.zeros(1, int), Point(1.0, 0.46, 0.72)
+    lines = Compared(np.zeros(1, int), Point(1.0, 0.45, 0.69), Point(1.0, 0.41, 0.65), {"best_oracle": oracle})
     assert lines.leads("best_oracle") == pytest.approx((0.04, 0.07))
     assert lines.leads("best_oracle", "AP") == pytest.approx((0.04, 0.05))
-    undefined = Compared(np.zeros(1, int), Line(1.0, None, None), lines.chance, lines.oracles)
+    undefined = Compared(np.zeros(1, int), Point(1.0, None, None), lines.chance, lines.oracles)
     assert np.isnan(undefined.leads("best_oracle", "AP")[0]) and np.isnan(pooled_gap([undefined.leads("best_oracle")]))
 
 

@@ -87,7 +87,7 @@ def test_a_compact_head_needs_no_boxes(tmp_path, monkeypatch):
     keys = ["DATA.ROOT", str(tmp_path), "DATA.DATASETS", '[["street", "", "street"]]', "DATA.TRAIN", "[street]"]
     keys += ["DATA.WORKERS", "0", "MODEL.WEIGHTS", str(tmp_path / "model.pth"), "MODEL.IMAGE_SIZE", "96"]
     keys += ["MODEL.WIDTH", "0.25", "MODEL.FOLD", "compact", "MODEL.COMPACT_TOLERANCE", "0.05"]
-    monkeypatch.setattr(build, "COMPARED_PHOTOS", 3)
+    monkeypatch.setattr(build, "COMPACT_PHOTOS", 3)
     batches = []
     monkeypatch.setattr(build, "progress", lambda loader, _: batches.extend(loader) or batches)
     compact, architecture = build_model(load_config(None, keys), ("chair",))

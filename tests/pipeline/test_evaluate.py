@@ -201,9 +201,19 @@ def test_onnx_runtime_measures_the_cpu():
         check_rivals(cfg, torch.device("cuda"))
 
 
+def test_rivals_from_onnx_files_need_onnx_runtime(tmp_path, monkeypatch):
+    (tmp_path / "net.onnx").touch()
+    needed = []
+    monkeypatch.setattr("earlyexit_ssd.pipeline.evaluate.import_package", needed.append)
+    keys = ["EVAL.RUNTIME", "openvino", "EVAL.RIVALS.ONNX", f"boxes:{tmp_path}/net.onnx"]
+    check_rivals(load_config(None, keys), CPU)
+    assert needed == ["onnx", "onnxruntime", "openvino"]
+
+
 def test_the_command_of_a_calibration_has_the_keys_of_the_evaluation():
-    given = ["earlyexit", "evaluate", "--config", "my set.yaml", "--out", "x", "DATA.ROOT", "d", "SEED", "3"]
+    given = ["earlyexit", "evaluate", "--config", "my set.yaml", "--out", "x", "MODEL.WEIGHTS", "COCO_V1", "SEED", "3"]
     assert calibrate_command([*given, "ROUTING.CERTIFICATE", "c.json"], "model.pth") == (
-        "earlyexit calibrate --config 'my set.yaml' --weights model.pth --out calibrated {target} DATA.ROOT d SEED 3"
+        "earlyexit calibrate --config 'my set.yaml' --weights model.pth --out calibrated {target} "
+        "MODEL.WEIGHTS COCO_V1 SEED 3"
     )
     assert calibrate_command(["pytest"], "model.pth") == ""

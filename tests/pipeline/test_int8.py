@@ -1,7 +1,9 @@
 """A file in 8 bits is written if it is faster and loses little AP50, with thresholds for its own confidences."""
 
+import dataclasses
 import json
 import os
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -16,9 +18,10 @@ from earlyexit_ssd import ExitRouter
 from earlyexit_ssd.config import CLOSED
 from earlyexit_ssd.deploy import Predictor
 from earlyexit_ssd.deploy.benchmark import Ratio
+from earlyexit_ssd.drift import Reference
 from earlyexit_ssd.errors import DataError, EarlyExitError
 from earlyexit_ssd.pipeline import int8
-from earlyexit_ssd.pipeline.int8 import Kept, _fits, export_int8, matching_threshold, photos_to_quantise_on
+from earlyexit_ssd.pipeline.int8 import Kept, _is_quantised, export_int8, matching_threshold, photos_to_quantise_on
 from tests.deploy.conftest import build_model, build_photos
 
 pytest.importorskip("nncf", reason="needs NNCF: pip install nncf")
@@ -64,7 +67,7 @@ def test_a_faster_file_is_written_and_as_many_photos_leave(folder, model, traced
     dataset = photos_to_quantise_on(folder, None, model.classes)
     figures = export_int8(model, tmp_path / "detector.onnx", "onnx", dataset, ap_drop=1.0)
     assert figures.size == (tmp_path / "detector.onnx").stat().st_size and not figures.labelled
-    assert "8 photos, 32 bits for labels" in str(figures) and "1.40 [1.30, 1.50] times as fast" in str(figures)
+    assert "8 photos, labelled in 32 bits" in str(figures) and "1.40 [1.30, 1.50] times as fast" in str(figures)
     assert [path.name for path in tmp_path.iterdir()] == ["detector.onnx"]
     kept = [name for name in in_float(tmp_path / "detector.onnx") if "/fc" not in name]  # NNCF leaves these
     assert len(kept) == 3 and all("/features.0" in name for name in kept)
@@ -74,6 +77,19 @@ def test_a_faster_file_is_written_and_as_many_photos_leave(folder, model, traced
     assert predictor.thresholds["exit12"] is None
     assert model.router.thresholds[0] != pytest.approx(predictor.thresholds["exit8"], abs=1e-9)  # the model stays
     assert os.environ["NNCF_CI"]  # no telemetry
+
+
+def test_a_file_without_open_exits_has_no_certificate(folder, model, tmp_path, monkeypatch):
+    router = ExitRouter(2, policy="max_foreground")
+    reference = Reference.from_decisions(model.exit_names, [2], [[0.5], [0.5]])
+    content = {"drift": dataclasses.asdict(reference), "target": {}}
+    router.certificate = SimpleNamespace(router=router.to_dict(), to_dict=lambda: content)
+    monkeypatch.setattr(model, "router", router)
+    monkeypatch.setattr(int8, "speed_of", lambda *_: Ratio(1.4, 1.3, 1.5))
+    monkeypatch.setattr(int8, "_quantised", lambda nncf, segments, inputs, kept: segments)
+    dataset = photos_to_quantise_on(folder, None, model.classes)
+    export_int8(model, tmp_path / "detector.onnx", "onnx", dataset, ap_drop=1.0)
+    assert Predictor(tmp_path / "detector.onnx").certificate is None
 
 
 @pytest.mark.parametrize(
@@ -134,7 +150,7 @@ def test_as_many_photos_leave(pairs, threshold):
 
 
 @pytest.mark.parametrize(
-    ("name", "operator", "fits"),
+    ("name", "operator", "quantised"),
     [
         ("/features.0.12/block/block.0/block.0.0/Conv", "Conv", True),
         ("/features.0.12/Add", "Add", True),
@@ -145,5 +161,5 @@ def test_as_many_photos_leave(pairs, threshold):
         ("", "Add", False),
     ],
 )
-def test_operators_of_trunk_branches_and_heads_are_quantised(name, operator, fits):
-    assert _fits(helper.make_node(operator, ["a"], ["b"], name=name)) == fits
+def test_operators_of_trunk_branches_and_heads_are_quantised(name, operator, quantised):
+    assert _is_quantised(helper.make_node(operator, ["a"], ["b"], name=name)) == quantised
