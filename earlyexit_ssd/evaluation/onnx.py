@@ -200,7 +200,7 @@ def decode_picodet(outputs: Sequence[Tensor], size: Size, num_classes: int) -> I
         return decode_boxes([rows[:, 2:], rows[:, 1], rows[:, 0].long() + 1], size, num_classes)
     raise EarlyExitError(
         f"expected [1, n, {num_classes}], then [1, n, {4 * DISTANCE_BINS}] for n = {str(counts)[1:-1]}, or"
-        f" [1, {len(cells)}, 4], [1, {num_classes}, {len(cells)}], or [n, 6]; got {len(shapes)}: {shown(shapes, 80)};"
+        f" [1, {len(cells)}, 4], [1, {num_classes}, {len(cells)}], or [n, 6]; got {len(shapes)}: {shown(shapes, 40)};"
         f" {CHECK_CLASSES}"
     )
 

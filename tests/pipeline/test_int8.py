@@ -1,5 +1,6 @@
 """A file in 8 bits is written if it is faster and loses little AP50, with thresholds for its own confidences."""
 
+import copy
 import dataclasses
 import json
 import os
@@ -84,7 +85,8 @@ def test_a_file_without_open_exits_has_no_certificate(folder, model, tmp_path, m
     reference = Reference.from_decisions(model.exit_names, [2], [[0.5], [0.5]])
     content = {"drift": dataclasses.asdict(reference), "target": {}}
     router.certificate = SimpleNamespace(router=router.to_dict(), to_dict=lambda: content)
-    monkeypatch.setattr(model, "router", router)
+    model = copy.deepcopy(model)  # the fixture is shared
+    model.router = router
     monkeypatch.setattr(int8, "speed_of", lambda *_: Ratio(1.4, 1.3, 1.5))
     monkeypatch.setattr(int8, "_quantised", lambda nncf, segments, inputs, kept: segments)
     dataset = photos_to_quantise_on(folder, None, model.classes)
