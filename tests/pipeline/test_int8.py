@@ -1,9 +1,7 @@
 """A file in 8 bits is written if it is faster and loses little AP50, with thresholds for its own confidences."""
 
-import dataclasses
 import json
 import os
-from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -18,7 +16,6 @@ from earlyexit_ssd import ExitRouter
 from earlyexit_ssd.config import CLOSED
 from earlyexit_ssd.deploy import Predictor
 from earlyexit_ssd.deploy.benchmark import Ratio
-from earlyexit_ssd.drift import Reference
 from earlyexit_ssd.errors import DataError, EarlyExitError
 from earlyexit_ssd.pipeline import int8
 from earlyexit_ssd.pipeline.int8 import Kept, _is_quantised, export_int8, matching_threshold, photos_to_quantise_on
@@ -77,19 +74,6 @@ def test_a_faster_file_is_written_and_as_many_photos_leave(folder, model, traced
     assert predictor.thresholds["exit12"] is None
     assert model.router.thresholds[0] != pytest.approx(predictor.thresholds["exit8"], abs=1e-9)  # the model stays
     assert os.environ["NNCF_CI"]  # no telemetry
-
-
-def test_a_file_without_open_exits_has_no_certificate(folder, model, tmp_path, monkeypatch):
-    router = ExitRouter(2, policy="max_foreground")
-    reference = Reference.from_decisions(model.exit_names, [2], [[0.5], [0.5]])
-    content = {"drift": dataclasses.asdict(reference), "target": {}}
-    router.certificate = SimpleNamespace(router=router.to_dict(), to_dict=lambda: content)
-    monkeypatch.setattr(model, "router", router)
-    monkeypatch.setattr(int8, "speed_of", lambda *_: Ratio(1.4, 1.3, 1.5))
-    monkeypatch.setattr(int8, "_quantised", lambda nncf, segments, inputs, kept: segments)
-    dataset = photos_to_quantise_on(folder, None, model.classes)
-    export_int8(model, tmp_path / "detector.onnx", "onnx", dataset, ap_drop=1.0)
-    assert Predictor(tmp_path / "detector.onnx").certificate is None
 
 
 @pytest.mark.parametrize(
