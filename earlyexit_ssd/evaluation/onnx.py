@@ -38,7 +38,7 @@ DISTANCE_BINS = 8  # a distance is 0 to 7 strides
 DISTANCE_NMS_IOU, MAX_CANDIDATES = 0.6, 1000
 IMAGENET_MEAN = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
 IMAGENET_STD = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
-CHECK_CLASSES = "check the format and the classes in its metadata"
+CHECK_CLASSES = "check the classes in its metadata"
 
 
 @dataclass(frozen=True)
