@@ -212,3 +212,9 @@ def test_state_dict_round_trip(tmp_path, test_set):
         heads = [model.eval().exit_outputs(images).heads for model in (first, second)]
     for head, loaded_head in zip(*heads, strict=True):
         assert all(torch.equal(head[key], loaded_head[key]) for key in head)
+
+
+def test_the_page_names_what_is_not_promised():
+    page = (Path(__file__).parents[1] / "docs" / "torchvision_contract.md").read_text(encoding="utf-8")
+    limits = page.split("Not promised: ")[1].split("\n\n")[0]
+    assert "`torch.jit.script`" in limits and "`torch.export`" in limits
