@@ -369,7 +369,7 @@ def export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--int8", action="store_true", help="quantise weights and activations (pip install nncf)")
     boxes = "for --int8: labels of --photos (COCO JSON); by default the detections in 32 bits are the labels"
     parser.add_argument("--annotations", help=boxes)
-    parser.add_argument("--ap-drop", type=float, default=0.01, help="for --int8: largest loss of AP50 (default 0.01)")
+    parser.add_argument("--ap-drop", type=float, help="for --int8: largest loss of AP50 (default 0.01)")
 
 
 def export(args: argparse.Namespace) -> None:
@@ -384,13 +384,15 @@ def export(args: argparse.Namespace) -> None:
 
         if len(args.photos) != 1:
             raise EarlyExitError("--int8 needs one folder of photos like those of use: --photos DIR")
-        if not 0 <= args.ap_drop <= 1:
-            raise EarlyExitError(f"--ap-drop is {args.ap_drop:g}, expected a number in [0, 1]")
+        ap_drop = 0.01 if args.ap_drop is None else args.ap_drop
+        if not 0 <= ap_drop <= 1:
+            raise EarlyExitError(f"--ap-drop is {ap_drop:g}, expected a number in [0, 1]")
         dataset = photos_to_quantise_on(args.photos[0], args.annotations, model.classes)
-        print(export_int8(model, args.out, args.format, dataset, args.ap_drop))
+        print(export_int8(model, args.out, args.format, dataset, ap_drop))
     else:
-        if args.annotations:
-            raise EarlyExitError("--annotations is for --int8; leave it out, or add --int8")
+        for flag, value in (("--annotations", args.annotations), ("--ap-drop", args.ap_drop)):
+            if value is not None:
+                raise EarlyExitError(f"{flag} is for --int8; leave it out, or add --int8")
         photos = [source.name for source in find_sources(args.photos) if source.kind == "photo"]
         print(export_detector(model, args.out, args.format, photos))
     runtime = ", 'openvino'" if args.format == "openvino" else ""
