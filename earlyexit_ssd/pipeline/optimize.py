@@ -29,7 +29,7 @@ from torchvision.models.detection.ssd import SSD, SSDScoringHead
 
 from earlyexit_ssd.calibration.certificate import Measured
 from earlyexit_ssd.config import CLOSED
-from earlyexit_ssd.data import class_names
+from earlyexit_ssd.data import class_names, load_dataset
 from earlyexit_ssd.data.dataset import fingerprint, to_coco
 from earlyexit_ssd.deploy import Predictor
 from earlyexit_ssd.errors import EarlyExitError
@@ -82,7 +82,10 @@ GLANCE_COST = 0.15
 """Approximate cost of a glance as a share of the detector's time. Every photo has this cost, so a glance can save time
 only if a larger share of the photos leaves."""
 
-Net = tuple[Architecture, dict[str, torch.Tensor]]  # architecture and state dict
+NOT_IN_KEY = {"OUTPUT_DIR": "auto", "DATA.ROOT": "", "DATA.WORKERS": 0, "EVAL.RIVALS.ONNX": ()}
+"""Settings that may change when a search continues, since the figures of the candidates do not depend on them."""
+
+NetWeights = tuple[Architecture, dict[str, torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -204,7 +207,7 @@ class Optimizer:
         plan, candidates: the `Plan`, and its candidates in the order in which they are tried.
         base: the base detector's recorded outputs on the calib split.
         reference: the base detector's detections, which losses are measured against.
-        key: hash of all that determines the figures of the candidates.
+        key: hash of the weights, photos and settings that determine the figures of the candidates.
     """
 
     def __init__(self, cfg: CfgNode, weights: str | os.PathLike[str] | None, goal: Goal, out: Path) -> None:
@@ -224,10 +227,11 @@ class Optimizer:
         self.reference = self.base.recording.detections[-1]
         self.candidates = self.plan.candidates(with_empty_exits=self.has_empty_photos)
         keys = [candidate.key for candidate in self.candidates]
-        training = f"{cfg.FINE_TUNING} {fingerprint(self.sets['TRAIN'])}" if goal.train else ""
-        training += f"{cfg.EXITS_PHASE} {cfg.JOINT}" if self.plan.trains_jointly else ""
-        settings = f"{cfg.EVAL.RUNTIME} {cfg.EVAL.TIMING_THREADS} {cfg.EVAL.SCORE} {cfg.CALIBRATION}"
-        text = f"{weights_hash(self.model)} {goal} {fingerprint(self.sets['CALIB'])} {settings} {keys} {training}"
+        photos = [
+            fingerprint(set_) for set_ in (load_dataset(cfg, cfg.DATA.TRAIN, labels="optional"), self.sets["CALIB"])
+        ]
+        settings = with_values(cfg, NOT_IN_KEY).dump(), dataclasses.replace(goal, minutes=None), self.architecture
+        text = f"{weights_hash(self.model)} {photos} {settings} {keys}"
         self.key = hashlib.sha256(text.encode()).hexdigest()
 
     @property
@@ -377,7 +381,7 @@ class Optimizer:
         return resize_detector(self.model, self.architecture, self.architecture.image_size)
 
     @functools.cached_property
-    def _compact(self) -> Net:
+    def _compact(self) -> NetWeights:
         """The full path with a compact head (`earlyexit_ssd.modeling.heads`), at its own size."""
         detector = self.full_path()
         head, wanted = detector.head.classification_head, self.architecture.folded_rows
@@ -396,7 +400,7 @@ class Optimizer:
         return architecture, detector.state_dict()
 
     @functools.cached_property
-    def _fine_tuned(self) -> Net:
+    def _fine_tuned(self) -> NetWeights:
         """The full path with the best head, fine-tuned at all tried sizes and at the sizes of the glances."""
         recorded = self._build(Candidate("", self.architecture.image_size, self.plan.best_head))
         student, architecture = recorded.model, recorded.architecture
@@ -406,7 +410,7 @@ class Optimizer:
         return architecture, student.state_dict()
 
     @functools.cached_property
-    def _jointly_trained(self) -> Net:
+    def _jointly_trained(self) -> NetWeights:
         """The detector with the configured exits after its last phase, which is the joint phase."""
         values = {"OUTPUT_DIR": str(self.out / "joint"), "CALIBRATION.TARGET": ""}
         with locked_folder(self.out / "joint"):

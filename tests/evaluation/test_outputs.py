@@ -229,12 +229,17 @@ def test_a_recording_is_reused_until_photos_or_weights_change(small_model, tmp_p
             weight.sub_(1.0)
 
 
-def test_empty_exits_at_another_layer_are_recorded_again(tmp_path):
-    """They have no weights, so the hash of the weights does not identify them."""
+@pytest.mark.parametrize(
+    "exits",
+    [{"exit_layers": (8,), "empty": (8,)}, {"exit_layers": (), "glances": [(32, 11)]}],
+    ids=["empty exit", "glance"],
+)
+def test_exits_without_weights_are_recorded_again_at_another_layer(tmp_path, exits):
+    """The hash of the weights does not identify them."""
+    other = {"exit_layers": (10,), "empty": (10,)} if exits["exit_layers"] else {**exits, "glances": [(32, 12)]}
     taps = []
-    for layer in (8, 10):
-        model = detector(exit_layers=(layer,), empty=(layer,))
-        recording = record(model, recorded_batches(2), len(SIZES), tmp_path, "these photos")
+    for settings in (exits, other):
+        recording = record(detector(**settings), recorded_batches(2), len(SIZES), tmp_path, "these photos")
         taps.append(torch.cat([signals.tap for signals in recording.signals(0)]))
     assert not taps[0].equal(taps[1])
 

@@ -52,9 +52,10 @@ def detects(monkeypatch):
 def test_stopped_search_resumes_and_writes_its_results(trained, tmp_path, capsys, detects):
     out = tmp_path / "found"
     assert optimize.main([*command(trained, out, "--ap-drop", "1.0", "--budget-minutes", "0.0001"), *FAST]) == 0
-    first = json.loads((out / "candidates.json").read_text())["candidates"]
-    assert len(first) <= 1  # the time was over at once
+    stopped = json.loads((out / "candidates.json").read_text())
+    assert len(stopped["candidates"]) == 1  # the time was over at once
     assert optimize.main([*command(trained, out, "--ap-drop", "1.0"), *FAST]) == 0
+    assert json.loads((out / "candidates.json").read_text())["key"] == stopped["key"]
     found = json.loads((out / "optimize.json").read_text())
     names = [candidate["name"] for candidate in found["candidates"]]
     assert names[0] == "the detector as it is" and "96 px" in names
@@ -75,6 +76,16 @@ def test_stopped_search_resumes_and_writes_its_results(trained, tmp_path, capsys
     assert EarlyExitSSDLite.from_pretrained(out / "model.pth").exit_names == model.exit_names
     metrics = json.loads((out / "test" / "metrics.json").read_text())
     assert metrics["routed"]["AP50"] == found["test"]["AP50"]
+
+
+def test_a_search_with_other_settings_starts_anew(trained, tmp_path):
+    def key(*settings, ap_drop=1.0, minutes=None):
+        cfg = load_config(trained[1][1], [*trained[1][2:], *FAST, *settings])
+        return Optimizer(cfg, trained[0] / "run" / "model.pth", Goal(ap_drop=ap_drop, minutes=minutes), tmp_path).key
+
+    assert key("DATA.WORKERS", "0", "OUTPUT_DIR", "elsewhere", minutes=5.0) == key()
+    others = [key(ap_drop=0.5), key("SEED", "1"), key("ROUTING.POLICY", "entropy"), key("EXITS.GLANCES", "[[32, 11]]")]
+    assert len({key(), *others}) == 5
 
 
 def test_fine_tuned_models_are_candidates_and_are_trained_once(trained, tmp_path, monkeypatch, detects, without_file):
