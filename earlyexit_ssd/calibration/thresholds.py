@@ -166,8 +166,8 @@ def learned_grid(
     full_cost = float(costs_with(all_closed)[-1])
     lowest = min(float(costs_with(start)[usable[0]]) for start, usable in open_sets(len(confidences)))
     budgets = {*np.linspace(lowest, full_cost, BUDGETS).tolist(), *(cost for cost in more_budgets if cost >= lowest)}
-    falling = progress(sorted(budgets, reverse=True), desc="learn thresholds")
-    learned = [learn_open_exits(confidences, losses, costs_with, budget).tolist() for budget in falling]
+    bar = progress(sorted(budgets), desc="learn thresholds")
+    learned = [learn_open_exits(confidences, losses, costs_with, budget).tolist() for budget in bar]
     thresholds = np.unique(np.array([all_closed, *learned], dtype=np.float32), axis=0)
     return Grid(thresholds, np.stack([choose(confidences, row) for row in thresholds]))
 

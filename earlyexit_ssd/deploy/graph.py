@@ -428,7 +428,7 @@ def _keep_top_k(scope: Scope, scores: str, candidates: str, contract: Contract) 
     lowest = more("ReduceMin", values, axes=[1], keepdims=1)
     kept = more("Where", more("GreaterOrEqual", scores, lowest), scores, more.constant(0.0))
     types = [(TensorProto.FLOAT, [len(contract.score_thresh), "candidates"])]
-    branches = (more, [kept]), (fewer, [fewer("Identity", scores)])
+    branches = (more, [kept]), (fewer, [scores])
     return scope.if_else(scope("Squeeze", has_more), types, *branches)[0]
 
 

@@ -54,7 +54,8 @@ class PhotoLoader:
     ``train=True``."""
 
     def __init__(self, loader: DataLoader, device: torch.device) -> None:
-        self.loader, self.device, self._steps = loader, device, len(loader)
+        self.loader, self.device = loader, device
+        self._steps = len(loader)  # of a whole epoch: ``len(loader)`` is less if an epoch resumes
 
     def __len__(self) -> int:
         return self._steps
@@ -131,7 +132,7 @@ class Hook:
 class Trainer:
     """Minimise the sum of a dict of losses over a number of epochs.
 
-    Only the loader is random, so ``step``, the weights and the optimizer are the complete state.
+    Only the loader is random, so ``step``, weights, optimizer and (with fp16) scaler are the complete state.
     """
 
     model: nn.Module  # the model that is trained and saved
@@ -158,7 +159,7 @@ class Trainer:
 
     def run(self) -> bool:
         """Train, and return False if a hook set ``stop``. If a loss or a gradient is not finite, raise TrainingDiverged
-        and keep the weights of the previous step."""
+        and keep the weights of the previous step. With fp16 a step with such a gradient is left out instead."""
         for hook in self.hooks:
             hook.before_training(self)
         try:

@@ -135,7 +135,7 @@ def exit_matches(
 
     Args:
         iou: IoU threshold of precision and recall, in (0, 1].
-        sizes: keys of `SIZES` for which AP is to be computed. If empty, there is no AP.
+        sizes: keys of `SIZES` for which AP is to be computed, ``all`` first. If empty, there is no AP.
 
     Raises:
         DataError: detections of an unknown image.

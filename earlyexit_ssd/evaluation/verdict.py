@@ -336,7 +336,8 @@ def _comparable(results: Results) -> list[RivalResult]:
 
 def _dominates(rival: RivalResult, routed: RoutedResult) -> bool:
     """Return True if the rival has no less AP50 (within `AP50_TOLERANCE`), takes no more time, and is clearly better in
-    one of them: its time interval is below the routed time, or the interval of routed AP50 - its AP50 is below 0."""
+    one of them: its time interval is below the routed time, or the interval of the difference (routed AP50 minus its
+    AP50) is below 0."""
     if rival.ap50 < routed.ap50 - AP50_TOLERANCE or rival.ms > routed.ms:
         return False
     difference = rival.routed_minus_rival_AP50_interval

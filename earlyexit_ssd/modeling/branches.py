@@ -479,7 +479,7 @@ class CopiedBranch(Branch):
                 "a copied branch needs the layers of torchvision's SSDLite with a MobileNetV3, but this detector has "
                 "others; use branch='light' (EXITS.BRANCH light)"
             )
-        # Without the residual blocks before the tap. With `channels` they stay, because existing model files have them.
+        # Residual blocks up to the tap are not copied. With `channels` they are, since older model files have them.
         blocks = depth if channels else min(depth, LAST_LAYER - 1 - place.layer)
         self.copied, self.tail = CopiedPathToC4(place.backbone, place.layer, copy), Tail(place.backbone, blocks)
         new_map = channels > 0 or self.copied.c4 is None

@@ -310,18 +310,16 @@ class EarlyExitDetector(SSD):
         num_classes = num_outputs(detector.head.classification_head)
         size = detector.transform.fixed_size
         super().__init__(detector.backbone, detector.anchor_generator, size, num_classes, head=detector.head)
-        for name in ("transform", "proposal_matcher", "neg_to_pos_ratio", *POST_PROCESSING):
-            if name != "score_thresh":  # its setter needs `classes`, which are set below
-                setattr(self, name, getattr(detector, name))
-        self.exits = tuple(self.default_exits if exits is None else exits)
-        check_exits(self.exits, self.last_layer)
         self.classes = tuple(classes or (f"class_{label}" for label in range(1, num_classes)))
         if len(self.classes) != num_classes - 1:
             raise EarlyExitError(
                 f"{len(self.classes)} class names for a head with {num_classes} outputs (one is background), expected "
                 f"{num_classes - 1}"
             )
-        self.score_thresh = detector.score_thresh
+        for name in ("transform", "proposal_matcher", "neg_to_pos_ratio", *POST_PROCESSING):
+            setattr(self, name, getattr(detector, name))
+        self.exits = tuple(self.default_exits if exits is None else exits)
+        check_exits(self.exits, self.last_layer)
         self.width = getattr(detector, "width", 1.0)
         self.exit_layers = (*(exit.layer for exit in self.exits), self.last_layer)
         self.exit_names = (*(exit.name for exit in self.exits), "full")
@@ -334,7 +332,7 @@ class EarlyExitDetector(SSD):
         self._full_path_frozen = False
         with evaluating(self.backbone):
             taps, maps = self.trunk_maps(next(self.backbone.parameters()).new_zeros(1, 3, *size))
-        self.backbone.train(self.training)  # the backbone of `detector` may be in eval mode
+        self.train(self.training)  # the parts of `detector` may be in eval mode
         self.grids = [tuple(feature.shape[-2:]) for feature in maps]
         boxes_per_cell = self.anchor_generator.num_anchors_per_location()
         self.branches, context_channels = nn.ModuleDict(), 0
@@ -475,8 +473,8 @@ class EarlyExitDetector(SSD):
     ) -> Detections:
         """Filter detections as torchvision does, and also apply score thresholds per class.
 
-        These are applied between NMS and the limit per image. The result is the same as before NMS, where a box
-        suppresses only boxes of its own class with a lower score.
+        These are applied after NMS and before the limit per image. Before NMS they would give the same detections,
+        since a box suppresses only boxes of its own class with a lower score.
         """
         if not isinstance(self.score_thresh, Mapping):
             return super().postprocess_detections(head_outputs, image_anchors, image_shapes)
@@ -529,7 +527,7 @@ class PathToExit(nn.Module):
         """Return the head outputs of all exits on the path, and other tensors.
 
         The other tensors are the router's confidences [N] at the early exits. If the path ends at an empty exit, the
-        pooled tap comes last, because the head of an empty exit does not depend on it.
+        pooled tap comes last. A tracer would otherwise drop the trunk, since the head of an empty exit is constant.
         """
         heads: list[Head] = []
         others: list[Tensor] = []

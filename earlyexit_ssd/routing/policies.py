@@ -59,7 +59,7 @@ class FittedPolicy(nn.Module):
 
     boxes: int | None = None  # set by ``register_policy``: number of default boxes per image; None: all boxes
     reads_taps = False  # whether the policy reads the tap, which it must at an exit without a branch
-    needs_training_photos = True  # whether ``fit`` needs training photos. Otherwise it gets calibration photos.
+    needs_training_photos = True  # False: ``fit`` gets calibration photos, unless the target is a risk
     cross_fits = False  # whether the policy has ``cross_fit``
     expected = "the value of its fit()"  # description of the parameters, for messages
 

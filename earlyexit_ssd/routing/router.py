@@ -137,9 +137,7 @@ class ExitRouter(nn.Module):
         return exit_index >= self.num_exits or float(self.thresholds[exit_index]) < CLOSED
 
     def leaves(self, confidence: Tensor, exit_index: int) -> Tensor:
-        """Return the mask [N] of the images that leave at the exit; at the full path all leave."""
-        if exit_index >= self.num_exits:
-            return torch.ones_like(confidence, dtype=torch.bool)
+        """Return the mask [N] of the images that leave at the early exit."""
         return confidence >= self.thresholds[exit_index]
 
     def temperature_loss(self, logits: Tensor, assignment: object, exit_index: int) -> Tensor | None:
@@ -166,7 +164,7 @@ class ExitRouter(nn.Module):
         self.temperatures.data.nan_to_num_(nan=1.0).clamp_(*self.temperature_bounds)
 
     def to_dict(self) -> dict:
-        """Return the settings as plain types. ``ExitRouter(**values)`` builds an equal router."""
+        """Return the settings as plain types. ``ExitRouter(**values)`` is an equal router with fixed temperatures."""
         self.clamp_temperatures()
         return {
             "num_exits": self.num_exits,
