@@ -26,7 +26,7 @@ from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.files import locks_folder, write_json
 from earlyexit_ssd.pipeline.build import require_policy, trained_temperatures
 from earlyexit_ssd.pipeline.calibrate import Target
-from earlyexit_ssd.pipeline.replay import fit_router, measure_cost_model, open_recorded, require_deciding
+from earlyexit_ssd.pipeline.replay import fit_router, measure_cost_model, open_model_on_splits, require_deciding
 from earlyexit_ssd.progress import progress
 
 EPSILONS = (0.01, 0.02, 0.05)
@@ -126,7 +126,9 @@ def check_guarantee(
     require_policy(cfg)
     both, by_labels = ("CALIB", "TEST"), cfg.CALIBRATION.REFERENCE == "labels"
     needs_labels = both if by_labels else ("CALIB",)
-    recorded = open_recorded(cfg, weights, out, needs_labels=needs_labels, unlabelled=not by_labels, deduplicate=both)
+    recorded = open_model_on_splits(
+        cfg, weights, out, needs_labels=needs_labels, unlabelled=not by_labels, deduplicate=both
+    )
     cfg, model, reference = recorded.cfg, recorded.model, cfg.CALIBRATION.REFERENCE
     require_deciding(cfg.ROUTING.POLICY, model, weights)
     calib, test, train = (recorded.replay(name) for name in ("CALIB", "TEST", "TRAIN"))

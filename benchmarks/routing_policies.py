@@ -47,7 +47,7 @@ from earlyexit_ssd.pipeline.replay import (
     fit_router,
     fit_temperatures,
     measure_cost_model,
-    open_recorded,
+    open_model_on_splits,
     require_deciding,
     temperatures_of,
 )
@@ -529,7 +529,7 @@ def evaluate_routing(cfg: CfgNode, weights: str | Path, out: Path, policies: Seq
     names = list(dict.fromkeys([REFERENCE_POLICY, *(policies or [*POLICIES, *FITTED_POLICIES])]))
     for name in names:
         require_known(name)
-    recorded = open_recorded(cfg, weights, out, needs_labels=("CALIB", "TEST"), include_near_duplicates=False)
+    recorded = open_model_on_splits(cfg, weights, out, needs_labels=("CALIB", "TEST"), include_near_duplicates=False)
     cfg, model = recorded.cfg, recorded.model
     for name in policies:
         require_deciding(name, model, weights)

@@ -1,6 +1,6 @@
 """Calibrate the routing of a trained model on the CALIB split, for a target that the user chooses.
 
-The network runs once over each split, and the search uses the stored outputs. `Recorded` holds the model and its
+The network runs once over each split, and the search uses the stored outputs. `ModelOnSplits` holds the model and its
 splits. For each split it has a `Replay`, which is a `Recording` (the outputs) with the labels.
 """
 
@@ -47,12 +47,12 @@ from earlyexit_ssd.pipeline.build import open_thresholds, require_policy, shares
 from earlyexit_ssd.pipeline.evaluate import PAGE, attention_of, calibrate_command
 from earlyexit_ssd.pipeline.replay import (
     CostModel,
-    Recorded,
+    ModelOnSplits,
     Replay,
     fit_router,
     fit_temperatures,
     measure_cost_model,
-    open_recorded,
+    open_model_on_splits,
     require_deciding,
     temperatures_of,
 )
@@ -123,7 +123,7 @@ class Chosen:
 
 
 @dataclass(frozen=True)
-class Search:
+class ThresholdSearch:
     """The search for thresholds that meet the target.
 
     Attributes:
@@ -299,7 +299,9 @@ def calibrate(
     require_policy(cfg)
     # a guarantee needs independent draws, so near-duplicates count once; frames within a block may look alike
     near_duplicates_count_once = target.kind != "speedup" and target.block is None
-    recorded = open_recorded(cfg, weights, out, unlabelled=True, include_near_duplicates=near_duplicates_count_once)
+    recorded = open_model_on_splits(
+        cfg, weights, out, unlabelled=True, include_near_duplicates=near_duplicates_count_once
+    )
     cfg, model = recorded.cfg, recorded.model
     uses_train = target.kind == "risk" or needs_training_photos(cfg.ROUTING.POLICY)
     _require_labels(cfg, target, recorded, ("CALIB", "TRAIN") if uses_train else ("CALIB",))
@@ -319,7 +321,7 @@ def calibrate(
         cfg, cfg.ROUTING.POLICY, temperatures, calib, train, cross_fit=target.kind != "risk", groups=blocks
     )
     costs = measure_cost_model(cfg, model, router)
-    search = Search(cfg, target, router, confidences, calib, train, costs, blocks)
+    search = ThresholdSearch(cfg, target, router, confidences, calib, train, costs, blocks)
     chosen = search.run()
     certificate = certificate_of(recorded, search, chosen)
     write_calibration(out, certificate, fitted)
@@ -331,7 +333,7 @@ def calibrate(
     return certificate
 
 
-def _require_labels(cfg: CfgNode, target: Target, recorded: Recorded, used: Sequence[str]) -> None:
+def _require_labels(cfg: CfgNode, target: Target, recorded: ModelOnSplits, used: Sequence[str]) -> None:
     """Raise an EarlyExitError if one of the ``used`` splits has no labels, and the target or REFERENCE needs them."""
     for name in used:
         if recorded.sets[name].labelled:
@@ -345,7 +347,7 @@ def _require_labels(cfg: CfgNode, target: Target, recorded: Recorded, used: Sequ
             raise EarlyExitError(f"--ap-drop needs boxes, but {photos}; use --risk or --speedup, which need none")
 
 
-def certificate_of(recorded: Recorded, search: Search, chosen: Chosen) -> Certificate:
+def certificate_of(recorded: ModelOnSplits, search: ThresholdSearch, chosen: Chosen) -> Certificate:
     """Return the certificate of the chosen thresholds, with figures on the calibration photos."""
     cfg, repeats, names = recorded.cfg, recorded.repeats["CALIB"], recorded.model.exit_names
     target, calib, costs, count = search.target, search.calib, search.costs, len(chosen.exits)
@@ -394,7 +396,7 @@ def certificate_of(recorded: Recorded, search: Search, chosen: Chosen) -> Certif
     )
 
 
-def _page_photos(recorded: Recorded, search: Search, chosen: Chosen) -> PagePhotos:
+def _page_photos(recorded: ModelOnSplits, search: ThresholdSearch, chosen: Chosen) -> PagePhotos:
     model, calib, costs = recorded.model, search.calib, search.costs
     return PagePhotos(
         ground_truth=calib.ground_truth,

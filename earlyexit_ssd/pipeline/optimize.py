@@ -51,7 +51,7 @@ from earlyexit_ssd.pipeline.build import (
     with_classes,
     with_values,
 )
-from earlyexit_ssd.pipeline.calibrate import Chosen, Search, certificate_of
+from earlyexit_ssd.pipeline.calibrate import Chosen, ThresholdSearch, certificate_of
 from earlyexit_ssd.pipeline.candidates import BASE_FILE, OWN_HEAD, Candidate, Goal, Plan, TestFigures, choose_candidate
 from earlyexit_ssd.pipeline.evaluate import evaluate_model, onnx_rivals
 from earlyexit_ssd.pipeline.export import export_detector, open_any
@@ -59,7 +59,7 @@ from earlyexit_ssd.pipeline.int8 import detect, export_int8
 from earlyexit_ssd.pipeline.phases import fine_tune
 from earlyexit_ssd.pipeline.replay import (
     CostModel,
-    Recorded,
+    ModelOnSplits,
     Replay,
     disjoint_sets,
     fit_router,
@@ -121,7 +121,7 @@ def optimize(
         raise EarlyExitError("optimize under torchrun: it times networks and runs in one process; start it without")
     _warn_if_busy()
     stop_at = np.inf if goal.minutes is None else time.monotonic() + 60 * goal.minutes
-    search = Optimizer(cfg, weights, goal, Path(out_dir))
+    search = CandidateSearch(cfg, weights, goal, Path(out_dir))
     measured = _measure_candidates(search, stop_at)
     candidates = (*measured, *search.rivals())
     chosen = choose_candidate(measured, goal)
@@ -157,7 +157,7 @@ def _warn_if_busy() -> None:
         logger.warning("the machine is busy (load %.1f on %d cores): milliseconds will be unreliable", load, cores)
 
 
-def _measure_candidates(search: Optimizer, stop_at: float) -> list[Candidate]:
+def _measure_candidates(search: CandidateSearch, stop_at: float) -> list[Candidate]:
     """Measure the candidates one after another, the base detector first.
 
     Each result is stored in candidates.json. A resumed search takes the stored results. After ``stop_at``, a time of
@@ -194,12 +194,12 @@ class MeasuredCandidate(NamedTuple):
     """A candidate with its figures, and what is needed to save it."""
 
     candidate: Candidate
-    recorded: Recorded
-    search: Search | None = None  # None without exits
+    recorded: ModelOnSplits
+    search: ThresholdSearch | None = None  # None without exits
     chosen: Chosen | None = None
 
 
-class Optimizer:
+class CandidateSearch:
     """Builds and measures the candidates of one detector. Arguments: see `optimize`.
 
     Attributes:
@@ -264,7 +264,7 @@ class Optimizer:
         return ["learned_gain"] if any(empty) else list(dict.fromkeys([self.cfg.ROUTING.POLICY, "learned_gain"]))
 
     def _measure_routed(
-        self, candidate: Candidate, recorded: Recorded, calib: Replay, policy: str
+        self, candidate: Candidate, recorded: ModelOnSplits, calib: Replay, policy: str
     ) -> MeasuredCandidate:
         """Fit the policy, search the thresholds that meet the goal, and measure the candidate with them."""
         cfg, model = self.cfg, recorded.model
@@ -273,7 +273,7 @@ class Optimizer:
         router, confidences = fit_router(cfg, policy, temperatures, calib, train)
         costs = measure_cost_model(cfg, model, router, self.model)
         target = self.goal.target(costs.plain)
-        search = Search(cfg, target, router, confidences, calib, None, costs, baseline=self.reference)
+        search = ThresholdSearch(cfg, target, router, confidences, calib, None, costs, baseline=self.reference)
         try:
             chosen = search.run()
         except EarlyExitError:  # the wanted speed is impossible even if every photo leaves at the first exit
@@ -356,7 +356,7 @@ class Optimizer:
 
     # Networks.
 
-    def _build(self, candidate: Candidate) -> Recorded:
+    def _build(self, candidate: Candidate) -> ModelOnSplits:
         """Build the candidate's model. The result also has the splits and the folder of the net's recordings."""
         architecture, state = self.architecture, self.model.state_dict()
         if candidate.fine_tuned:
@@ -374,7 +374,7 @@ class Optimizer:
         model = architecture.build().to(self.device).eval()
         model.load_state_dict({key: state[key] for key in model.state_dict()})
         folder = self.out / "recordings" / candidate.net.key.replace(" ", "_")
-        return Recorded(self.cfg, model, architecture, self.info, self.sets, self.repeats, folder)
+        return ModelOnSplits(self.cfg, model, architecture, self.info, self.sets, self.repeats, folder)
 
     def full_path(self) -> SSD:
         """Return a copy of the detector's full path."""
@@ -434,7 +434,7 @@ def _difference(before: float | None, after: float | None) -> float | None:
     return None if before is None or after is None else before - after
 
 
-def _write_model(search: Optimizer, chosen: Candidate) -> None:
+def _write_model(search: CandidateSearch, chosen: Candidate) -> None:
     """Write the chosen model, and its exported files in 32 bits."""
     out, measured = search.out, search.measure(chosen)  # measured again: candidates.json has only figures
     recorded = measured.recorded
@@ -451,7 +451,7 @@ def _write_model(search: Optimizer, chosen: Candidate) -> None:
         export_detector(open_any(out / "model.pth"), out / "detector.xml", "openvino", photos)
 
 
-def _evaluate(search: Optimizer) -> Results:
+def _evaluate(search: CandidateSearch) -> Results:
     """Evaluate the written model on the test split, with the base detector as a rival."""
     out, plain = search.out, dataclasses.replace(search.architecture, exits=())
     save_model(out / BASE_FILE, plain.add_exits(search.full_path()), plain, {})
@@ -461,7 +461,7 @@ def _evaluate(search: Optimizer) -> Results:
 
 
 def _choose_8_bits(
-    search: Optimizer, measured: Sequence[Candidate], chosen: Candidate
+    search: CandidateSearch, measured: Sequence[Candidate], chosen: Candidate
 ) -> tuple[Candidate, Candidate | None]:
     """Try 8 bits for the chosen candidate and, if they are refused, for its net without exits.
 
@@ -483,7 +483,7 @@ def _choose_8_bits(
     return net, int8
 
 
-def _in_8_bits(search: Optimizer, chosen: Candidate) -> Candidate | None:
+def _in_8_bits(search: CandidateSearch, chosen: Candidate) -> Candidate | None:
     """Return the written candidate in 8 bits. Its file replaces detector.xml. None if 8 bits do not hold the budget,
     are not faster, or cannot be made."""
     goal = search.goal
@@ -511,7 +511,7 @@ def _in_8_bits(search: Optimizer, chosen: Candidate) -> Candidate | None:
     )
 
 
-def _test_in_8_bits(search: Optimizer, test: TestFigures, speed: float) -> TestFigures:
+def _test_in_8_bits(search: CandidateSearch, test: TestFigures, speed: float) -> TestFigures:
     """Return the test figures of detector.xml in 8 bits. ``test`` has those in 32 bits. The accuracy is measured, and
     the time is that in 32 bits divided by ``speed``."""
     cfg, dataset = search.cfg, search.sets["TEST"]

@@ -148,7 +148,7 @@ class Replay:
 
 
 @dataclass(frozen=True)
-class Recorded:
+class ModelOnSplits:
     """A model, its splits, and the folder of their recordings."""
 
     cfg: CfgNode  # with the classes of the weights
@@ -172,7 +172,7 @@ class Recorded:
         return Replay(recording, ground_truth, tuple(hashes), settings.SCORE, settings.IOU, dataset.labelled)
 
 
-def open_recorded(cfg: CfgNode, weights: str | os.PathLike[str], out: Path, **splits: Any) -> Recorded:
+def open_model_on_splits(cfg: CfgNode, weights: str | os.PathLike[str], out: Path, **splits: Any) -> ModelOnSplits:
     """Open a model and its splits; ``splits`` are arguments of `disjoint_sets`. Recordings are stored below ``out``.
 
     Raise EarlyExitError, before the network runs, if weights, data, settings or packages are unusable, if a certificate
@@ -191,7 +191,7 @@ def open_recorded(cfg: CfgNode, weights: str | os.PathLike[str], out: Path, **sp
     model, architecture, info = open_model(cfg, weights)
     require_few_exits(model.num_early_exits)
     cfg = with_classes(cfg, architecture.classes)
-    return Recorded(cfg, model.to(device), architecture, info, *disjoint_sets(cfg, **splits), out / "recordings")
+    return ModelOnSplits(cfg, model.to(device), architecture, info, *disjoint_sets(cfg, **splits), out / "recordings")
 
 
 def disjoint_sets(

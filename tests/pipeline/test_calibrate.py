@@ -51,7 +51,7 @@ def test_an_ap_drop_opens_no_exit_that_raises_the_mean_cost(monkeypatch, caplog,
     calib = four_photos(monkeypatch, 0.5, lambda choices: np.array([0.5, 0.51, 0.2]), losses)
     costs = SimpleNamespace(of_each=lambda thresholds: np.array([[4.0, 4.0], [cost, cost], [1.0, 1.0]]))
     target = calibrate.Target("ap_drop", 0.01, 0.05)
-    chosen = calibrate.Search(load_config(), target, None, None, calib, None, costs).run()
+    chosen = calibrate.ThresholdSearch(load_config(), target, None, None, calib, None, costs).run()
     assert chosen.thresholds == ((0.9,) if opened else (CLOSED,))
     assert chosen.exits.tolist() == ([0, 1, 1, 1] if opened else [1, 1, 1, 1])
     assert ("all exits stay closed: opening them saves no cost at 0.01 AP50 lost" in caplog.text) is not opened
@@ -64,7 +64,7 @@ def test_an_ap_drop_opens_nothing_if_the_full_path_does_not_detect(monkeypatch, 
     costs = CostModel("mmacs", {(): 1.0, (True,): 4.0, (False,): 3.0}, 1, 3.0, {})
     confidences = [np.array([0.9, 0.8, 0.7, 0.6])]
     target = calibrate.Target("ap_drop", 0.1)
-    chosen = calibrate.Search(load_config(), target, None, confidences, calib, None, costs).run()
+    chosen = calibrate.ThresholdSearch(load_config(), target, None, confidences, calib, None, costs).run()
     assert chosen.thresholds == ((0.0,) if opened else (CLOSED,))
     assert chosen.exits.tolist() == ([0] * 4 if opened else [1] * 4)
     assert chosen.measured.AP50_lost_bound == 0.0 and chosen.measured.photos_needed == 29
@@ -77,7 +77,7 @@ def test_an_ap_drop_opens_nothing_if_the_full_path_does_not_detect(monkeypatch, 
 def test_closed_exits_lose_nothing_only_against_their_own_full_path(monkeypatch, baseline, bound):
     calib = four_photos(monkeypatch, 0.0, lambda choices: np.zeros(len(choices)), np.zeros((4, 2)))
     target = calibrate.Target("ap_drop", 0.1)
-    chosen = calibrate.Search(load_config(), target, None, [], calib, None, None, baseline=baseline).run()
+    chosen = calibrate.ThresholdSearch(load_config(), target, None, [], calib, None, None, baseline=baseline).run()
     assert chosen.thresholds == (CLOSED,) and chosen.measured.AP50_lost_bound == bound
 
 

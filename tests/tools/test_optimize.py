@@ -7,7 +7,7 @@ from earlyexit_ssd import EarlyExitSSDLite
 from earlyexit_ssd.config import load_config
 from earlyexit_ssd.evaluation.cost import Timing
 from earlyexit_ssd.modeling import load_model
-from earlyexit_ssd.pipeline.optimize import Goal, Optimizer
+from earlyexit_ssd.pipeline.optimize import CandidateSearch, Goal
 from tools import optimize
 
 FAST = ("EVAL.RIVALS.SIZES", "[96]", "EXITS.GLANCES", "[[32, 12]]")
@@ -81,7 +81,9 @@ def test_stopped_search_resumes_and_writes_its_results(trained, tmp_path, capsys
 def test_a_search_with_other_settings_starts_anew(trained, tmp_path):
     def key(*settings, ap_drop=1.0, minutes=None):
         cfg = load_config(trained[1][1], [*trained[1][2:], *FAST, *settings])
-        return Optimizer(cfg, trained[0] / "run" / "model.pth", Goal(ap_drop=ap_drop, minutes=minutes), tmp_path).key
+        return CandidateSearch(
+            cfg, trained[0] / "run" / "model.pth", Goal(ap_drop=ap_drop, minutes=minutes), tmp_path
+        ).key
 
     assert key("DATA.WORKERS", "0", "OUTPUT_DIR", "elsewhere", minutes=5.0) == key()
     others = [key(ap_drop=0.5), key("SEED", "1"), key("ROUTING.POLICY", "entropy"), key("EXITS.GLANCES", "[[32, 11]]")]
@@ -89,7 +91,7 @@ def test_a_search_with_other_settings_starts_anew(trained, tmp_path):
 
 
 def test_fine_tuned_models_are_candidates_and_are_trained_once(trained, tmp_path, monkeypatch, detects, without_file):
-    monkeypatch.setattr(Optimizer, "has_empty_photos", False)  # so that no glance is tried
+    monkeypatch.setattr(CandidateSearch, "has_empty_photos", False)  # so that no glance is tried
     out = tmp_path / "tuned"
     flags = ["--train", "--ap-drop", "1.0", *FAST, "FINE_TUNING.EPOCHS", "1", "ENGINE.CURVE_PERIOD", "0"]
     assert optimize.main(command(trained, out, *flags)) == 0
@@ -107,7 +109,7 @@ def test_fine_tuned_models_are_candidates_and_are_trained_once(trained, tmp_path
 
     monkeypatch.setattr("earlyexit_ssd.pipeline.phases.fit", lambda *_: pytest.fail("it was trained again"))
     cfg = load_config(trained[1][1], [*trained[1][2:], *flags[3:]])
-    search = Optimizer(cfg, trained[0] / "run" / "model.pth", Goal(ap_drop=1.0, train=True), out)
+    search = CandidateSearch(cfg, trained[0] / "run" / "model.pth", Goal(ap_drop=1.0, train=True), out)
     _, state = search._fine_tuned
     assert all(value.equal(after[key]) for key, value in state.items())
 
