@@ -55,7 +55,7 @@ from earlyexit_ssd.progress import progress
 from earlyexit_ssd.report.pictures import PLAIN, draw_charts
 from earlyexit_ssd.report.tables import figure
 from earlyexit_ssd.routing import ExitRouter
-from earlyexit_ssd.routing.policies import FITTED_POLICIES, POLICIES, needs_training_photos, reads_taps, require_known
+from earlyexit_ssd.routing.policies import POLICIES, needs_training_photos, reads_taps
 
 REFERENCE_POLICY = "max_foreground"
 BUDGETS = 5
@@ -526,9 +526,9 @@ def evaluate_routing(cfg: CfgNode, weights: str | Path, out: Path, policies: Seq
     Raises:
         EarlyExitError: the weights, data or settings are invalid, or splits share photos.
     """
-    names = list(dict.fromkeys([REFERENCE_POLICY, *(policies or [*POLICIES, *FITTED_POLICIES])]))
+    names = list(dict.fromkeys([REFERENCE_POLICY, *(policies or POLICIES)]))
     for name in names:
-        require_known(name)
+        POLICIES.find(name)
     recorded = open_model_on_splits(cfg, weights, out, needs_labels=("CALIB", "TEST"), include_near_duplicates=False)
     cfg, model = recorded.cfg, recorded.model
     for name in policies:

@@ -16,20 +16,19 @@ from earlyexit_ssd.data.records import FORMATS, RawDataset
 from earlyexit_ssd.data.shapes import SPLITS, ensure_synthetic
 from earlyexit_ssd.errors import ConfigError, DataError, nearest, shown
 from earlyexit_ssd.files import PathLike
+from earlyexit_ssd.registry import Registry
 
 ROOT_VARIABLE = "EARLYEXIT_SSD_DATASETS"
 
 Loader = Callable[[Path, CfgNode, Problems], RawDataset]
 """Function (root folder of the data sets, node ``DATA`` of the configuration, problems) -> data set."""
 
-_LOADERS: dict[str, Loader] = {}
+_LOADERS: Registry[Loader] = Registry("data set")
 
 
 def register(name: str, loader: Loader) -> None:
-    """Register the loader of a data set. Raise DataError if the name is registered already."""
-    if name in _LOADERS:
-        raise DataError(f"data set {name!r} is registered already; choose another name")
-    _LOADERS[name] = loader
+    """Register the loader of a data set. Raise EarlyExitError if the name is registered already."""
+    _LOADERS.register(name, loader)
 
 
 def register_coco(name: str, annotations: PathLike, images: PathLike) -> None:

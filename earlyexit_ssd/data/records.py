@@ -11,6 +11,7 @@ from pathlib import Path
 
 from earlyexit_ssd.data.problems import REPAIRS
 from earlyexit_ssd.errors import DataError, nearest, one_line
+from earlyexit_ssd.registry import Registry
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +73,7 @@ class Format:
     read: Reader
 
 
-FORMATS: dict[str, Format] = {}
+FORMATS: Registry[Format] = Registry("data format")
 
 
 def register_format(
@@ -82,8 +83,8 @@ def register_format(
     entry reads it. ``repairs`` are added to `problems.REPAIRS`: kind of problem (with _ for a space) -> its repair."""
 
     def register(read: Reader) -> Reader:
+        FORMATS.register(name, Format(recognises, names_split, read))
         REPAIRS.update({kind.replace("_", " "): repair for kind, repair in repairs.items()})
-        FORMATS[name] = Format(recognises, names_split, read)
         return read
 
     return register

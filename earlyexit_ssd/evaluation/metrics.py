@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from earlyexit_ssd.errors import EarlyExitError, shown
 from earlyexit_ssd.evaluation.cost import EAGER
 from earlyexit_ssd.evaluation.matches import (
     SIZES,
@@ -22,6 +23,7 @@ from earlyexit_ssd.evaluation.matches import (
     mean_precision,
     precision_curves,
 )
+from earlyexit_ssd.registry import Registry
 
 Figure = float | list[float] | dict[str, dict[str, float | None]] | None
 Figures = dict[str, Figure]
@@ -58,8 +60,11 @@ class DetectorEvaluation:
     def figures(self) -> Figures:
         """The figures of all registered metrics."""
         figures: Figures = {}
-        for metric in METRICS:
+        for name, metric in METRICS.items():
             values = metric.measure(self)
+            if repeated := figures.keys() & values.keys():
+                problem = f"metric '{name}' returns the figure '{min(repeated)}', as another metric does"
+                raise EarlyExitError(f"{problem}; rename it")
             figures |= values if self.labelled or not metric.needs_labels else _undefined(values)
         return figures
 
@@ -80,16 +85,22 @@ class Metric:
     needs_labels: bool  # for photos without labels its figures are None
 
 
-METRICS: list[Metric] = []  # in the order of metrics.json and of the table
+METRICS: Registry[Metric] = Registry("metric")  # in the order of metrics.json and of the table
 
 
 def register_metric(
     columns: Mapping[str, tuple[str, int]] | None = None, needs_labels: bool = False
 ) -> Callable[[Measure], Measure]:
-    """Return a decorator that registers a metric. The arguments are fields of `Metric`."""
+    """Return a decorator that registers a metric under the function's name. The arguments are fields of `Metric`.
+
+    Raises:
+        EarlyExitError: a metric of the function's name is registered already, or ``columns`` is no dict.
+    """
+    if not isinstance(columns, Mapping | None):
+        raise EarlyExitError(f"columns of a metric are {shown(columns)}, expected a dict; write @register_metric()")
 
     def register(measure: Measure) -> Measure:
-        METRICS.append(Metric(measure, columns or {}, needs_labels))
+        METRICS.register(measure.__name__, Metric(measure, columns or {}, needs_labels))
         return measure
 
     return register

@@ -29,6 +29,7 @@ from earlyexit_ssd.modeling.heads import copy_rows, factorise, is_folded
 from earlyexit_ssd.modeling.outputs import Head
 from earlyexit_ssd.modeling.trunk import norm_layer
 from earlyexit_ssd.plain import typed
+from earlyexit_ssd.registry import Registry
 
 T = TypeVar("T", bound=Callable)
 
@@ -86,7 +87,7 @@ class Place:
         return sum(math.prod(grid) * boxes for grid, boxes in zip(self.grids, self.boxes_per_cell, strict=True))
 
 
-BRANCHES: dict[str, tuple[Callable[..., Branch], Mapping[str, Argument]]] = {}
+BRANCHES: Registry[tuple[Callable[..., Branch], Mapping[str, Argument]]] = Registry("branch")
 """Kind of branch -> its builder ``build(place, **values)`` and its arguments; filled by :func:`register_branch`."""
 
 
@@ -94,7 +95,7 @@ def register_branch(name: str, **arguments: Argument) -> Callable[[T], T]:
     """Decorator: register a class or function that builds the branches of kind ``name``."""
 
     def register(build: T) -> T:
-        BRANCHES[name] = build, arguments
+        BRANCHES.register(name, (build, arguments))
         return build
 
     return register
@@ -151,10 +152,7 @@ class Exit:
 
 def arguments_of(branch: object) -> Mapping[str, Argument]:
     """Return name -> argument of a kind of branch. Raise EarlyExitError if there is no such kind."""
-    if not isinstance(branch, str) or branch not in BRANCHES:
-        hint = nearest(str(branch), BRANCHES)
-        raise EarlyExitError(f"branch is {branch!r:.60}, expected one of {', '.join(BRANCHES)}{hint}")
-    return BRANCHES[branch][1]
+    return BRANCHES.find(branch)[1]
 
 
 def _all_arguments() -> dict[str, Argument]:

@@ -22,13 +22,14 @@ from torchvision.models._api import WeightsEnum
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.ssd import SSD
 
-from earlyexit_ssd.errors import EarlyExitError, nearest
+from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.modeling import validate
 from earlyexit_ssd.modeling.branches import Exit, Place, check_exits, describe_exits, takes_exits
 from earlyexit_ssd.modeling.heads import num_outputs
 from earlyexit_ssd.modeling.losses import Assignment, LossSettings, assign, detection_losses, distillation_loss
 from earlyexit_ssd.modeling.outputs import ExitOutputs, ExitSignals, Head, Router, pool_tap
 from earlyexit_ssd.modeling.trunk import PixelBoxes, Trunk, evaluating, small_copy
+from earlyexit_ssd.registry import Registry
 
 Targets = list[dict[str, Tensor]]
 """Per image ``boxes`` [n, 4] xyxy absolute pixels and ``labels`` [n] in 1..K; n may be 0."""
@@ -231,7 +232,7 @@ def route(model: EarlyExitDetector, x: Tensor) -> tuple[Head, Tensor, Tensor]:
 
 # The detector, independent of its backbone.
 
-DETECTORS: dict[str, type[EarlyExitDetector]] = {}
+DETECTORS: Registry[type[EarlyExitDetector]] = Registry("detector (MODEL.NAME)")
 """torchvision's name of a detector -> the class of this detector with early exits."""
 
 D = TypeVar("D", bound="type[EarlyExitDetector]")
@@ -241,19 +242,11 @@ def register_detector(name: str) -> Callable[[D], D]:
     """Class decorator: register an `EarlyExitDetector` under ``name``, for ``MODEL.NAME`` and for model files."""
 
     def register(detector: D) -> D:
+        DETECTORS.register(name, detector)
         detector.detector_name = name
-        DETECTORS[name] = detector
         return detector
 
     return register
-
-
-def detector_class(name: str) -> type[EarlyExitDetector]:
-    """Return the detector class registered under ``name``; an unknown name raises EarlyExitError."""
-    if name not in DETECTORS:
-        names, hint = ", ".join(DETECTORS), nearest(str(name), DETECTORS)
-        raise EarlyExitError(f"detector (MODEL.NAME) is {name!r:.60}, expected one of {names}{hint}")
-    return DETECTORS[name]
 
 
 class EarlyExitDetector(SSD):

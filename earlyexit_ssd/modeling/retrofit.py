@@ -21,7 +21,7 @@ from torchvision.models.detection.ssd import SSD, SSDScoringHead
 from earlyexit_ssd.config.check import FOLDS, LARGEST_SIDE, MAX_WIDTH
 from earlyexit_ssd.errors import EarlyExitError, nearest, shown
 from earlyexit_ssd.modeling.branches import Exit, describe_exits, exit_keyword_names, exit_keywords, takes_exits
-from earlyexit_ssd.modeling.detector import POST_PROCESSING, EarlyExitDetector, detector_class
+from earlyexit_ssd.modeling.detector import DETECTORS, POST_PROCESSING, EarlyExitDetector
 from earlyexit_ssd.modeling.heads import (
     ClassChange,
     FoldedClassificationHead,
@@ -169,7 +169,7 @@ class Architecture:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        detector_class(self.detector)
+        DETECTORS.find(self.detector)
         if not self.classes:
             raise EarlyExitError("classes is empty, expected at least one name")
         rows, classes = self.folded_rows, len(self.classes)
@@ -258,7 +258,7 @@ class Architecture:
         if isinstance(self.score_thresh, Mapping):  # torchvision's detector has one threshold for all classes
             settings["score_thresh"] = min(self.score_thresh.get(name, LEAST_SCORE) for name in self.classes)
         num_classes = self.head_outputs or len(self.classes) + 1
-        detector = detector_class(self.detector).build_plain(num_classes=num_classes, **settings)
+        detector = DETECTORS.find(self.detector).build_plain(num_classes=num_classes, **settings)
         if self.folded_rows:
             whole = detector.head.classification_head
             detector.head.classification_head = FoldedClassificationHead(whole, self.folded_rows, self.competing)
@@ -273,7 +273,7 @@ class Architecture:
             whole = detector.head.classification_head
             detector.head.classification_head = SSDScoringHead(whole.module_list, whole.num_columns)
         classes = None if self.folded_branches else self.classes
-        model = detector_class(self.detector)(detector, exits=self.exits, classes=classes)
+        model = DETECTORS.find(self.detector)(detector, exits=self.exits, classes=classes)
         if self.folded_branches:
             fold_model(model, self.classes, self.folded_rows, self.competing)
         model.score_thresh = self.score_thresh
@@ -341,7 +341,7 @@ def retrofit(
     if fold not in FOLDS:
         names, hint = ", ".join(FOLDS), nearest(str(fold), FOLDS)
         raise EarlyExitError(f"fold (MODEL.FOLD) is {shown(fold)}, expected one of {names}{hint}")
-    state, stored = load_full_path(weights, detector_class(architecture.detector).plain_weights)
+    state, stored = load_full_path(weights, DETECTORS.find(architecture.detector).plain_weights)
     source = stored.classes if stored else tuple(source_classes or architecture.classes)
     # `loaded` describes the file as it is; `architecture` describes the wanted model, whose head is not folded yet.
     unfolded = {"head_outputs": 0, "folded_rows": (), "competing": (), "folded_branches": False}

@@ -8,6 +8,7 @@ from numbers import Real
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torchvision.tv_tensors import BoundingBoxes, BoundingBoxFormat
 
 from earlyexit_ssd.errors import EarlyExitError, nearest
 from earlyexit_ssd.modeling.heads import num_outputs
@@ -63,6 +64,9 @@ def _check_target(target: dict[str, Tensor], index: int, classes: Sequence[str])
         raise EarlyExitError(f"target {index}: boxes are {boxes.dtype}, expected numbers such as torch.float32")
     if labels.dtype not in INTEGERS and len(labels):  # no labels: torch.zeros(0), which is float, is accepted
         raise EarlyExitError(f"target {index}: labels are {labels.dtype}, expected whole numbers such as torch.int64")
+    if isinstance(boxes, BoundingBoxes) and boxes.format is not BoundingBoxFormat.XYXY:
+        fix = "convert them with torchvision.transforms.v2.ConvertBoundingBoxFormat"
+        raise EarlyExitError(f"target {index}: boxes are {boxes.format.value}, expected XYXY; {fix}")
     boxes, labels = boxes.to(torch.float32), labels.to(torch.int64)
     bad = ~((boxes[:, 2:] > boxes[:, :2]).all(1) & torch.isfinite(boxes).all(1))
     if bad.any():

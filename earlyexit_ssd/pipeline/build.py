@@ -37,12 +37,12 @@ from earlyexit_ssd.modeling import (
     retrofit,
 )
 from earlyexit_ssd.modeling.checkpoint import ModelInfo, find_weights, weights_path
-from earlyexit_ssd.modeling.detector import detector_class
+from earlyexit_ssd.modeling.detector import DETECTORS
 from earlyexit_ssd.modeling.heads import plan_class_change
 from earlyexit_ssd.modeling.retrofit import torchvision_name
 from earlyexit_ssd.progress import progress
 from earlyexit_ssd.routing import ExitRouter
-from earlyexit_ssd.routing.policies import require_known
+from earlyexit_ssd.routing.policies import POLICIES
 
 logger = logging.getLogger(__name__)
 
@@ -215,13 +215,13 @@ def open_model(
 def source_classes(weights: str, classes: str, detector: str) -> tuple[str, ...] | None:
     """Return the names of the checkpoint's labels: COCO's for torchvision's own weights of ``detector``, or if
     ``classes`` is "coco". None: the checkpoint has the classes of the configuration."""
-    from_torchvision = torchvision_name(weights, detector_class(detector).plain_weights)
+    from_torchvision = torchvision_name(weights, DETECTORS.find(detector).plain_weights)
     return COCO_CLASSES if classes == "coco" or from_torchvision else None
 
 
 def backbone_weights(cfg: CfgNode) -> WeightsEnum:
     """Return the ImageNet weights that MODEL.WEIGHTS_BACKBONE names. Raise ConfigError for an unknown name."""
-    members, name = detector_class(cfg.MODEL.NAME).backbone_weights.__members__, cfg.MODEL.WEIGHTS_BACKBONE
+    members, name = DETECTORS.find(cfg.MODEL.NAME).backbone_weights.__members__, cfg.MODEL.WEIGHTS_BACKBONE
     if name not in members:
         expected = f"expected one of {', '.join(members)}{nearest(name, members)}"
         raise ConfigError(f"MODEL.WEIGHTS_BACKBONE is {name!r}, {expected}")
@@ -233,7 +233,7 @@ def _imagenet_detector(cfg: CfgNode, architecture: Architecture):
     if cfg.MODEL.WIDTH != 1.0:
         raise ConfigError(f"MODEL.WIDTH is {cfg.MODEL.WIDTH}, but ImageNet weights of the trunk need 1.0")
     try:
-        return detector_class(architecture.detector).build_plain(
+        return DETECTORS.find(architecture.detector).build_plain(
             num_classes=len(architecture.classes) + 1,
             image_size=architecture.image_size,
             reduced_tail=False,
@@ -286,7 +286,7 @@ def open_thresholds(opened: Sequence[bool]) -> list[float]:
 def require_policy(cfg: CfgNode) -> None:
     """Raise a ConfigError with the nearest name if ROUTING.POLICY is not the name of a policy."""
     try:
-        require_known(cfg.ROUTING.POLICY)
+        POLICIES.find(cfg.ROUTING.POLICY)
     except EarlyExitError as error:
         raise ConfigError(f"ROUTING.POLICY: {error}") from None
 

@@ -19,7 +19,7 @@ from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.evaluation.results import Interval, Record, Results
 from earlyexit_ssd.evaluation.verdict import DETECTS_AP50
 from earlyexit_ssd.modeling import Architecture, Exit, describe_exits
-from earlyexit_ssd.modeling.detector import detector_class
+from earlyexit_ssd.modeling.detector import DETECTORS
 from earlyexit_ssd.pipeline.build import build_exits
 from earlyexit_ssd.pipeline.calibrate import Target
 
@@ -187,7 +187,7 @@ class Plan:
         """Return the tried sides of the input in pixels, largest first."""
         own, shares = self.architecture.image_size, FINE_TUNED_SHARES if fine_tuned else SHARES
         step = 32 if own >= 256 else 16
-        any_size = detector_class(self.architecture.detector).any_size
+        any_size = DETECTORS.find(self.architecture.detector).any_size
         smaller = [round(share * own / step) * step for share in shares] if any_size else []
         return sorted({own, *(self.cfg.EVAL.RIVALS.SIZES or smaller)}, reverse=True)
 
@@ -213,7 +213,7 @@ class Plan:
             return (*glances, *(exit_ for exit_ in build_exits(self.cfg) if exit_.pixels is None))
         if self.has_branches:
             return (*glances, *own) if net.fold == OWN_HEAD and not net.fine_tuned else glances
-        last_layer = detector_class(self.architecture.detector).last_layer
+        last_layer = DETECTORS.find(self.architecture.detector).last_layer
         layers = [exit_.layer for exit_ in own] or [layer for layer in EMPTY_EXITS if layer < last_layer]
         return (*glances, *describe_exits(layers, empty=layers))
 

@@ -70,7 +70,7 @@ from earlyexit_ssd.routing import ExitRouter
 logger = logging.getLogger(__name__)
 
 
-def check_certificate(
+def require_usable_certificate(
     cfg: CfgNode, certificate: Certificate, dataset: DetectionDataset, source: str | os.PathLike[str]
 ) -> None:
     """Check that a certificate from the file ``source`` fits the photos and settings of an evaluation.
@@ -228,7 +228,7 @@ def evaluate_model(
     router = open_router(cfg, model, info, weights).to(device)
     model = model.to(device)
     if certificate := router.certificate:
-        check_certificate(cfg, certificate, dataset, cfg.ROUTING.CERTIFICATE or weights)
+        require_usable_certificate(cfg, certificate, dataset, cfg.ROUTING.CERTIFICATE or weights)
     if not dataset.labelled:
         logger.warning("%s: no labels, so agreement with the full path replaces AP", " + ".join(cfg.DATA.TEST))
     rivals = build_rivals(cfg, model, architecture) if dataset.labelled else []  # they are compared by AP

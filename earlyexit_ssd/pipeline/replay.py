@@ -69,7 +69,7 @@ from earlyexit_ssd.pipeline.build import (
 from earlyexit_ssd.pipeline.evaluate import check_rivals
 from earlyexit_ssd.progress import progress
 from earlyexit_ssd.routing import ExitRouter
-from earlyexit_ssd.routing.policies import FITTED_POLICIES, at_likeliest_boxes, cross_fits, reads_taps
+from earlyexit_ssd.routing.policies import POLICIES, at_likeliest_boxes, cross_fits, is_fitted, reads_taps
 
 logger = logging.getLogger(__name__)
 
@@ -305,16 +305,15 @@ def fit_router(
     """
     reference, folds = cfg.CALIBRATION.REFERENCE, cfg.CALIBRATION.FOLDS
     sets = [FittingPhotos(split, temperatures, reference, cfg.SEED) for split in (train or calib, calib)]
-    policy_class = FITTED_POLICIES.get(policy)  # None: the policy has no parameters
     parameters = confidences = None
     if cross_fit and folds and train is not None and cross_fits(policy):
         groups = np.arange(len(calib.recording)) if groups is None else groups
         fold_of_row = np.empty(len(groups), np.int64)
         fold_of_row[calib.order] = groups * folds // (groups.max() + 1)
-        parameters, by_row = policy_class.cross_fit(*sets, torch.from_numpy(fold_of_row))
+        parameters, by_row = POLICIES[policy].cross_fit(*sets, torch.from_numpy(fold_of_row))
         confidences = [values.numpy()[calib.order] for values in by_row]
-    elif policy_class is not None:
-        parameters = policy_class.fit(sets[0])
+    elif is_fitted(policy):
+        parameters = POLICIES[policy].fit(sets[0])
     settings = {"temperatures": temperatures, "temperature_bounds": cfg.ROUTING.TEMPERATURE_BOUNDS}
     router = ExitRouter(len(temperatures), policy=policy, parameters=parameters, thresholds=CLOSED, **settings)
     return router, confidences or calib.confidences(router)
@@ -323,7 +322,7 @@ def fit_router(
 def require_deciding(policy: str, model: EarlyExitSSDLite, weights: str | os.PathLike[str]) -> None:
     """Raise an EarlyExitError if no photo can leave, because all exits are empty and the policy reads logits only."""
     if all(model.empty) and not reads_taps(policy):
-        usable = " or ".join(name for name in FITTED_POLICIES if reads_taps(name))
+        usable = " or ".join(filter(reads_taps, POLICIES))
         raise EarlyExitError(
             f"policy '{policy}' reads logits, but all exits of {weights} are empty and have none; "
             f"use {usable} (ROUTING.POLICY)"

@@ -18,7 +18,7 @@ from earlyexit_ssd.errors import ConfigError
 from earlyexit_ssd.evaluation.results import Results
 from earlyexit_ssd.files import locked_folder, write_bytes, write_image, write_json
 from earlyexit_ssd.modeling import load_model, save_model
-from earlyexit_ssd.modeling.detector import detector_class
+from earlyexit_ssd.modeling.detector import DETECTORS
 from earlyexit_ssd.modeling.retrofit import load_every_key, require_weights
 from earlyexit_ssd.pipeline.build import (
     backbone_weights,
@@ -38,7 +38,7 @@ from earlyexit_ssd.pipeline.phases import PHASE_FUNCTIONS, tap_cache
 from earlyexit_ssd.pipeline.run import Run, RunFolder
 from earlyexit_ssd.report.page import never_failing, training_page, write_page
 from earlyexit_ssd.report.pictures import photo_grid, training_curves
-from earlyexit_ssd.routing.policies import FITTED_POLICIES
+from earlyexit_ssd.routing.policies import is_fitted
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ def _closed_until_fitted(cfg: CfgNode) -> CfgNode:
     """Return the configuration, with every exit closed if its policy needs a fit by a calibration."""
     default = get_cfg().ROUTING
     closed = {"ROUTING.POLICY": default.POLICY, "ROUTING.THRESHOLDS": default.THRESHOLDS}
-    return with_values(cfg, closed) if cfg.ROUTING.POLICY in FITTED_POLICIES else cfg
+    return with_values(cfg, closed) if is_fitted(cfg.ROUTING.POLICY) else cfg
 
 
 def learns_from_labels(cfg: CfgNode) -> bool:
@@ -90,7 +90,7 @@ def _check_names(cfg: CfgNode) -> None:
         catalog.find(name, cfg.DATA)
     for weights in (cfg.MODEL.WEIGHTS, cfg.BASELINE.GATE.REFERENCE):
         if weights:
-            require_weights(weights, detector_class(cfg.MODEL.NAME).plain_weights)
+            require_weights(weights, DETECTORS.find(cfg.MODEL.NAME).plain_weights)
     build_architecture(cfg, ("object",))  # raises for MODEL.NAME, EXITS.BRANCH and the branches' arguments
     if cfg.MODEL.WEIGHTS_BACKBONE:
         backbone_weights(cfg)

@@ -38,7 +38,7 @@ def columns() -> dict[str, Callable[[Row], str]]:
     return {
         "exit": lambda row: row.name,
         "layer": lambda row: figure(row.layer, 0),
-        **{heading: cell(*place) for metric in METRICS for heading, place in metric.columns.items()},
+        **{heading: cell(*place) for metric in METRICS.values() for heading, place in metric.columns.items()},
         "confidence": lambda row: f"{row.confidence.mean:.2f} ± {row.confidence.std:.2f}" if row.confidence else "-",
         "MMAC": cell("mmacs", 0),
         "ms": lambda row: " ".join(filter(None, (figure(row.ms, 1), row.other_runtime))),

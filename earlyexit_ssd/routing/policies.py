@@ -20,8 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from earlyexit_ssd.errors import EarlyExitError, nearest
+from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.modeling.outputs import ExitSignals
+from earlyexit_ssd.registry import Registry
 
 Policy = Callable[[ExitSignals, int], Tensor]  # function from an exit's signals and index to confidences [N] in [0, 1]
 
@@ -93,8 +94,7 @@ class RegisteredPolicy:
         return get_policy, (self.name,)
 
 
-POLICIES: dict[str, RegisteredPolicy] = {}
-FITTED_POLICIES: dict[str, type[FittedPolicy]] = {}
+POLICIES: Registry[RegisteredPolicy | type[FittedPolicy]] = Registry("routing policy")
 Registered = TypeVar("Registered", bound=Callable)
 
 
@@ -108,18 +108,15 @@ def register_policy(name: str, boxes: int | None = None) -> Callable[[Registered
         EarlyExitError: a name that is registered already or no string, ``boxes`` below 1, or a class that is no
             `FittedPolicy`.
     """
-    if not isinstance(name, str):
-        raise EarlyExitError(f'register_policy takes the policy\'s name, got {name!r}; write @register_policy("name")')
     if boxes is not None and (type(boxes) is not int or boxes < 1):
         raise EarlyExitError(f"routing policy '{name}': boxes is {boxes}, expected 1 or more, or None for all boxes")
 
     def register(policy: Registered) -> Registered:
-        if name in POLICIES or name in FITTED_POLICIES:
-            raise EarlyExitError(f"routing policy '{name}' is registered already; choose another name")
         if not isinstance(policy, type):
-            POLICIES[name] = RegisteredPolicy(name, policy, boxes)
+            POLICIES.register(name, RegisteredPolicy(name, policy, boxes))
         elif issubclass(policy, FittedPolicy):
-            FITTED_POLICIES[name], policy.boxes = policy, boxes
+            POLICIES.register(name, policy)
+            policy.boxes = boxes
         else:
             raise EarlyExitError(f"routing policy '{name}' is the class {policy.__name__}; derive it from FittedPolicy")
         return policy
@@ -130,12 +127,11 @@ def register_policy(name: str, boxes: int | None = None) -> Callable[[Registered
 def get_policy(name: str, parameters: Any = None) -> Policy:
     """Return the policy ``name``, with ``parameters`` if it is fitted. Raise an EarlyExitError for an unknown name or
     wrong parameters."""
-    require_known(name)
-    if name not in FITTED_POLICIES:
+    policy = POLICIES.find(name)
+    if not is_fitted(name):
         if parameters is not None:
             raise EarlyExitError(f"routing policy '{name}' takes no parameters; leave them out")
-        return POLICIES[name]
-    policy = FITTED_POLICIES[name]
+        return policy
     if not parameters:
         raise EarlyExitError(
             f"routing policy '{name}' needs parameters; tools/calibrate.py fits them and writes a certificate"
@@ -149,29 +145,24 @@ def get_policy(name: str, parameters: Any = None) -> Policy:
         ) from problem
 
 
-def require_known(name: str) -> None:
-    """Raise an EarlyExitError with the nearest name if no policy is registered under ``name``."""
-    names = [*POLICIES, *FITTED_POLICIES]
-    if not isinstance(name, str):
-        raise EarlyExitError(f"routing policy is {name!r}, expected the name of a registered policy")
-    if name not in names:
-        hint = nearest(name, names) or f", expected one of {', '.join(names)}"
-        raise EarlyExitError(f"unknown routing policy '{name}'{hint}")
+def is_fitted(name: str) -> bool:
+    """Return whether the policy has fitted parameters."""
+    return isinstance(POLICIES.get(name), type)
 
 
 def reads_taps(name: str | None) -> bool:
     """Return `FittedPolicy.reads_taps`, or False for a policy that is not fitted."""
-    return getattr(FITTED_POLICIES.get(name), "reads_taps", False)
+    return getattr(POLICIES.get(name), "reads_taps", False)
 
 
 def cross_fits(name: str) -> bool:
     """Return `FittedPolicy.cross_fits`, or False for a policy that is not fitted."""
-    return getattr(FITTED_POLICIES.get(name), "cross_fits", False)
+    return getattr(POLICIES.get(name), "cross_fits", False)
 
 
 def needs_training_photos(name: str) -> bool:
     """Return `FittedPolicy.needs_training_photos`, or False for a policy that is not fitted."""
-    return getattr(FITTED_POLICIES.get(name), "needs_training_photos", False)
+    return getattr(POLICIES.get(name), "needs_training_photos", False)
 
 
 @register_policy("mean_foreground")

@@ -394,7 +394,7 @@ def test_policies_are_compared_with_coin_and_oracle(trained, capsys, short_study
 
 
 def test_unknown_policy_is_an_error(trained, capsys):
-    cases = {"marginn": "did you mean 'margin'", "margin,": "unknown routing policy '', expected one of"}
+    cases = {"marginn": "did you mean 'margin'", "margin,": "routing policy is '', expected one of"}
     for policies, message in cases.items():
         assert study.main([*trained[1], "--out", str(trained[0] / "wrong"), "--policies", policies]) == 2
         assert message in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from copy import copy
 from pathlib import Path
 
 import pytest
@@ -11,12 +12,12 @@ from earlyexit_ssd.config import get_cfg
 from earlyexit_ssd.data import catalog, records
 from earlyexit_ssd.data.problems import Problems
 from earlyexit_ssd.data.records import RawDataset
-from earlyexit_ssd.errors import ConfigError, DataError
+from earlyexit_ssd.errors import ConfigError, DataError, EarlyExitError
 
 
 @pytest.fixture(autouse=True)
 def _own_catalog(monkeypatch):
-    monkeypatch.setattr(catalog, "_LOADERS", dict(catalog._LOADERS))
+    monkeypatch.setattr(catalog, "_LOADERS", copy(catalog._LOADERS))
     monkeypatch.delenv(catalog.ROOT_VARIABLE, raising=False)
 
 
@@ -55,7 +56,7 @@ def test_register(tmp_path):
     raw = RawDataset("mine", ("a",), ())
     catalog.register("mine", lambda root, data, problems: raw)
     assert load("mine", get_cfg()) is raw
-    with pytest.raises(DataError, match="'mine' is registered already"):
+    with pytest.raises(EarlyExitError, match="data set 'mine' is registered already"):
         catalog.register("mine", lambda root, data, problems: raw)
 
 
@@ -85,7 +86,7 @@ def test_datasets_of_the_configuration(make_coco, make_voc, voc_xml, voc_object)
 
 
 def test_user_format_precedes_built_in_formats(make_coco, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(records, "FORMATS", dict(records.FORMATS))
+    monkeypatch.setattr(records, "FORMATS", copy(records.FORMATS))
     monkeypatch.setattr(catalog, "FORMATS", records.FORMATS)
     monkeypatch.setitem(records.REPAIRS, "empty row", "")  # the decorator adds it; monkeypatch removes it
 

@@ -33,7 +33,7 @@ from earlyexit_ssd.modeling import Architecture, Exit
 from earlyexit_ssd.modeling.detector import AllOutputs, PathToExit
 from earlyexit_ssd.modeling.outputs import ExitSignals
 from earlyexit_ssd.routing import ExitRouter
-from earlyexit_ssd.routing.policies import FITTED_POLICIES, POLICIES, GainModel
+from earlyexit_ssd.routing.policies import POLICIES, GainModel
 from earlyexit_ssd.runtimes import OnnxRuntime
 
 
@@ -78,7 +78,7 @@ class Scoring(nn.Module):
         return self.router.confidence(ExitSignals(logits, logits[:, :4, 0]), 1)
 
 
-@pytest.mark.parametrize("policy", [*sorted(POLICIES), *sorted(FITTED_POLICIES)])
+@pytest.mark.parametrize("policy", sorted(POLICIES))
 def test_every_policy_can_be_exported(policy):
     fitted = {
         "learned_gain": [GainModel(2).to_plain()] * 2,

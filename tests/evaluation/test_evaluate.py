@@ -84,13 +84,13 @@ def test_differences_in_ap50_are_paired():
 
 
 @pytest.fixture
-def restored_metrics():
-    before = METRICS.copy()
-    yield
-    METRICS[:] = before
+def own_metrics(monkeypatch):
+    own = copy.copy(METRICS)
+    for module in ("evaluation.metrics", "report.tables"):
+        monkeypatch.setattr(f"earlyexit_ssd.{module}.METRICS", own)
 
 
-def test_a_metric_can_be_registered(restored_metrics, random_case):
+def test_a_metric_can_be_registered(own_metrics, random_case):
     """The figure is in metrics.json and in the table. Without labels it is undefined, like AP."""
 
     @register_metric({"boxes/img": ("boxes_per_image", 1)}, needs_labels=True)
@@ -106,6 +106,12 @@ def test_a_metric_can_be_registered(restored_metrics, random_case):
     undefined = {name for name, value in unlabelled.items() if value is None}
     assert undefined == {"boxes_per_image", *(name for name in figures if "AP" in name)}
     assert set(unlabelled["per_class"]["class0"].values()) == {None}
+
+
+def test_a_metric_must_not_replace_a_figure(own_metrics, random_case):
+    register_metric()(lambda detector: {"AP50": 1.0})
+    with pytest.raises(EarlyExitError, match="metric '<lambda>' returns the figure 'AP50', as another metric does"):
+        evaluate_detections(*random_case(1), SETTINGS).figures  # noqa: B018
 
 
 # Rows of rivals, with detections made by hand.

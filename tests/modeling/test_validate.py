@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torchvision.tv_tensors import BoundingBoxes
 
 from earlyexit_ssd import EarlyExitSSDLite, ExitRouter
 from earlyexit_ssd.errors import EarlyExitError
@@ -36,6 +37,7 @@ def test_values_slightly_outside_0_to_1_are_accepted():
 
 
 BOX = torch.tensor([[20, 30, 70, 90]])
+CENTRES = BoundingBoxes(BOX, format="CXCYWH", canvas_size=(96, 96))
 
 
 @pytest.mark.parametrize("boxes", [torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8])
@@ -67,6 +69,7 @@ def test_targets_of_any_number_type_have_the_same_losses(model, boxes, labels):
         ({"boxes": torch.ones(1, 4) > 0, "labels": torch.ones(1)}, "target 1: boxes are torch.bool, expected numbers"),
         ({"boxes": BOX, "labels": torch.ones(1)}, "target 1: labels are torch.float32, expected whole numbers"),
         ({"boxes": BOX, "labels": torch.ones(1) > 0}, "target 1: labels are torch.bool, expected whole numbers"),
+        ({"boxes": CENTRES, "labels": torch.tensor([1])}, "target 1: boxes are CXCYWH, expected XYXY; convert"),
         ({"boxes": BOX, "labels": torch.ones(1, 1, dtype=torch.int64)}, r"target 1: expected boxes .* and \[1, 1\]"),
         ({"boxes": torch.ones(1, 3), "labels": torch.ones(1)}, r"target 1: expected boxes \[n, 4\] and labels \[n\]"),
         ({"boxes": BOX, "labels": torch.tensor([1, 1])}, r"target 1: expected boxes \[n, 4\] and labels \[n\]"),

@@ -18,8 +18,7 @@ from earlyexit_ssd.modeling import Architecture
 from earlyexit_ssd.modeling.checkpoint import save_model
 from earlyexit_ssd.pipeline import calibrate
 from earlyexit_ssd.pipeline.replay import CostModel
-from earlyexit_ssd.routing import FittedPolicy, register_policy
-from earlyexit_ssd.routing.policies import FITTED_POLICIES
+from earlyexit_ssd.routing import POLICIES, FittedPolicy, register_policy
 
 
 class Recording:
@@ -130,7 +129,7 @@ def own_policy():
             return (signals.tap.mean(1) - self.means[exit_index]).sigmoid()
 
     yield "brightness_of_a_test"
-    del FITTED_POLICIES["brightness_of_a_test"]
+    del POLICIES["brightness_of_a_test"]
 
 
 def test_calibration_with_a_users_policy(own_policy, tmp_path):

@@ -17,9 +17,9 @@ from earlyexit_ssd.pipeline.build import open_router
 from earlyexit_ssd.pipeline.evaluate import (
     build_rivals,
     calibrate_command,
-    check_certificate,
     check_rivals,
     drift_of,
+    require_usable_certificate,
     smaller_sizes,
 )
 from earlyexit_ssd.routing import ExitRouter
@@ -44,7 +44,7 @@ def certificate(kind="risk", score=0.5):
 def test_a_risk_holds_at_its_own_score_only(caplog):
     def check(checked):
         cfg = load_config(None, ["EVAL.SCORE", "0.5", "EVAL.IOU", "0.5"])
-        check_certificate(cfg, checked, SimpleNamespace(records=[]), "certificate.json")
+        require_usable_certificate(cfg, checked, SimpleNamespace(records=[]), "certificate.json")
 
     check(certificate())
     with pytest.raises(ConfigError, match="holds for score 0.3 and IoU 0.5, but EVAL has 0.5 and 0.5; set EVAL.SCORE"):

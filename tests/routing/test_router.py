@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from copy import copy
 
 import numpy as np
 import pytest
@@ -107,8 +108,8 @@ def test_temperatures_are_clamped(values):
         ({"temperatures": [5.0]}, "temperatures has 5.0"),
         ({"temperature_bounds": (3.0, 0.5)}, "0 < low < high"),
         ({"temperature_bounds": (1.0,)}, "temperature_bounds"),
-        ({"policy": "entropie"}, "unknown routing policy"),
-        ({"policy": len}, "expected the name of a registered policy"),
+        ({"policy": "entropie"}, "routing policy is 'entropie', expected one of"),
+        ({"policy": len}, "routing policy is <built-in function len>, expected one of"),
         ({"num_exits": -1}, "num_exits is -1, expected the number of early exits"),
         ({"num_exits": 2.0}, "num_exits is 2.0"),
         ({"hybrid": "no"}, "hybrid is 'no', expected True or False"),
@@ -133,7 +134,7 @@ def test_numbers_of_any_type_are_one_value_per_exit():
 @pytest.fixture
 def own_policy(monkeypatch):
     """Return a function that registers a policy for one test and returns its router."""
-    monkeypatch.setattr(policies, "POLICIES", dict(policies.POLICIES))
+    monkeypatch.setattr(policies, "POLICIES", copy(policies.POLICIES))
 
     def register(function, boxes=None):
         register_policy("of_a_test", boxes)(function)
