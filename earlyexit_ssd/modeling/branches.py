@@ -24,7 +24,7 @@ from torchvision.models.detection.ssdlite import SSDLiteHead
 from torchvision.ops.misc import Conv2dNormActivation, SqueezeExcitation
 
 from earlyexit_ssd.config.check import C4_LAYER, LARGEST_SIDE, LAST_LAYER, MAX_CHANNELS, TAIL_BLOCKS
-from earlyexit_ssd.errors import EarlyExitError, check_keywords, nearest
+from earlyexit_ssd.errors import EarlyExitError, check_keywords, nearest, shown
 from earlyexit_ssd.modeling.heads import copy_rows, factorise, is_folded
 from earlyexit_ssd.modeling.outputs import Head
 from earlyexit_ssd.modeling.trunk import norm_layer
@@ -93,6 +93,11 @@ BRANCHES: Registry[tuple[Callable[..., Branch], Mapping[str, Argument]]] = Regis
 
 def register_branch(name: str, **arguments: Argument) -> Callable[[T], T]:
     """Decorator: register a class or function that builds the branches of kind ``name``."""
+    for argument, value in arguments.items():
+        if not isinstance(value, Argument):
+            raise EarlyExitError(
+                f"branch '{name!s:.60}': {argument} is {shown(value)}, expected an Argument, such as Argument(0)"
+            )
 
     def register(build: T) -> T:
         BRANCHES.register(name, (build, arguments))
@@ -191,7 +196,9 @@ def describe_exits(
         raise EarlyExitError(f"branch is {branch!r:.60}, expected {expected}")
     kinds = kinds * len(layers) if len(kinds) == 1 else kinds
     check_keywords(describe_exits, arguments, exit_keyword_names())
-    all_arguments, exits = _all_arguments(), []
+    exits = []
+    # kinds may give an argument different limits; those of the kinds in use hold
+    all_arguments = _all_arguments() | {key: value for kind in kinds for key, value in arguments_of(kind).items()}
     columns = {name: all_arguments[name].per_exit(name, value, len(layers)) for name, value in arguments.items()}
     for pair in glances:
         if not isinstance(pair, (list, tuple)) or len(pair) != 2:

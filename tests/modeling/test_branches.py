@@ -371,7 +371,7 @@ def test_registered_branch_is_built_and_described(images, monkeypatch):
     monkeypatch.setattr("earlyexit_ssd.modeling.branches.BRANCHES", copy(BRANCHES))
 
     class Constant(Branch):
-        def __init__(self, place: Place) -> None:
+        def __init__(self, place: Place, channels: int) -> None:
             super().__init__()
             self.logits = torch.nn.Parameter(torch.zeros(place.num_boxes, place.num_classes))
 
@@ -380,7 +380,10 @@ def test_registered_branch_is_built_and_described(images, monkeypatch):
             boxes = tap.new_zeros(count, len(self.logits), 4)
             return {"cls_logits": self.logits.expand(count, -1, -1), "bbox_regression": boxes}
 
-    register_branch("constant")(Constant)
+    register_branch("constant", channels=Argument(8, highest=16))(Constant)
+    assert describe_exits((8,), "light", channels=96)[0].arguments["channels"] == 96  # the limit of a light branch
+    with pytest.raises(EarlyExitError, match="branch 'other': channels is 0, expected an Argument"):
+        register_branch("other", channels=0)
     model = small_model(branch=("constant", "copied"))
     outputs = model.eval().exit_outputs(images)
     assert outputs.heads[0]["cls_logits"].shape == outputs.heads[2]["cls_logits"].shape
