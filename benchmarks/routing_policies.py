@@ -55,7 +55,7 @@ from earlyexit_ssd.progress import progress
 from earlyexit_ssd.report.pictures import PLAIN, draw_charts
 from earlyexit_ssd.report.tables import figure
 from earlyexit_ssd.routing import ExitRouter
-from earlyexit_ssd.routing.policies import POLICIES, needs_training_photos, reads_taps
+from earlyexit_ssd.routing.policies import POLICIES, reads_taps
 
 REFERENCE_POLICY = "max_foreground"
 BUDGETS = 5
@@ -536,10 +536,11 @@ def evaluate_routing(cfg: CfgNode, weights: str | Path, out: Path, policies: Seq
     if all(model.empty):  # only policies that read taps can route
         names = [name for name in names if reads_taps(name)]
     calib, test = recorded.replay("CALIB"), recorded.replay("TEST")
-    train = recorded.replay("TRAIN") if any(map(needs_training_photos, names)) else None
+    on_train = [name for name in names if POLICIES[name].needs_training_photos]
+    train = recorded.replay("TRAIN") if on_train else None
     temperatures = temperatures_of(fit_temperatures(cfg, calib), model.exit_names)
     routers = {
-        name: fit_router(cfg, name, temperatures, train if needs_training_photos(name) else calib, cross_fit=False)[0]
+        name: fit_router(cfg, name, temperatures, train if name in on_train else calib, cross_fit=False)[0]
         for name in names
     }
     # timed before the evaluation, which fragments the memory and would change the times

@@ -61,7 +61,7 @@ from earlyexit_ssd.report.page import calibration_page, never_failing, write_pag
 from earlyexit_ssd.report.page_photos import OpenCosts, PagePhotos
 from earlyexit_ssd.report.tables import write_calibration
 from earlyexit_ssd.routing import ExitRouter
-from earlyexit_ssd.routing.policies import needs_training_photos
+from earlyexit_ssd.routing.policies import POLICIES
 
 logger = logging.getLogger(__name__)
 
@@ -303,7 +303,7 @@ def calibrate(
         cfg, weights, out, unlabelled=True, include_near_duplicates=near_duplicates_count_once
     )
     cfg, model = recorded.cfg, recorded.model
-    uses_train = target.kind == "risk" or needs_training_photos(cfg.ROUTING.POLICY)
+    uses_train = target.kind == "risk" or POLICIES.find(cfg.ROUTING.POLICY).needs_training_photos
     _require_labels(cfg, target, recorded, ("CALIB", "TRAIN") if uses_train else ("CALIB",))
     require_deciding(cfg.ROUTING.POLICY, model, weights)
     calib, train = recorded.replay("CALIB"), recorded.replay("TRAIN") if uses_train else None

@@ -73,7 +73,7 @@ from earlyexit_ssd.progress import progress
 from earlyexit_ssd.report.page import never_failing, search_page, write_page
 from earlyexit_ssd.report.pictures import candidates_chart
 from earlyexit_ssd.routing import ExitRouter
-from earlyexit_ssd.routing.policies import needs_training_photos
+from earlyexit_ssd.routing.policies import POLICIES
 
 logger = logging.getLogger(__name__)
 
@@ -268,7 +268,7 @@ class CandidateSearch:
     ) -> MeasuredCandidate:
         """Fit the policy, search the thresholds that meet the goal, and measure the candidate with them."""
         cfg, model = self.cfg, recorded.model
-        train = self._fitting_photos(candidate) if needs_training_photos(policy) else None
+        train = self._fitting_photos(candidate) if POLICIES.find(policy).needs_training_photos else None
         temperatures = temperatures_of(fit_temperatures(cfg, calib), model.exit_names)
         router, confidences = fit_router(cfg, policy, temperatures, calib, train)
         costs = measure_cost_model(cfg, model, router, self.model)

@@ -69,7 +69,7 @@ from earlyexit_ssd.pipeline.build import (
 from earlyexit_ssd.pipeline.evaluate import check_rivals
 from earlyexit_ssd.progress import progress
 from earlyexit_ssd.routing import ExitRouter
-from earlyexit_ssd.routing.policies import POLICIES, at_likeliest_boxes, cross_fits, is_fitted, reads_taps
+from earlyexit_ssd.routing.policies import POLICIES, at_likeliest_boxes, is_fitted, reads_taps
 
 logger = logging.getLogger(__name__)
 
@@ -306,7 +306,7 @@ def fit_router(
     reference, folds = cfg.CALIBRATION.REFERENCE, cfg.CALIBRATION.FOLDS
     sets = [FittingPhotos(split, temperatures, reference, cfg.SEED) for split in (train or calib, calib)]
     parameters = confidences = None
-    if cross_fit and folds and train is not None and cross_fits(policy):
+    if cross_fit and folds and train is not None and POLICIES[policy].cross_fits:
         groups = np.arange(len(calib.recording)) if groups is None else groups
         fold_of_row = np.empty(len(groups), np.int64)
         fold_of_row[calib.order] = groups * folds // (groups.max() + 1)

@@ -86,6 +86,7 @@ class RegisteredPolicy:
     name: str
     function: Callable[..., Tensor]
     boxes: int | None
+    reads_taps = needs_training_photos = cross_fits = False  # see FittedPolicy
 
     def __call__(self, signals: ExitSignals, exit_index: int) -> Tensor:
         return self.function(signals.logits)
@@ -153,16 +154,6 @@ def is_fitted(name: str) -> bool:
 def reads_taps(name: str | None) -> bool:
     """Return `FittedPolicy.reads_taps`, or False for a policy that is not fitted."""
     return getattr(POLICIES.get(name), "reads_taps", False)
-
-
-def cross_fits(name: str) -> bool:
-    """Return `FittedPolicy.cross_fits`, or False for a policy that is not fitted."""
-    return getattr(POLICIES.get(name), "cross_fits", False)
-
-
-def needs_training_photos(name: str) -> bool:
-    """Return `FittedPolicy.needs_training_photos`, or False for a policy that is not fitted."""
-    return getattr(POLICIES.get(name), "needs_training_photos", False)
 
 
 @register_policy("mean_foreground")

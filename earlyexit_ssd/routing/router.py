@@ -78,7 +78,7 @@ class ExitRouter(nn.Module):
         policy = get_policy(name, parameters)
         self._modules.pop("_policy", None)  # nn.Module refuses to replace a module by a function
         self._policy, self._policy_name, self._plain_parameters = policy, name, parameters
-        self._boxes, self._reads_taps = policy.boxes, getattr(policy, "reads_taps", False)
+        self._boxes, self._reads_taps = policy.boxes, policy.reads_taps
 
     @property
     def policy(self) -> str:
