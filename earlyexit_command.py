@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 SHIPPED = sorted(path.stem for path in (Path(__file__).parent / "earlyexit_ssd" / "weights").glob("*.json"))
@@ -285,10 +285,10 @@ def predict_arguments(parser: argparse.ArgumentParser) -> None:
     stream.add_argument("--stream", metavar="RULE.json", help="rule to use, or to write with --calibrate-stream")
     share = "calibrate a rule on the sources, which changes the detections of at most this share of frames"
     stream.add_argument("--calibrate-stream", type=float, metavar="SHARE", help=share)
-    stream.add_argument("--delta", default="0.05", help="failure probability (default 0.05); none: no guarantee")
+    stream.add_argument("--delta", help="failure probability (default 0.05); none: no guarantee")
     block = "consecutive frames that count as one independent draw (default 150)"
-    stream.add_argument("--block", type=int, default=150, help=block)
-    stream.add_argument("--most-repeats", type=int, default=10, help="largest number of repeats in a row (default 10)")
+    stream.add_argument("--block", type=int, help=block)
+    stream.add_argument("--most-repeats", type=int, help="largest number of repeats in a row (default 10)")
 
 
 def predict(args: argparse.Namespace) -> None:
@@ -303,6 +303,11 @@ def predict(args: argparse.Namespace) -> None:
         raise EarlyExitError(f"score {args.score}: expected a number in [0, 1]")
     if args.frames is not None and args.frames < 1:
         raise EarlyExitError(f"--frames {args.frames}: expected at least 1")
+    if args.threads is not None and args.threads < 1:
+        raise EarlyExitError(f"--threads {args.threads}: expected at least 1")
+    for flag in ("delta", "block", "most_repeats"):
+        if getattr(args, flag) is not None and args.calibrate_stream is None:
+            raise EarlyExitError(f"--{flag.replace('_', '-')} is for --calibrate-stream; leave it out")
     sources, draw = find_sources(args.sources), annotate
     if is_exported(args.weights):
         if args.config or args.all_exits:
@@ -345,12 +350,14 @@ def _calibrate_stream(args: argparse.Namespace, detector: object, sources: list)
     if not args.stream:
         raise EarlyExitError("--calibrate-stream writes a rule: name its file with --stream, such as rule.json")
     try:
-        delta = None if args.delta == "none" else float(args.delta)
+        delta = None if args.delta == "none" else float(args.delta or "0.05")
     except ValueError:
         raise EarlyExitError(f"--delta {args.delta}: expected a number in (0, 1), or none") from None
     frames = images_of(sources, args.stride, args.frames)
-    settings = (args.calibrate_stream, delta, args.block, args.score, args.most_repeats)
-    rule = calibrate_stream(detector, frames, *settings)
+    numbers = {"block": args.block, "most_repeats": args.most_repeats}
+    numbers = {name: number for name, number in numbers.items() if number is not None}
+    rule = calibrate_stream(detector, frames, args.calibrate_stream, delta, score=args.score, **numbers)
+    rule = replace(rule, stride=args.stride)
     rule.save(args.stream)
     print(f"{args.stream}: repeat the last detections while the change is at most {rule.threshold:.2f} grey levels")
     print(rule.figures)
@@ -394,6 +401,8 @@ def export(args: argparse.Namespace) -> None:
             if value is not None:
                 raise EarlyExitError(f"{flag} is for --int8; leave it out, or add --int8")
         photos = [source.name for source in find_sources(args.photos) if source.kind == "photo"]
+        if args.photos and not photos:
+            raise EarlyExitError(f"--photos {' '.join(args.photos)[:80]} has no photo; name photos or their folder")
         print(export_detector(model, args.out, args.format, photos))
     runtime = ", 'openvino'" if args.format == "openvino" else ""
     print(f"run it: from earlyexit_ssd.deploy import Predictor; Predictor({args.out!r}{runtime})(photo)")
@@ -419,7 +428,6 @@ def benchmark_arguments(parser: argparse.ArgumentParser) -> None:
 
 def benchmark(args: argparse.Namespace) -> None:
     """Time detectors side by side on your photos and machine, from a decoded photo to its detections."""
-    import dataclasses
     import os
     import random
 
@@ -439,7 +447,7 @@ def benchmark(args: argparse.Namespace) -> None:
     rows = benchmark(contestants, photos, threads, args.batch, args.rounds, args.score)
     settings = {"detectors": args.detectors, "photos": len(photos), "rounds": args.rounds, "score": args.score}
     make_folder(Path(args.out).parent)
-    rows_as_dicts = [dataclasses.asdict(row) for row in rows]
+    rows_as_dicts = [asdict(row) for row in rows]
     write_json(args.out, {"machine": machine_before, "settings": settings, "rows": rows_as_dicts})
     print(table(rows))
     versions = ", ".join(f"{name} {number}" for name, number in machine_before["versions"].items())

@@ -99,11 +99,13 @@ def predict(
 
     Raises:
         EarlyExitError: a number is out of its range, a name in ``save`` is unknown, the rule is for another detector,
-            or OpenCV is needed and missing.
+            score or stride, or OpenCV is needed and missing.
         CannotWrite: an output cannot be written.
     """
     if not 0 <= score <= 1:
         raise EarlyExitError(f"score {score}: expected a number in [0, 1]")
+    if rule is not None and rule.stride != stride and any(source.kind != "photo" for source in sources):
+        raise EarlyExitError(f"the stream rule is for stride {rule.stride}, not {stride}; calibrate a rule for it")
     save = [name for name in map(str.strip, save) if name != "none"]
     for name in save:
         if name not in SAVES:
@@ -159,7 +161,7 @@ class _Loop:
                     if isinstance(frame, DataError):
                         yield frame
                         continue
-                    bar.total = frame.total
+                    bar.total = frame.total and min(-(-frame.total // stride), most_frames or frame.total)
                     detections = self.detect(frame.image)
                     exits[detections.exit_name] += 1
                     computed_ms += 0 if detections.exit_name == REPEATED else detections.ms
@@ -169,7 +171,8 @@ class _Loop:
                     if path and photo:
                         write_image(path, picture)
                     elif path:
-                        write = write or files.enter_context(_video(path, frame.fps or LIVE_FPS, picture.size))
+                        fps = frame.fps / stride if frame.fps else LIVE_FPS
+                        write = write or files.enter_context(_video(path, fps, picture.size))
                         write(picture)
                     if self.show:
                         self.stopped = _show(picture, wait=0 if photo else 1)

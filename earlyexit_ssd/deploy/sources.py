@@ -123,7 +123,7 @@ def _read_video(source: Source, stride: int) -> Iterator[Frame | DataError]:
     try:
         if not capture.isOpened():
             fix = "check the address and the cable, and close other programs that use it"
-            fix = fix if live else "convert it to MP4 (H.264)"
+            fix = fix if live else "copy it again, or convert it to MP4 (H.264)"
             yield DataError(f"{source.title}: {'camera or stream' if live else 'video'} cannot be opened; {fix}")
             return
         if live:

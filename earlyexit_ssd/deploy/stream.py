@@ -141,6 +141,7 @@ class StreamRule:
         most_repeats: largest number of repeats in a row.
         classes: classes of the detector.
         figures: figures of the calibration; None for a rule without calibration.
+        stride: the rule holds if every ``stride``-th frame is used.
     """
 
     threshold: Annotated[float, 0, 255]
@@ -148,6 +149,7 @@ class StreamRule:
     most_repeats: Annotated[int, 0, 2**31]
     classes: tuple[str, ...]
     figures: StreamFigures | None = None
+    stride: Annotated[int, 1, 2**31] = 1
 
     def __post_init__(self) -> None:
         check_fields(self)

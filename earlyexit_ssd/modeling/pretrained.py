@@ -173,7 +173,11 @@ def class_names(outputs: int, classes: Sequence[str] | None = None) -> tuple[str
     if classes is None:
         if outputs == len(COCO_CLASSES) + 1:
             return COCO_CLASSES
-        logger.warning("the file has no class names; they become class_1 to class_%d; pass classes=[...]", outputs - 1)
+        logger.warning(
+            "the file has no class names; they become class_1 to class_%d; to name them, pass classes=[...] to "
+            "from_pretrained and save the model",
+            outputs - 1,
+        )
         return tuple(f"class_{label}" for label in range(1, outputs))
     if isinstance(classes, str) or len(classes) != outputs - 1:
         raise EarlyExitError(

@@ -24,6 +24,7 @@ import torch
 import torchvision
 from fvcore.common.config import CfgNode
 
+from earlyexit_ssd.bounds import BOUNDS, MAX_PHOTOS, photos_needed
 from earlyexit_ssd.calibration.certificate import Certificate, CertifiedTarget, Measured
 from earlyexit_ssd.calibration.risk import certify, threshold_path
 from earlyexit_ssd.calibration.thresholds import (
@@ -187,10 +188,14 @@ class ThresholdSearch:
         )  # fmt: skip
         if certified.step == 0:  # the step with all exits closed is the cheapest that passed
             advice = "the exits are not accurate enough: allow a larger risk, or train them longer"
+            no_loss = np.zeros(1)
+            fewest = photos_needed(no_loss, target.value, target.delta, BOUNDS[settings.BOUND]) or MAX_PHOTOS
             if certified.passed:
                 advice = "thresholds within the risk do not save cost: try another policy, cheaper branches, more risk"
             elif certified.photos_needed:
                 advice = f"{max(certified.photos_needed, self.draws + 1)} {self.draws_name} like these would be enough"
+            elif self.draws < fewest:
+                advice = f"at least {fewest} are needed, even if no detection changes"
             logger.warning(
                 "all exits stay closed: none can be opened at a risk of %g with probability %g on %d %s; %s",
                 target.value, 1 - target.delta, self.draws, self.draws_name, advice,

@@ -117,7 +117,8 @@ def exportable_path(path: str | os.PathLike[str], file_format: Format) -> Path:
     if file_format not in SUFFIXES:
         raise EarlyExitError(f"format {file_format!r:.60}: expected one of {', '.join(SUFFIXES)}")
     if path.suffix != SUFFIXES[file_format] and file_format != "staged":
-        raise EarlyExitError(f"{path}: a file of format {file_format} ends in {SUFFIXES[file_format]}; rename it")
+        fix = "rename it, or choose another --format"
+        raise EarlyExitError(f"{path}: a file of format {file_format} ends in {SUFFIXES[file_format]}; {fix}")
     if path.exists() and path.is_dir() != (file_format == "staged"):
         present = "a folder" if path.is_dir() else "a file"
         raise EarlyExitError(f"{path}: there is {present} of that name; choose another name")

@@ -86,8 +86,9 @@ def open_torch_predictor(weights: str | os.PathLike[str], cfg: CfgNode | None = 
     if cfg is None:
         model = EarlyExitSSDLite.from_pretrained(weights)
     else:
-        model, _, info = open_model(cfg, weights)
-        model.router = open_router(cfg, model, {**info, "certificate": None}, weights)
+        model, _, info = open_model(cfg, weights, need_exits=False)
+        if model.num_early_exits:
+            model.router = open_router(cfg, model, {**info, "certificate": None}, weights)
     predictor = TorchPredictor(model)
     predictor.warm_up()
     return predictor

@@ -159,7 +159,7 @@ def promise(certificate: Certificate) -> list[str]:
         line = f"in {1 - target.delta:.0%} of bootstrap draws of {draws} at most {measured.AP50_lost_bound:.4f} AP50"
         lines.append(f"{line} is lost (target {target.value:g})")
         if measured.photos_needed is not None:
-            lines.append(f"these are few for that: at least {measured.photos_needed} are needed, see docs/routing.md")
+            lines.append(f"these are few for that: at least {measured.photos_needed} are needed")
     return lines
 
 

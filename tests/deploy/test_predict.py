@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -88,6 +89,26 @@ def test_a_video_and_its_summary(tmp_path, video, fake_video):
     assert (written.get(cv2.CAP_PROP_FRAME_COUNT), written.get(cv2.CAP_PROP_FPS)) == (10, 25)
     taken, image = written.read()
     assert taken and image.shape == (64, 96, 3)
+
+
+def test_a_video_with_a_stride_keeps_its_duration(tmp_path, video, fake_video, monkeypatch):
+    bar = MagicMock()
+    monkeypatch.setattr("earlyexit_ssd.deploy.predict.progress", lambda **_: bar)
+    fake_video([scene(x) for x in range(10)], total=10)
+    list(predict(RedBox(), [video], tmp_path / "out", stride=5, most_frames=8))
+    cv2 = pytest.importorskip("cv2")
+    written = cv2.VideoCapture(str(tmp_path / "out" / "street.mp4"))
+    assert (written.get(cv2.CAP_PROP_FRAME_COUNT), written.get(cv2.CAP_PROP_FPS)) == (2, 5)
+    assert bar.__enter__().total == 2
+
+
+def test_a_rule_of_another_stride_is_an_error(tmp_path, video, fake_video):
+    fake_video([scene(1)] * 4, total=4)
+    with pytest.raises(EarlyExitError, match="the stream rule is for stride 1, not 2; calibrate a rule for it"):
+        list(predict(RedBox(), [video], tmp_path / "out", save=[], rule=RULE, stride=2))
+    rule = dataclasses.replace(RULE, stride=2)
+    (line,) = predict(RedBox(), [video], tmp_path / "out", save=[], rule=rule, stride=2)
+    assert ": 2 frames, " in line
 
 
 def test_a_broken_frame_is_reported_and_skipped(tmp_path, video, fake_video):

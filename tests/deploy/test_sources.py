@@ -80,7 +80,7 @@ def test_a_truncated_video_is_reported(folder, fake_video, count):
 def test_a_source_that_cannot_be_opened(folder, fake_video):
     fake_video([], opens=False)
     for source, message in (
-        (video(folder), "street.mp4: video cannot be opened; convert it"),
+        (video(folder), "street.mp4: video cannot be opened; copy it again, or"),
         (Source("rtsp://me:secret@cam/1", "live"), "rtsp://cam/1: camera or stream cannot be opened; check the"),
         (Source(str(folder / "none.mp4"), "video"), "none.mp4: no such video; check the path"),
     ):

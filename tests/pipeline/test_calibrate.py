@@ -72,6 +72,23 @@ def test_an_ap_drop_opens_nothing_if_the_full_path_does_not_detect(monkeypatch, 
     assert opened or ("all exits stay closed" in warnings[0] and len(warnings[0]) < 300)
 
 
+@pytest.mark.parametrize(
+    ("draws", "advice"), [(4, "at least 79 are needed, even if no detection changes"), (100, "not accurate enough")]
+)
+def test_closed_exits_of_a_risk_are_explained(monkeypatch, caplog, draws, advice):
+    """The photos that leave lose everything, also on too few photos for any threshold."""
+    recorded = SimpleNamespace(
+        confidences=lambda router: [np.linspace(0, 1, draws)],
+        losses=lambda reference: np.tile([1.0, 0.0], (draws, 1)),
+        recording=range(draws),
+    )
+    costs = CostModel("mmacs", {(): 1.0, (True,): 4.0, (False,): 3.0}, 1, 3.0, {})
+    confidences, target = recorded.confidences(None), calibrate.Target("risk", 0.05)
+    search = calibrate.ThresholdSearch(load_config(), target, None, confidences, recorded, recorded, costs)
+    assert search.run().thresholds == (CLOSED,)
+    assert advice in caplog.text
+
+
 @pytest.mark.parametrize(("baseline", "bound"), [(None, 0.0), ({}, None)])
 def test_closed_exits_lose_nothing_only_against_their_own_full_path(monkeypatch, baseline, bound):
     calib = four_photos(monkeypatch, 0.0, lambda choices: np.zeros(len(choices)), np.zeros((4, 2)))

@@ -5,7 +5,9 @@ import pytest
 import torch
 
 from earlyexit_ssd import ExitRouter
+from earlyexit_ssd.config import load_config
 from earlyexit_ssd.deploy.predict import annotate
+from earlyexit_ssd.modeling.trunk import build_ssdlite
 from earlyexit_ssd.pipeline.predictor import TorchPredictor, open_torch_predictor
 from tests.modeling.conftest import small_model
 
@@ -47,6 +49,12 @@ def test_pictures_of_one_exit_and_of_all():
     assert annotate(PHOTO, found, 0.5).size == (60, 90)
     # tiles with a margin of 8 px and a line of 30 px; the photo fills the tile's height
     assert predictor.side_by_side(PHOTO, found, 0.5).size == (3 * 328 + 8, 320 + 38)
+
+
+def test_checkpoint_without_exits_gets_the_class_names_of_a_configuration(tmp_path):
+    torch.save(build_ssdlite(num_classes=3).state_dict(), tmp_path / "plain.pth")
+    predictor = open_torch_predictor(tmp_path / "plain.pth", load_config(None, ["DATA.CLASSES", "[cat, dog]"]))
+    assert predictor.classes == ("cat", "dog") and predictor.exit_names == ("full",)
 
 
 def test_shipped_weights_have_a_router():

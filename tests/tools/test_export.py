@@ -29,6 +29,7 @@ def test_exported_file_runs_without_pytorch(tmp_path, capsys):
         ("voc_animals --int8 --photos . --annotations no.json", "no.json: it does not exist; --annotations takes"),
         ("voc_animals --int8 --photos . --ap-drop 7", "--ap-drop is 7, expected a number in [0, 1]"),
         ("voc_animals --annotations no.json", "--annotations is for --int8; leave it out, or add --int8"),
+        ("voc_animals --photos street.mp4", "--photos street.mp4 has no photo; name photos or their folder"),
         ("voc_animals --ap-drop 0.02", "--ap-drop is for --int8; leave it out, or add --int8"),
     ],
 )
