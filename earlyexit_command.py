@@ -251,7 +251,7 @@ def optimize(args: argparse.Namespace) -> None:
     from earlyexit_ssd.config import load_config
     from earlyexit_ssd.pipeline.optimize import Goal, optimize
 
-    cfg = load_config(args.config, [*args.overrides, "EVAL.RUNTIME", args.runtime])
+    cfg = load_config(args.config, ["EVAL.RUNTIME", args.runtime, *args.overrides])
     out = Path(args.out or Path(cfg.OUTPUT_DIR) / "optimize")
     limits = {"ap_drop": args.ap_drop, "coco_ap_drop": args.coco_ap_drop, "delta": args.delta}
     goal = Goal(**limits, speedup=args.speedup, ms=args.ms, minutes=args.budget_minutes, train=args.train)
@@ -259,7 +259,7 @@ def optimize(args: argparse.Namespace) -> None:
     print(*outcome.candidates, f"\n{outcome.summary}", sep="\n")
     print(f"\nresults: {out}/ (report.html, summary.txt, model.pth, optimize.json, test/)")
     if outcome.chosen is not None:
-        file = "detector.xml --runtime openvino" if args.runtime == "openvino" else "detector.onnx"
+        file = "detector.xml --runtime openvino" if cfg.EVAL.RUNTIME == "openvino" else "detector.onnx"
         print(f"run it: earlyexit predict --weights {out}/{file} PHOTO")
 
 
@@ -487,8 +487,11 @@ def doctor_arguments(parser: argparse.ArgumentParser) -> None:
 def doctor(args: argparse.Namespace) -> int:
     """Check data or a model for failures that raise no error."""
     from earlyexit_ssd.config import load_config
+    from earlyexit_ssd.errors import EarlyExitError
     from earlyexit_ssd.pipeline.doctor import doctor_data, doctor_model
 
+    if args.what == "data" and args.weights:
+        raise EarlyExitError(f"--weights {args.weights}: is for doctor model; leave it out for doctor data")
     cfg = load_config(args.config, args.overrides)
     weights = args.weights or Path(cfg.OUTPUT_DIR) / "model.pth"
     report = doctor_data(cfg) if args.what == "data" else doctor_model(cfg, weights, args.photos)

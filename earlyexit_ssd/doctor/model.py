@@ -263,7 +263,7 @@ def confidence_collapses(evidence: ModelEvidence) -> dict[str, float]:
 @check(
     least=DETECTS_AP50,
     meaning="it does not detect",
-    advice="train it before you judge any other figure; the other findings may show what is wrong",
+    advice="check the order of DATA.CLASSES, or train it; judge no other figure before",
 )
 def low_ap50(evidence: ModelEvidence) -> dict[str, float]:
     """AP50 of each exit and of the full path."""

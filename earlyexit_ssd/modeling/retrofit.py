@@ -429,7 +429,7 @@ def read_weights(path: str | os.PathLike[str]) -> Content:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged or foreign file may raise any exception
         refused = re.search(r"GLOBAL ([\w.]{1,60})", str(error))
-        fix = "save model.state_dict() alone" if refused else "download or train it again"
+        fix = "save model.state_dict() alone" if refused else "name a checkpoint or model.pth, or download it again"
         raise EarlyExitError(
             f"{path}: not a file of weights that can be read safely ({type(error).__name__}"
             f"{f', it contains {refused[1]}' if refused else ''}); expected a file of torch.save with only tensors and "

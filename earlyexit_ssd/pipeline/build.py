@@ -186,7 +186,7 @@ def open_model(
     def describe(outputs: int, exits: tuple[str, ...]) -> Architecture:
         """Return the architecture of a checkpoint with these outputs per default box and these exits."""
         if need_exits and not exits:
-            raise ConfigError("the detector has no exits; train them: tools/train_net.py with MODEL.WEIGHTS")
+            raise ConfigError("the detector has no exits; add them: earlyexit train or optimize with MODEL.WEIGHTS")
         classes = class_names(cfg)
         architecture = build_architecture(cfg, classes)
         if not exits:

@@ -310,7 +310,7 @@ def test_torchvision_s_weights_are_found_by_name(monkeypatch, weights):
 @pytest.mark.parametrize("content", [b"hello", b".", b"", b"\x80\x02."])
 def test_damaged_files_are_refused(tmp_path, content):
     (tmp_path / "bad.pth").write_bytes(content)
-    with pytest.raises(EarlyExitError, match="bad.pth: not a file of weights .* download or train it again"):
+    with pytest.raises(EarlyExitError, match="bad.pth: not a file of weights .* name a checkpoint or model.pth, or"):
         load_full_path(tmp_path / "bad.pth")
 
 

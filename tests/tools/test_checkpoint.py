@@ -69,7 +69,7 @@ def test_configuration_of_another_model_is_a_one_line_error(checkpoint, tmp_path
     plain = get_model("ssdlite320_mobilenet_v3_large", weights=None, weights_backbone=None, num_classes=2)
     torch.save({"model": plain.state_dict()}, tmp_path / "plain.pth")
     assert eval_exits.main([*arguments, "--weights", str(tmp_path / "plain.pth"), "--out", str(tmp_path / "out")]) == 2
-    assert "plain.pth: the detector has no exits; train them: tools/train_net.py" in capsys.readouterr().err
+    assert "plain.pth: the detector has no exits; add them: earlyexit train or optimize" in capsys.readouterr().err
 
 
 def test_coco_head_is_reduced_to_the_classes_of_the_configuration(tmp_path):

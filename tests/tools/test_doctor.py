@@ -41,3 +41,5 @@ def test_bad_input_is_a_one_line_error(trained, capsys):
     _, arguments = trained
     assert doctor.main(["model", *arguments, "--weights", "none.pth"]) == 2
     assert "none.pth" in capsys.readouterr().err
+    assert doctor.main(["data", *arguments, "--weights", "none.pth"]) == 2
+    assert "--weights none.pth: is for doctor model" in capsys.readouterr().err

@@ -147,3 +147,10 @@ def test_original_detector_is_kept_if_no_candidate_holds(trained, tmp_path, caps
 def test_invalid_limit_is_a_one_line_error(trained, tmp_path, capsys):
     assert optimize.main(command(trained, tmp_path / "x", "--ap-drop", "2")) == 2
     assert "ap_drop is 2, expected a number in [0, 1]" in capsys.readouterr().err
+
+
+def test_keys_of_the_command_line_count(trained, tmp_path, capsys):
+    assert optimize.main([*command(trained, tmp_path / "x"), "EVAL.SCORE"]) == 2
+    assert "the last key 'EVAL.SCORE' has no value" in capsys.readouterr().err
+    assert optimize.main([*command(trained, tmp_path / "x"), "EVAL.RUNTIME", "tensorrt"]) == 2
+    assert "EVAL.RUNTIME is 'tensorrt'" in capsys.readouterr().err
