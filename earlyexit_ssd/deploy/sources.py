@@ -38,7 +38,7 @@ class Source:
     @property
     def title(self) -> str:
         """The name without the user and password of a URL, for messages and output files."""
-        return re.sub(r"://[^/@]*@", "://", self.name)
+        return re.sub(r"://[^/]*@", "://", self.name)
 
 
 @dataclass(frozen=True)

@@ -103,7 +103,8 @@ class Diagnosis(Record):
             lines += [f"     {finding.meaning}", f"     what to do: {finding.advice}"] if finding.bad else []
         if self.not_judged:
             lines.append(f"not judged, too little to judge by: {', '.join(self.not_judged)}")
-        count = f"{len(self.bad)} of {len(self.findings)} figures are bad" if self.bad else "nothing bad was found"
+        verdict = "nothing bad was found" if self.findings else "nothing could be judged"
+        count = f"{len(self.bad)} of {len(self.findings)} figures are bad" if self.bad else verdict
         return "\n".join([*lines, count])
 
 

@@ -22,7 +22,7 @@ def folder(tmp_path):
 
 
 def test_kinds_of_sources(folder, caplog):
-    arguments = ["0", "rtsp://me:secret@cam/1", str(folder / "notes.txt"), str(folder / "no.mov"), folder]
+    arguments = ["0", "rtsp://me:sec@ret@cam/1", str(folder / "notes.txt"), str(folder / "no.mov"), folder]
     found = find_sources(arguments)
     inside = [str(folder / name) for name in ("a.jpg", "b.PNG", "deep/down/c.bmp", "street.mp4")]
     assert [source.name for source in found[4:]] == inside

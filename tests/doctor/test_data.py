@@ -12,7 +12,7 @@ import torch
 from earlyexit_ssd.data.records import Annotation, Record
 from earlyexit_ssd.data.repeats import PerceptualHashes
 from earlyexit_ssd.doctor.data import DATA_CHECKS, DataEvidence, Split, summarise
-from earlyexit_ssd.doctor.findings import diagnose
+from earlyexit_ssd.doctor.findings import Diagnosis, diagnose
 
 PHOTOS = 240
 DEFAULT_BOXES = torch.tensor([[x, y, x + 64.0, y + 64.0] for x in range(0, 257, 32) for y in range(0, 257, 32)])
@@ -102,3 +102,7 @@ def test_figures_of_a_split():
 def test_boxes_of_an_unlabelled_split_are_not_judged():
     unlabelled = evidence([record(number) for number in range(PHOTOS)], labelled=False)
     assert not [finding for finding in diagnose(DATA_CHECKS, unlabelled).bad if finding.subject.startswith("TRAIN")]
+
+
+def test_nothing_judged_is_not_called_sound():
+    assert str(Diagnosis((), ["few_photos"])).endswith("nothing could be judged")
