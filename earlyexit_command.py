@@ -257,7 +257,8 @@ def optimize(args: argparse.Namespace) -> None:
     goal = Goal(**limits, speedup=args.speedup, ms=args.ms, minutes=args.budget_minutes, train=args.train)
     outcome = optimize(cfg, goal, out, args.weights)
     print(*outcome.candidates, f"\n{outcome.summary}", sep="\n")
-    print(f"\nresults: {out}/ (report.html, summary.txt, model.pth, optimize.json, test/)")
+    files = "report.html, summary.txt, optimize.json" + (", model.pth, test/" if outcome.chosen else "")
+    print(f"\nresults: {out}/ ({files})")
     if outcome.chosen is not None:
         file = "detector.xml --runtime openvino" if cfg.EVAL.RUNTIME == "openvino" else "detector.onnx"
         print(f"run it: earlyexit predict --weights {out}/{file} PHOTO")
