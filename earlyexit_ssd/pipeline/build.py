@@ -214,9 +214,10 @@ def open_model(
 
 def source_classes(weights: str, classes: str, detector: str) -> tuple[str, ...] | None:
     """Return the names of the checkpoint's labels: COCO's for torchvision's own weights of ``detector``, or if
-    ``classes`` is "coco". None: the checkpoint has the classes of the configuration."""
-    from_torchvision = torchvision_name(weights, DETECTORS.find(detector).plain_weights)
-    return COCO_CLASSES if classes == "coco" or from_torchvision else None
+    ``classes`` is "coco"; otherwise the names in ``classes``. None: it has the classes of the configuration."""
+    if classes == "coco" or torchvision_name(weights, DETECTORS.find(detector).plain_weights):
+        return COCO_CLASSES
+    return tuple(name.strip() for name in classes.split(",")) if classes else None
 
 
 def backbone_weights(cfg: CfgNode) -> WeightsEnum:

@@ -230,14 +230,19 @@ class Plan:
     def skips(self, candidate: Candidate, measured: Iterable[Candidate]) -> bool:
         """Return whether a candidate is not worth trying after the ``measured`` ones.
 
-        A candidate without exits is always tried. A candidate with exits is skipped in two cases:
+        A candidate without exits is always tried. A candidate with exits is skipped in three cases:
 
         - Its net without exits loses too much (`HOPELESS`).
         - It has the detector's own head and only empty exits, and a net with a compact head holds the budget. Empty
           exits are then tried with the compact head only.
+        - Its first exit was tried alone and stayed closed. More exits behind it do not open it.
         """
         if not candidate.exits:
             return False
+        measured = [*measured]
+        alone = dataclasses.replace(candidate, exits=candidate.exits[:1]).key
+        if any(other.key == alone and other.thresholds == (CLOSED,) for other in measured):
+            return True
         nets = [other for other in measured if not other.exits]
         lost = next((net.lost for net in nets if net.net == candidate.net), None)
         if lost is not None and lost > HOPELESS * self.goal.ap_drop:

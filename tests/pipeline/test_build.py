@@ -99,6 +99,16 @@ def test_a_compact_head_needs_no_boxes(tmp_path, monkeypatch):
     assert architecture.head_outputs == 0
 
 
+def test_a_checkpoint_with_own_classes_is_cut_to_some_of_them(tmp_path):
+    path, names = tmp_path / "plain.pth", ("couch", "chair", "bed")
+    torch.save(Architecture(classes=names, image_size=96, width=0.25).build_detector().state_dict(), path)
+    keys = ["MODEL.WEIGHTS", str(path), "MODEL.IMAGE_SIZE", "96", "MODEL.WIDTH", "0.25"]
+    model, architecture = build_model(load_config(None, [*keys, "MODEL.WEIGHTS_CLASSES", "couch, chair,bed"]), ("bed",))
+    assert model.classes == ("bed",) and (architecture.head_outputs, architecture.folded_rows) == (4, (3,))
+    with pytest.raises(ConfigError, match="WEIGHTS_CLASSES is 'coc', expected '', 'coco', or names of classes"):
+        load_config(None, ["MODEL.WEIGHTS_CLASSES", "coc"])
+
+
 def test_shipped_weights_are_opened_by_name():
     model, architecture, info = open_model(load_config(), "chair")
     assert architecture.classes == ("chair",) and info["router"]["num_exits"] == model.num_early_exits == 2

@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from earlyexit_ssd.config import load_config
+from earlyexit_ssd.config import CLOSED, load_config
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.modeling import Architecture, describe_exits
 from earlyexit_ssd.pipeline.candidates import OWN_HEAD, Candidate, Goal, Plan, choose_candidate
@@ -75,6 +75,15 @@ def test_exits_are_not_tried_where_they_cannot_help(measured, candidate, skipped
     fold, lost, holds = measured
     measured = [Candidate("one", 288, fold, lost=lost, holds=holds)]
     assert plan_of(describe_exits((8,))).skips(candidate, measured) is skipped
+
+
+@pytest.mark.parametrize(
+    ("exits", "threshold", "skipped"),
+    [(("glance128", "exit12"), CLOSED, True), (("glance128", "exit12"), 0.9, False), (("exit12",), CLOSED, False)],
+)
+def test_no_exits_are_tried_behind_one_that_stayed_closed(exits, threshold, skipped):
+    alone = dataclasses.replace(net(288, "compact", ("glance128",)), thresholds=(threshold,))
+    assert plan_of(()).skips(net(288, "compact", exits), [alone]) is skipped
 
 
 def test_a_detector_with_branches_has_them_at_all_sizes_and_no_empty_exits():
