@@ -316,6 +316,10 @@ class TestFigures(Record):
         return self.ms_base / self.ms if self.ms and self.ms_base else None
 
     @property
+    def faster(self) -> bool:
+        return self.speedup is not None and self.ms < self.ms_base_interval[0]
+
+    @property
     def base_detects(self) -> bool:
         """Whether the base detector reaches the AP50 of a detector that finds objects at all."""
         return self.AP50_base is not None and self.AP50_base >= DETECTS_AP50
@@ -326,8 +330,7 @@ class TestFigures(Record):
         The base detector must detect, and the candidate must be faster. The losses of AP50 and AP measured on the test
         split must be within the budget. Unlike in `Candidate.holds`, these losses are not upper bounds.
         """
-        faster = self.speedup is not None and self.ms < self.ms_base_interval[0]
-        if not (faster and self.base_detects and self.AP50 is not None):
+        if not (self.faster and self.base_detects and self.AP50 is not None):
             return False
         ap_holds = goal.coco_ap_drop is None or self.AP_base - self.AP <= goal.coco_ap_drop
         return self.AP50_base - self.AP50 <= goal.ap_drop and ap_holds

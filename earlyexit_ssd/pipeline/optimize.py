@@ -554,7 +554,7 @@ def _summary(chosen: Candidate, test: TestFigures, ship: bool, goal: Goal) -> st
     elif not test.base_detects:
         verdict = f"do not ship it: your detector itself does not detect (AP50 {test.AP50_base or 0:.3f})."
     else:
-        verdict = "do not ship it: on the test photos it exceeds the budget, or is no faster."
+        verdict = f"do not ship it: on the test photos it {'exceeds the budget' if test.faster else 'is no faster'}."
     return f"{verdict} {figures}. {compared}."
 
 

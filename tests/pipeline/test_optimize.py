@@ -41,7 +41,10 @@ def test_the_verdict_compares_the_loss_on_the_test_photos():
     """Not its interval, whose upper end is above the budget here, and not the bound on the calib photos."""
     figures = figures_of(0.3, 0.495, 0.5, [0.001, 0.02], (7, 8))
     assert figures.worth_shipping(Goal()) and not figures.worth_shipping(Goal(ap_drop=0.004))
-    assert not dataclasses.replace(figures, ms=8.5).worth_shipping(Goal())
+    slow = dataclasses.replace(figures, ms=8.5)
+    assert not slow.worth_shipping(Goal())
+    assert _summary(FAST, slow, False, Goal()).startswith("do not ship it: on the test photos it is no faster.")
+    assert _summary(FAST, figures, False, Goal()).startswith("do not ship it: on the test photos it exceeds the budget.")
     summary = _summary(FAST, figures, True, Goal(delta=0.1))
     assert summary.startswith(
         "ship it. fast: 1.80 times as fast as your detector (5.0 ms against 9.0, eager, threads: 1)"
