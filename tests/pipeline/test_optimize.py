@@ -44,7 +44,9 @@ def test_the_verdict_compares_the_loss_on_the_test_photos():
     slow = dataclasses.replace(figures, ms=8.5)
     assert not slow.worth_shipping(Goal())
     assert _summary(FAST, slow, False, Goal()).startswith("do not ship it: on the test photos it is no faster.")
-    assert _summary(FAST, figures, False, Goal()).startswith("do not ship it: on the test photos it exceeds the budget.")
+    assert _summary(FAST, figures, False, Goal()).startswith(
+        "do not ship it: on the test photos it exceeds the budget."
+    )
     summary = _summary(FAST, figures, True, Goal(delta=0.1))
     assert summary.startswith(
         "ship it. fast: 1.80 times as fast as your detector (5.0 ms against 9.0, eager, threads: 1)"
