@@ -480,8 +480,9 @@ def _contestant(argument: str) -> object:
 def doctor_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("what", choices=("data", "model"), help="what to check")
     add_config(parser, "that names the splits (DATA) and the detector (MODEL)")
-    parser.add_argument("--weights", help="model.pth, checkpoint or shipped name; OUTPUT_DIR/model.pth by default")
-    parser.add_argument("--photos", type=int, default=200, help="number of DATA.CALIB photos for a model (default 200)")
+    weights = "for a model: model.pth, checkpoint or shipped name; OUTPUT_DIR/model.pth by default"
+    parser.add_argument("--weights", help=weights)
+    parser.add_argument("--photos", type=int, help="for a model: number of DATA.CALIB photos (default 200)")
     parser.add_argument("--out", help="folder for doctor.json")
 
 
@@ -491,11 +492,15 @@ def doctor(args: argparse.Namespace) -> int:
     from earlyexit_ssd.errors import EarlyExitError
     from earlyexit_ssd.pipeline.doctor import doctor_data, doctor_model
 
-    if args.what == "data" and args.weights:
-        raise EarlyExitError(f"--weights {args.weights}: is for doctor model; leave it out for doctor data")
     cfg = load_config(args.config, args.overrides)
-    weights = args.weights or Path(cfg.OUTPUT_DIR) / "model.pth"
-    report = doctor_data(cfg) if args.what == "data" else doctor_model(cfg, weights, args.photos)
+    if args.what == "data":
+        for flag, value in (("--weights", args.weights), ("--photos", args.photos)):
+            if value is not None:
+                raise EarlyExitError(f"{flag} {value}: is for doctor model; leave it out for doctor data")
+        report = doctor_data(cfg)
+    else:
+        weights = args.weights or Path(cfg.OUTPUT_DIR) / "model.pth"
+        report = doctor_model(cfg, weights, 200 if args.photos is None else args.photos)
     print(report)
     if args.out:
         report.write(args.out)
