@@ -202,7 +202,8 @@ def calibrate_arguments(parser: argparse.ArgumentParser) -> None:
     target.add_argument("--speedup", type=float, help="smallest ratio of the mean cost without exits to the routed one")
     target.add_argument("--ap-drop", type=float, help="largest loss of AP50, in 1 - delta of the bootstrap draws")
     target.add_argument("--risk", type=float, help="largest expected loss per photo, with probability 1 - delta")
-    parser.add_argument("--delta", type=float, default=0.05, help="failure probability of --risk, --ap-drop (0.05)")
+    delta = "failure probability of --risk, --ap-drop; CALIBRATION.DELTA by default"
+    parser.add_argument("--delta", type=float, help=delta)
     parser.add_argument("--learned", action="store_true", help="learn thresholds by gradient descent, not by a search")
     block = "for --risk and --ap-drop: consecutive frames that count as one photo, such as 25, or 5s with --fps"
     parser.add_argument("--block", metavar="SECONDS|N", help=block)
@@ -221,8 +222,11 @@ def calibrate(args: argparse.Namespace) -> None:
     kind = next(kind for kind in ("speedup", "ap_drop", "risk") if getattr(args, kind) is not None)
     if args.fps is not None and args.block is None:
         raise EarlyExitError("--fps is for --block in seconds, such as --block 5s")
+    if args.delta is not None and kind == "speedup":
+        raise EarlyExitError("--delta is for --risk and --ap-drop; leave it out with --speedup")
     block = None if args.block is None else parse_block(args.block, args.fps)
-    target = Target(kind, getattr(args, kind), args.delta, block, args.learned)
+    delta = cfg.CALIBRATION.DELTA if args.delta is None else args.delta
+    target = Target(kind, getattr(args, kind), delta, block, args.learned)
     if calibrate(cfg, args.weights or Path(cfg.OUTPUT_DIR) / "model.pth", target, out):
         print((out / "calibration.txt").read_text(encoding="utf-8"))
         print(f"results: {out}/ (report.html, model.pth with this routing, certificate.json, calibration.txt)")
@@ -480,8 +484,9 @@ def _contestant(argument: str) -> object:
 def doctor_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("what", choices=("data", "model"), help="what to check")
     add_config(parser, "that names the splits (DATA) and the detector (MODEL)")
-    parser.add_argument("--weights", help="model.pth, checkpoint or shipped name; OUTPUT_DIR/model.pth by default")
-    parser.add_argument("--photos", type=int, default=200, help="number of DATA.CALIB photos for a model (default 200)")
+    weights = "for a model: model.pth, checkpoint or shipped name; OUTPUT_DIR/model.pth by default"
+    parser.add_argument("--weights", help=weights)
+    parser.add_argument("--photos", type=int, help="for a model: number of DATA.CALIB photos (default 200)")
     parser.add_argument("--out", help="folder for doctor.json")
 
 
@@ -491,11 +496,15 @@ def doctor(args: argparse.Namespace) -> int:
     from earlyexit_ssd.errors import EarlyExitError
     from earlyexit_ssd.pipeline.doctor import doctor_data, doctor_model
 
-    if args.what == "data" and args.weights:
-        raise EarlyExitError(f"--weights {args.weights}: is for doctor model; leave it out for doctor data")
     cfg = load_config(args.config, args.overrides)
-    weights = args.weights or Path(cfg.OUTPUT_DIR) / "model.pth"
-    report = doctor_data(cfg) if args.what == "data" else doctor_model(cfg, weights, args.photos)
+    if args.what == "data":
+        for flag, value in (("--weights", args.weights), ("--photos", args.photos)):
+            if value is not None:
+                raise EarlyExitError(f"{flag} {value}: is for doctor model; leave it out for doctor data")
+        report = doctor_data(cfg)
+    else:
+        weights = args.weights or Path(cfg.OUTPUT_DIR) / "model.pth"
+        report = doctor_model(cfg, weights, 200 if args.photos is None else args.photos)
     print(report)
     if args.out:
         report.write(args.out)

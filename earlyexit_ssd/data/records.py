@@ -170,7 +170,7 @@ def limit_negatives(records: list[Record], share: float, seed: int) -> list[Reco
     ``share`` is in [0, 1), or -1 to keep all negatives. If all photos are negatives, all of them stay.
     """
     negatives = [index for index, record in enumerate(records) if not record.has_targets]
-    limit = round((len(records) - len(negatives)) * share / (1 - share))
+    limit = int((len(records) - len(negatives)) * share / (1 - share) + 1e-6)  # 5.999999 is 6
     if share < 0 or len(negatives) <= limit or len(negatives) == len(records):
         return records
     kept = set(random.Random(seed).sample(negatives, limit))

@@ -103,7 +103,7 @@ def _split(cfg: CfgNode, name: str) -> Split:
     return Split(name, classes, records, labelled, hashes, PerceptualHashes.read(paths))
 
 
-def doctor_model(cfg: CfgNode, weights: str | os.PathLike[str], photos: int = 200) -> Report:
+def doctor_model(cfg: CfgNode, weights: str | os.PathLike[str], photos: int) -> Report:
     """Check a model on ``photos`` of DATA.CALIB, chosen with SEED. Half of them have objects if there are enough.
 
     Args:

@@ -43,13 +43,13 @@ class Check:
     """One figure of a gate and its limit."""
 
     name: str
-    value: float | None  # None: undefined, so the check fails
+    value: float | None  # None: undefined, which reaches only a limit of 0
     limit: float | None  # minimum; None: the figure is shown but not checked
     of: str = ""  # the figure that the limit is a share of; empty: the limit is absolute
 
     @property
     def passed(self) -> bool:
-        return self.limit is None or (self.value is not None and self.value >= self.limit)
+        return self.limit is None or (self.value or 0.0) >= self.limit
 
     def __str__(self) -> str:
         value = "undefined" if self.value is None else f"{self.value:.3f}"

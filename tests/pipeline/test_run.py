@@ -51,6 +51,10 @@ def test_files_of_a_changed_phase_move_to_a_new_folder(tmp_path):
     assert sorted(path.name for path in run.phase("baseline").iterdir()) == ["before_1", "before_2", "before_3"]
 
 
+def test_an_undefined_figure_reaches_only_a_limit_of_0():
+    assert Check("precision", None, 0.0).passed and not Check("precision", None, 0.1).passed
+
+
 def test_a_failed_gate_gives_advice():
     error = Gate("exits", (Check("x", 0.1, 0.2),), ("move it",)).failed()
     assert str(error) == "gate of phase exits failed: x 0.100 < 0.200"

@@ -63,7 +63,8 @@ def test_certificate_in_evaluation(trained, capsys, monkeypatch):
 def test_recordings_are_reused(trained, capsys, monkeypatch):
     root, arguments = trained
     command = [*arguments, "--out", str(root / "drop"), "--ap-drop", "0.5", "CALIBRATION.COST", "mmacs"]
-    assert calibrate.main(command) == 0
+    assert calibrate.main([*command, "CALIBRATION.DELTA", "0.2"]) == 0
+    assert load_certificate(root / "drop" / "certificate.json").target.delta == 0.2
     capsys.readouterr()
     assert calibrate.main(command) == 0
     assert "record exits" not in capsys.readouterr().err
@@ -78,6 +79,8 @@ def test_unreachable_speedup_and_too_few_photos(trained, capsys):
     target = ["--out", str(root / "fast"), "--speedup", "50", "CALIBRATION.COST", "mmacs"]
     assert calibrate.main([*arguments, *target]) == 2
     assert "a speed-up of 50 is out of reach: the cheapest thresholds give " in capsys.readouterr().err
+    assert calibrate.main([*arguments, *target, "--delta", "0.1"]) == 2
+    assert "--delta is for --risk and --ap-drop" in capsys.readouterr().err
     assert calibrate.main([*arguments, "--out", str(root / "closed"), "--risk", "0.001", "CALIBRATION.COST", "ms"]) == 0
     captured = capsys.readouterr()
     assert "all exits stay closed" in captured.err and "every exit stays closed" in captured.out

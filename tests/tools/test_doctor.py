@@ -41,5 +41,6 @@ def test_bad_input_is_a_one_line_error(trained, capsys):
     _, arguments = trained
     assert doctor.main(["model", *arguments, "--weights", "none.pth"]) == 2
     assert "none.pth" in capsys.readouterr().err
-    assert doctor.main(["data", *arguments, "--weights", "none.pth"]) == 2
-    assert "--weights none.pth: is for doctor model" in capsys.readouterr().err
+    for flag in (["--weights", "none.pth"], ["--photos", "8"]):
+        assert doctor.main(["data", *arguments, *flag]) == 2
+        assert f"{' '.join(flag)}: is for doctor model" in capsys.readouterr().err
