@@ -153,6 +153,8 @@ _OF_THE_WHOLE: Sequence[Rule] = (
     ("PHASES", f"some of {PHASES}", lambda phases, *_: len(phases) > 0),
     ("PHASES", f"each phase once, in the order {PHASES}",
      lambda phases, *_: list(phases) == sorted(set(phases), key=PHASES.index)),
+    ("PHASES", "baseline first, unless MODEL.WEIGHTS is a trained detector",
+     lambda phases, _, cfg: "baseline" in phases or bool(cfg.MODEL.WEIGHTS)),
     ("PHASES", "exits before joint", lambda phases, *_: "joint" not in phases or "exits" in phases),
     # without a training, MODEL.WEIGHTS would be compared with themselves and always pass
     ("BASELINE.GATE.RELATIVE", "0 without BASELINE.GATE.REFERENCE", lambda share, _, cfg:

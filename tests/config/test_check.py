@@ -34,6 +34,7 @@ from earlyexit_ssd.errors import ConfigError
         ("EXITS.HEAD_RANK", "-1", "EXITS.HEAD_RANK is -1, expected a number of at least 0"),
         ("PHASES", "[exits, baseline]", "in the order"),
         ("PHASES", "[baseline, joint]", "exits before joint"),
+        ("PHASES", "[exits]", "baseline first, unless MODEL.WEIGHTS"),
         ("PHASES", "[base]", "did you mean 'baseline'"),
         ("BASELINE.LR", "0", "BASELINE.LR is 0.0, expected a number above 0"),
         ("BASELINE.LR", "nan", "expected a number above 0"),

@@ -31,7 +31,9 @@ def started(folder, *keys, finished=()):
     ],
 )
 def test_a_resumed_run_may_add_phases_or_remove_unfinished_ones_at_the_end(tmp_path, before, finished, now, continues):
-    run, cfg = started(tmp_path / "run", "PHASES", before, finished=finished), load_config(None, ["PHASES", now])
+    weights = ("MODEL.WEIGHTS", "trained.pth")
+    run = started(tmp_path / "run", *weights, "PHASES", before, finished=finished)
+    cfg = load_config(None, [*weights, "PHASES", now])
     if continues:
         run.require_free(cfg, resume=True)
         run.start(cfg)

@@ -29,7 +29,7 @@ TEACHER = ("LOSS.SUPERVISION", "teacher", "LOSS.TEACHER", "full", "BASELINE.EPOC
     ],
 )
 def test_labels_are_needed_unless_the_teacher_supervises_all_phases(keys, expected):
-    assert learns_from_labels(load_config(None, keys)) is expected
+    assert learns_from_labels(load_config(None, ["MODEL.WEIGHTS", "model.pth", *keys])) is expected
 
 
 def test_the_runtime_is_checked_on_the_device_of_the_evaluation(monkeypatch):
