@@ -153,7 +153,7 @@ def baseline_advice(cfg: CfgNode) -> tuple[str, ...]:
         train = f"{more_epochs} or {other_rate}; log.jsonl shows whether the loss still falls"
     start = "start from trained weights (MODEL.WEIGHTS) or an ImageNet trunk (MODEL.WEIGHTS_BACKBONE)"
     if cfg.MODEL.WEIGHTS:
-        start = "check MODEL.IMAGE_SIZE and the order of the checkpoint's classes, and whether it detects in torchvision"
+        start = "check MODEL.IMAGE_SIZE, the order of the checkpoint's classes, and whether it detects in torchvision"
     elif cfg.MODEL.WEIGHTS_BACKBONE:
         start = "start from weights of a trained detector (MODEL.WEIGHTS)"
     look = "look at training_photos.png in the run's folder: are boxes missing, shifted or of another class?"
