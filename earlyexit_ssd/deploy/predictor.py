@@ -120,7 +120,8 @@ class Predictor:
         load = OpenVino if runtime == "openvino" else OnnxRuntime
         self._network = _Staged(path, load, threads) if path.is_dir() else load(path, threads=threads)
         # OpenVINO reads the defaults of an ONNX file as constants, so the file has no inputs for thresholds then
-        self._fixed_thresholds = "score_thresh" not in self._network.inputs
+        self._fixed_thresholds = "thresholds" not in self._network.inputs
+        self._fixed_score_thresh = "score_thresh" not in self._network.inputs
         try:
             self._read_metadata(self._network.metadata)
         except (KeyError, TypeError, ValueError) as error:
@@ -198,7 +199,7 @@ class Predictor:
         feeds = {"image": as_photo(image, name), "thresholds": thresholds, "score_thresh": self.score_thresh}
         outputs = self._network(feeds)
         boxes, labels, scores = (outputs[name] for name in ("boxes", "labels", "scores"))
-        if self._fixed_thresholds:
+        if self._fixed_score_thresh:
             keep = scores > self.score_thresh[labels - 1]
             boxes, labels, scores = boxes[keep], labels[keep], scores[keep]
         exit_index, confidence = int(outputs["exit_index"]), float(outputs["exit_confidence"])
@@ -215,7 +216,7 @@ class Predictor:
         elif score_thresh is not None:
             values[:] = _number_in_0_1("score_thresh", score_thresh)
         lowered = np.flatnonzero(values < stored)
-        if self._fixed_thresholds and len(lowered):
+        if self._fixed_score_thresh and len(lowered):
             index = lowered[0]
             raise EarlyExitError(
                 f"{self.path}: score_thresh of {shown(self.classes[index])} is {values[index]:g}, but OpenVINO cannot "
@@ -299,8 +300,6 @@ class _Staged:
     """A detector in a folder with one file per segment, with the interface of `OnnxRuntime`. A segment is the part of
     the network between two exits. Segments after the exit of a photo are not run."""
 
-    inputs = ("image", "thresholds", "score_thresh")
-
     def __init__(self, folder: Path, load: type[OnnxRuntime | OpenVino], threads: int) -> None:
         try:
             manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
@@ -319,6 +318,7 @@ class _Staged:
                 "staged"
             ) from None
         *self._networks, self._postprocess = [load(folder / file, threads=threads) for file in files]
+        self.inputs = ["thresholds", *self._postprocess.inputs]
 
     def __call__(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         inputs = {"image": feeds["image"]}

@@ -304,14 +304,21 @@ def test_an_exit_that_was_not_exported_may_be_closed_again(tmp_path, model):
             Predictor(path, runtime, thresholds={"exit8": 0.5})
 
 
-def test_openvino_cannot_change_the_thresholds_of_an_onnx_file(onnx_file, predictor, photos):
+def test_openvino_can_only_raise_the_score_thresholds_of_onnx_files(onnx_file, staged_folder, predictor, photos):
     pytest.importorskip("openvino")
-    in_openvino = Predictor(onnx_file, "openvino", score_thresh=0.35)
-    for photo in photos:
-        expected, found = predictor(photo), in_openvino(photo)
-        keep = expected.scores > 0.35
-        assert_same({key: getattr(expected, key)[keep] for key in ("boxes", "labels", "scores")}, found)
-        assert expected.exit_name == found.exit_name
-    for settings in ({"thresholds": {"exit8": 0.2}}, {"score_thresh": 0.1}):
+    for path in (onnx_file, staged_folder):
+        in_openvino = Predictor(path, "openvino", score_thresh=0.35)
+        for photo in photos:
+            expected, found = predictor(photo), in_openvino(photo)
+            keep = expected.scores > 0.35
+            assert_same({key: getattr(expected, key)[keep] for key in ("boxes", "labels", "scores")}, found)
+            assert expected.exit_name == found.exit_name
         with pytest.raises(EarlyExitError, match="export with --format openvino"):
-            Predictor(onnx_file, "openvino", **settings)
+            Predictor(path, "openvino", score_thresh=0.1)
+
+
+def test_openvino_cannot_change_the_exits_thresholds_of_one_onnx_file(onnx_file, staged_folder, photos):
+    pytest.importorskip("openvino")
+    with pytest.raises(EarlyExitError, match="export with --format openvino"):
+        Predictor(onnx_file, "openvino", thresholds={"exit8": 0.2})
+    assert Predictor(staged_folder, "openvino", thresholds={"exit8": 0.0})(photos[0]).exit_name == "exit8"
