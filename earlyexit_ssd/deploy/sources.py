@@ -147,6 +147,7 @@ def _read_video(source: Source, stride: int) -> Iterator[Frame | DataError]:
                 wait = min(2 * wait, LONGEST_WAIT)
                 capture.release()
                 capture.open(address)
+                capture.set(cv2.CAP_PROP_BUFFERSIZE, 1)
             if index % stride:
                 continue
             decoded, image = capture.retrieve()
