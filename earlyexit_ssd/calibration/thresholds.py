@@ -164,7 +164,7 @@ def learned_grid(
     """
     all_closed = [CLOSED] * len(confidences)
     full_cost = float(costs_with(all_closed)[-1])
-    lowest = min(float(costs_with(start)[choose(confidences, start)].mean()) for start, _ in open_sets(len(confidences)))
+    lowest = min(costs_with(start)[choose(confidences, start)].mean() for start, _ in open_sets(len(confidences)))
     budgets = {*np.linspace(lowest, full_cost, BUDGETS).tolist(), *(cost for cost in more_budgets if cost >= lowest)}
     bar = progress(sorted(budgets), desc="learn thresholds")
     learned = [learn_open_exits(confidences, losses, costs_with, budget).tolist() for budget in bar]
