@@ -86,6 +86,7 @@ def open_photo(path: PathLike) -> Iterator[Image.Image]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = Image.open(path)
+        image.filename = ""  # with a name Pillow maps some TIFFs into memory, and then scrambles rotated ones
         with image:
             if image.width * image.height > LARGEST_PHOTO:
                 size = f"{image.width} x {image.height} pixels"
