@@ -1,4 +1,5 @@
 import itertools
+import os
 import sys
 
 import numpy as np
@@ -65,6 +66,14 @@ def test_frames_of_a_video(folder, fake_video):
     np.testing.assert_array_equal(frames[1].image, scene(3))  # RGB
     assert isinstance(error, DataError) and str(error).endswith("street.mp4 frame 6: cannot be decoded")
     assert capture.released == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names")
+def test_a_video_whose_name_is_not_utf_8_is_refused(tmp_path, fake_video):
+    (tmp_path / os.fsdecode(b"a\xff.mp4")).touch()
+    fake_video([scene()])
+    (error,) = read_frames(*find_sources([tmp_path]))
+    assert str(error).endswith("a\\udcff.mp4: OpenCV cannot read a name that is not UTF-8; rename the file")
 
 
 @pytest.mark.parametrize("count", [10, 8, 7])
