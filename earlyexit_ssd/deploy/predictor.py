@@ -124,7 +124,7 @@ class Predictor:
         self._fixed_score_thresh = "score_thresh" not in self._network.inputs
         try:
             self._read_metadata(self._network.metadata)
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             reason = f"{type(error).__name__}: {error}"
             raise EarlyExitError(f"{path}: not a file of earlyexit export ({reason}); export the model again") from None
         self.path, self.runtime, self.threads = path, runtime, threads
@@ -132,7 +132,8 @@ class Predictor:
         self._set_thresholds(thresholds)
 
     def _read_metadata(self, metadata: Mapping[str, Any]) -> None:
-        """Set attributes from metadata (JSON text by key). Raise KeyError, TypeError or ValueError if it is wrong."""
+        """Set attributes from metadata (JSON text by key). Raise AttributeError, KeyError, TypeError or ValueError if
+        it is wrong."""
         if metadata.get("format") != FORMAT:
             raise ValueError(f"the format is {shown(metadata.get('format'))}, expected {FORMAT!r}")
         values = {key: json.loads(metadata[key]) for key in ("classes", "exit_names", "thresholds", "score_thresh")}

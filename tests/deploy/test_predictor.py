@@ -266,6 +266,7 @@ def test_an_unusable_file_is_an_error_of_one_line(onnx_file, staged_folder, tmp_
         ({"detections": "other.onnx"}, "other.onnx: ONNX Runtime cannot load it"),
         ({"segments": 3}, "manifest.json cannot be used"),
         ({"segments": []}, r"manifest.json cannot be used \(ValueError: segments is empty\)"),
+        ({"metadata": []}, "not a file of earlyexit export"),
         ({"metadata": {"format": "earlyexit_ssd detector/9"}}, "the format is 'earlyexit_ssd detector/9'"),
     ],
 )
