@@ -287,9 +287,14 @@ def test_supervision_takes_the_detections(monkeypatch):
 
 def test_a_missing_package_is_an_error_of_one_line(onnx_file, predictor, monkeypatch):
     found = predictor(np.zeros((8, 8, 3), np.uint8))
-    for name, call in (("supervision", found.to_supervision), ("onnxruntime", lambda: Predictor(onnx_file))):
+    calls = {
+        "supervision": found.to_supervision,
+        "onnxruntime": lambda: Predictor(onnx_file),
+        "openvino": lambda: Predictor(onnx_file, "openvino"),
+    }
+    for name, call in calls.items():
         monkeypatch.setitem(sys.modules, name, None)
-        with pytest.raises(EarlyExitError, match=f"pip install {name}"):
+        with pytest.raises(EarlyExitError, match=f"^the package {name} is missing .*: pip install {name}$"):
             call()
 
 
