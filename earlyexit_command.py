@@ -351,6 +351,7 @@ def _calibrate_stream(args: argparse.Namespace, detector: object, sources: list)
     from earlyexit_ssd.deploy.predict import images_of
     from earlyexit_ssd.deploy.stream import FEW_EVENTS, calibrate_stream
     from earlyexit_ssd.errors import EarlyExitError
+    from earlyexit_ssd.files import make_folder
 
     if not args.stream:
         raise EarlyExitError("--calibrate-stream writes a rule: name its file with --stream, such as rule.json")
@@ -359,6 +360,7 @@ def _calibrate_stream(args: argparse.Namespace, detector: object, sources: list)
     except ValueError:
         raise EarlyExitError(f"--delta {args.delta}: expected a number in (0, 1), or none") from None
     frames = images_of(sources, args.stride, args.frames)
+    make_folder(Path(args.stream).parent)
     numbers = {"block": args.block, "most_repeats": args.most_repeats}
     numbers = {name: number for name, number in numbers.items() if number is not None}
     rule = calibrate_stream(detector, frames, args.calibrate_stream, delta, score=args.score, **numbers)
@@ -448,10 +450,10 @@ def benchmark(args: argparse.Namespace) -> None:
     if args.most is not None and len(photos) > args.most:
         photos = sorted(random.Random(0).sample(photos, args.most))
     threads = args.threads or sorted({1, os.cpu_count() or 1})
+    make_folder(Path(args.out).parent)
     machine_before = machine()  # its load must not include this benchmark
     rows = benchmark(contestants, photos, threads, args.batch, args.rounds, args.score)
     settings = {"detectors": args.detectors, "photos": len(photos), "rounds": args.rounds, "score": args.score}
-    make_folder(Path(args.out).parent)
     rows_as_dicts = [asdict(row) for row in rows]
     write_json(args.out, {"machine": machine_before, "settings": settings, "rows": rows_as_dicts})
     print(table(rows))

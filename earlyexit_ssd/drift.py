@@ -45,12 +45,14 @@ def nearest_sample(values: np.ndarray, quantiles: np.ndarray, count: int) -> np.
     It replaces the calibration's sample, of which only the quantiles are stored. Each element is the quantile of
     ``values`` at its rank, clipped to the stored quantiles before and after it. Let D be the Kolmogorov-Smirnov
     distance of the calibration's sample to ``values``. The distance of the returned sample is at most
-    max(D, 1 / (2 count)). So the test's p-value is conservative, also with ties.
+    max(D, 1 / (2 count)). So the test's p-value is conservative, also with ties. If blocks count as one, ``count`` is
+    smaller than that sample, and several quantiles may have the same rank. The element is then clipped to these.
     """
     ranks, stored = np.arange(count), _ranks(count)
     low = quantiles[np.searchsorted(stored, ranks, side="right") - 1]
     high = quantiles[np.searchsorted(stored, ranks, side="left")]
-    return np.clip(np.quantile(values, (ranks + 0.5) / count, method="inverted_cdf"), low, high)
+    bounds = np.sort([low, high], axis=0)  # several quantiles of one rank have low above high
+    return np.clip(np.quantile(values, (ranks + 0.5) / count, method="inverted_cdf"), *bounds)
 
 
 @dataclass(frozen=True)

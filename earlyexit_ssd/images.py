@@ -86,6 +86,7 @@ def open_photo(path: PathLike) -> Iterator[Image.Image]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = Image.open(path)
+        image.filename = ""  # with a name Pillow maps some TIFFs into memory, and then scrambles rotated ones
         with image:
             if image.width * image.height > LARGEST_PHOTO:
                 size = f"{image.width} x {image.height} pixels"
@@ -162,7 +163,7 @@ def find_files(folder: Path, suffixes: Sequence[str]) -> tuple[list[Path], list[
             folders.clear()
             continue
         visited.add(real_path)
-        folders[:] = [name for name in folders if name[0] != "."]
+        folders[:] = sorted(name for name in folders if name[0] != ".")  # of several links, the first by name is used
         for path in (Path(parent, name) for name in files if name[0] != "."):
             matches = path.suffix.lower() in suffixes and os.path.isfile(path)
             (matching if matches else others).append(path)

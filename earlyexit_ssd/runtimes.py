@@ -99,8 +99,9 @@ class OpenVino:
     """A graph in OpenVINO on the CPU, in fp32, with the interface of `OnnxRuntime`."""
 
     def __init__(self, path: Path, threads: int = 1) -> None:
+        openvino = import_package("openvino")
         with _in_one_line(path, "OpenVINO cannot load it", "write it with earlyexit export"):
-            model = import_package("openvino").Core().read_model(path)
+            model = openvino.Core().read_model(path)
             self.metadata = _openvino_metadata(model)
             # read names before compilation, which may move names of removed nodes to inputs and outputs
             self.inputs = [node.any_name for node in model.inputs]

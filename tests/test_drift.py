@@ -88,6 +88,13 @@ def test_between_the_quantiles_the_sample_follows_the_values():
     assert nearest[[4, 10, 12]].tolist() == [6, 10.7, 12]
 
 
+def test_blocks_are_spread_over_the_quantiles():
+    """Of 100 numbers in two blocks, the lower half is one element and the upper half the other."""
+    numbers = np.arange(100.0)
+    assert nearest_sample(numbers, np.array(sample_quantiles(numbers)), 2).tolist() == [24, 74]
+    assert nearest_sample(numbers, np.array(sample_quantiles(numbers)), 1).tolist() == [49]
+
+
 def test_reference_by_hand():
     reference = Reference.from_decisions(NAMES, [0, 0, 1, 2], [[0.9, 0.8, NAN, 0.7], [NAN, 0.1, 0.6, 0.2]])
     assert (reference.photos, reference.exit_names, reference.exit_counts) == (4, NAMES, (2, 1, 1))

@@ -122,7 +122,7 @@ STEPS = 150  # steps of Adam per fit
 HALVINGS = 10  # bisection steps for the weight of the cost (a Lagrange multiplier)
 WIDTHS = (0.1, 0.01)
 """First and last width, in ranks, of the sigmoid that replaces a threshold during a fit. It shrinks geometrically."""
-BUDGETS = 20  # number of budgets of `learned_grid`, from the cost of the cheapest exit to that of the full path
+BUDGETS = 20  # number of budgets of `learned_grid`, from the smallest possible mean cost to that of the full path
 
 
 def learn_open_exits(
@@ -160,11 +160,11 @@ def learned_grid(
 ) -> Grid:
     """Learn thresholds for `BUDGETS` budgets with `learn_open_exits`. The grid also has all exits closed.
 
-    ``more_budgets`` are additional budgets (mean costs). Budgets below the cost of the cheapest exit are left out.
+    ``more_budgets`` are additional budgets (mean costs). Budgets below the smallest possible mean cost are left out.
     """
     all_closed = [CLOSED] * len(confidences)
     full_cost = float(costs_with(all_closed)[-1])
-    lowest = min(float(costs_with(start)[usable[0]]) for start, usable in open_sets(len(confidences)))
+    lowest = min(costs_with(start)[choose(confidences, start)].mean() for start, _ in open_sets(len(confidences)))
     budgets = {*np.linspace(lowest, full_cost, BUDGETS).tolist(), *(cost for cost in more_budgets if cost >= lowest)}
     bar = progress(sorted(budgets), desc="learn thresholds")
     learned = [learn_open_exits(confidences, losses, costs_with, budget).tolist() for budget in bar]

@@ -236,7 +236,7 @@ class _Tables:
     ) -> None:
         def open_file(name: str) -> TextIO:
             temporary = files.enter_context(atomic_path(out / name))
-            return files.enter_context(temporary.open("w", encoding="utf-8", newline=""))
+            return files.enter_context(temporary.open("w", encoding="utf-8", errors="backslashreplace", newline=""))
 
         self.classes, self.score = classes, score
         self.json = self.rows = self.counts = None

@@ -120,10 +120,11 @@ class Predictor:
         load = OpenVino if runtime == "openvino" else OnnxRuntime
         self._network = _Staged(path, load, threads) if path.is_dir() else load(path, threads=threads)
         # OpenVINO reads the defaults of an ONNX file as constants, so the file has no inputs for thresholds then
-        self._fixed_thresholds = "score_thresh" not in self._network.inputs
+        self._fixed_thresholds = "thresholds" not in self._network.inputs
+        self._fixed_score_thresh = "score_thresh" not in self._network.inputs
         try:
             self._read_metadata(self._network.metadata)
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             reason = f"{type(error).__name__}: {error}"
             raise EarlyExitError(f"{path}: not a file of earlyexit export ({reason}); export the model again") from None
         self.path, self.runtime, self.threads = path, runtime, threads
@@ -131,7 +132,8 @@ class Predictor:
         self._set_thresholds(thresholds)
 
     def _read_metadata(self, metadata: Mapping[str, Any]) -> None:
-        """Set attributes from metadata (JSON text by key). Raise KeyError, TypeError or ValueError if it is wrong."""
+        """Set attributes from metadata (JSON text by key). Raise AttributeError, KeyError, TypeError or ValueError if
+        it is wrong."""
         if metadata.get("format") != FORMAT:
             raise ValueError(f"the format is {shown(metadata.get('format'))}, expected {FORMAT!r}")
         values = {key: json.loads(metadata[key]) for key in ("classes", "exit_names", "thresholds", "score_thresh")}
@@ -198,7 +200,7 @@ class Predictor:
         feeds = {"image": as_photo(image, name), "thresholds": thresholds, "score_thresh": self.score_thresh}
         outputs = self._network(feeds)
         boxes, labels, scores = (outputs[name] for name in ("boxes", "labels", "scores"))
-        if self._fixed_thresholds:
+        if self._fixed_score_thresh:
             keep = scores > self.score_thresh[labels - 1]
             boxes, labels, scores = boxes[keep], labels[keep], scores[keep]
         exit_index, confidence = int(outputs["exit_index"]), float(outputs["exit_confidence"])
@@ -215,7 +217,7 @@ class Predictor:
         elif score_thresh is not None:
             values[:] = _number_in_0_1("score_thresh", score_thresh)
         lowered = np.flatnonzero(values < stored)
-        if self._fixed_thresholds and len(lowered):
+        if self._fixed_score_thresh and len(lowered):
             index = lowered[0]
             raise EarlyExitError(
                 f"{self.path}: score_thresh of {shown(self.classes[index])} is {values[index]:g}, but OpenVINO cannot "
@@ -299,8 +301,6 @@ class _Staged:
     """A detector in a folder with one file per segment, with the interface of `OnnxRuntime`. A segment is the part of
     the network between two exits. Segments after the exit of a photo are not run."""
 
-    inputs = ("image", "thresholds", "score_thresh")
-
     def __init__(self, folder: Path, load: type[OnnxRuntime | OpenVino], threads: int) -> None:
         try:
             manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
@@ -319,6 +319,7 @@ class _Staged:
                 "staged"
             ) from None
         *self._networks, self._postprocess = [load(folder / file, threads=threads) for file in files]
+        self.inputs = ["thresholds", *self._postprocess.inputs]
 
     def __call__(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         inputs = {"image": feeds["image"]}

@@ -119,6 +119,9 @@ def _read_video(source: Source, stride: int) -> Iterator[Frame | DataError]:
     if not live and not os.path.isfile(source.name):
         yield DataError(f"{source.title}: no such video; check the path")
         return
+    if source.name.encode("utf-8", "replace").decode() != source.name:  # OpenCV would crash
+        yield DataError(f"{source.title}: OpenCV cannot read a name that is not UTF-8; rename the file")
+        return
     capture = cv2.VideoCapture(address)
     try:
         if not capture.isOpened():
@@ -147,6 +150,7 @@ def _read_video(source: Source, stride: int) -> Iterator[Frame | DataError]:
                 wait = min(2 * wait, LONGEST_WAIT)
                 capture.release()
                 capture.open(address)
+                capture.set(cv2.CAP_PROP_BUFFERSIZE, 1)
             if index % stride:
                 continue
             decoded, image = capture.retrieve()

@@ -23,7 +23,7 @@ from earlyexit_ssd.calibration.certificate import Certificate
 from earlyexit_ssd.config import CLOSED, PHASE_SECTIONS, get_cfg
 from earlyexit_ssd.data import DetectionDataset, load_dataset, to_coco
 from earlyexit_ssd.data.dataset import photo_hashes
-from earlyexit_ssd.drift import WINDOW
+from earlyexit_ssd.drift import WINDOW, DriftRecord
 from earlyexit_ssd.engine import read_log
 from earlyexit_ssd.engine.processes import is_main
 from earlyexit_ssd.errors import ConfigError, EarlyExitError, import_package
@@ -92,11 +92,20 @@ def require_usable_certificate(
 
 
 def drift_of(certificate: Certificate, collected: Collected, chosen: list[int]) -> DriftResult:
-    """Compare exits and confidences with those of the calibration photos, in windows of at most `WINDOW` photos.
-    Warnings are logged too. ``chosen`` is the exit of each photo, in the order of ``collected``.
+    """Compare exits and confidences with those of the calibration photos, in windows of at most `WINDOW` photos. If the
+    certificate has a block length, compare the first photo of each block instead, in one window. Warnings are logged
+    too. ``chosen`` is the exit of each photo, in the order of ``collected``.
     """
-    monitor = DriftMonitor(certificate.drift, min(WINDOW, max(1, len(chosen))))
     confidences = [float(collected.confidences[exit_index][photo]) for photo, exit_index in enumerate(chosen)]
+    if certificate.target.block:
+        record = DriftRecord(certificate.drift, certificate.target.block)
+        for decision in zip(chosen, confidences, strict=True):
+            record.add(*decision)
+        drift = record.drift()
+        if drift.drifted:
+            logger.warning(drift.text)
+        return DriftResult(drift.photos, [drift.text] * drift.drifted, drift.shares, drift.calibration_shares)
+    monitor = DriftMonitor(certificate.drift, min(WINDOW, max(1, len(chosen))))
     warnings, status = monitor.update(chosen, confidences), monitor.status()
     return DriftResult(monitor.window, warnings, status["shares"], status["calibration_shares"])
 

@@ -164,6 +164,17 @@ def test_a_grid_of_learnt_thresholds_goes_from_closed_to_cheapest(photos, monkey
     assert (grid.choices[best] == ~easy).mean() > 0.98
 
 
+def test_learnt_thresholds_beside_an_exit_where_no_photo_leaves(photos, monkeypatch):
+    """At an empty exit the router gives -1 if the policy reads logits only, so its low cost is out of reach."""
+    for name, value in (("BUDGETS", 2), ("HALVINGS", 2), ("STEPS", 20)):
+        monkeypatch.setattr(thresholds, name, value)
+    (confidence,), losses, _ = photos
+    no_photo = np.full_like(confidence, -1.0)
+    grid = learned_grid([no_photo, confidence], np.insert(losses, 0, 1.0, axis=1), lambda _: np.array([0.1, 1.0, 3.0]))
+    assert (grid.thresholds[:, 0] == CLOSED).all()
+    assert {0.0, 1.0} <= set((grid.choices == 1).mean(1))
+
+
 BOUNDS = (0.5, 3.0)
 
 

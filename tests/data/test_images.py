@@ -73,13 +73,13 @@ def test_cmyk(tmp_path):
     np.testing.assert_allclose(result[8, 14], (255, 255, 255), atol=12)
 
 
-def save_rotated(path: Path, orientation: int) -> None:
+def save_rotated(path: Path, orientation: int, mode: str = "RGB") -> None:
     """Save a grey image of 64 x 32 whose top left quarter is red, with an EXIF orientation."""
     image = Image.new("RGB", (64, 32), (90, 90, 90))
     image.paste((250, 0, 0), (0, 0, 32, 16))
     exif = Image.Exif()
     exif[0x0112] = orientation
-    image.save(path, exif=exif)
+    image.convert(mode).save(path, exif=exif)
 
 
 def red_position(pixels: np.ndarray) -> tuple[bool, bool]:
@@ -96,11 +96,14 @@ DISPLAYED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
+# Pillow may map a TIFF of the mode RGBA into memory
+@pytest.mark.parametrize(
+    ("suffix", "mode"), [("jpg", "RGB"), ("png", "RGB"), ("webp", "RGB"), ("tif", "RGB"), ("tif", "RGBA")]
+)
 @pytest.mark.parametrize("orientation", DISPLAYED)
-def test_exif_rotation(tmp_path, orientation, suffix):
+def test_exif_rotation(tmp_path, orientation, suffix, mode):
     path = tmp_path / f"a.{suffix}"
-    save_rotated(path, orientation)
+    save_rotated(path, orientation, mode)
     size = (32, 64) if orientation >= 5 else (64, 32)
     result = read_image(path)
     assert result.shape == (size[1], size[0], 3)

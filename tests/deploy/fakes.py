@@ -71,6 +71,7 @@ class FakeCapture:
     def __init__(self, frames: Iterable, total: int, fps: float, opens: bool) -> None:
         self.frames, self.total, self.fps, self.opens = iter(frames), total, fps, opens
         self.reopened, self.released = 0, 0
+        self.settings: dict[int, float] = {}
 
     def isOpened(self) -> bool:
         return self.opens
@@ -78,7 +79,8 @@ class FakeCapture:
     def get(self, key: int) -> float:
         return {5: self.fps, 7: self.total}[key]
 
-    def set(self, *_: object) -> None: ...
+    def set(self, key: int, value: float) -> None:
+        self.settings[key] = value
 
     def grab(self) -> bool:
         self.frame = next(self.frames, None)
@@ -89,6 +91,7 @@ class FakeCapture:
 
     def open(self, place: object) -> None:
         self.reopened += 1
+        self.settings = {}
 
     def release(self) -> None:
         self.released += 1

@@ -12,7 +12,7 @@ from onnx import TensorProto, helper
 from earlyexit_ssd.deploy import graph
 from earlyexit_ssd.deploy.graph import Contract, Scope, expand_log_sum_exp, last_stage, preprocess
 from earlyexit_ssd.modeling.detector import default_boxes_of_image
-from earlyexit_ssd.runtimes import OnnxRuntime
+from earlyexit_ssd.runtimes import OnnxRuntime, OpenVino
 from tests.deploy.conftest import build_model
 
 MEAN, STD = (0.5, 0.25, 0.4), (0.5, 0.2, 1.0)
@@ -80,6 +80,18 @@ def test_detections_are_torchvision_s(score_thresh, topk_candidates, detections_
     assert np.allclose(found["boxes"], expected["boxes"], atol=1e-3)
     assert np.allclose(found["scores"], expected["scores"], atol=1e-6)
     assert len(found["boxes"]) == 0 if score_thresh == 1.0 else 0 < len(found["boxes"]) <= detections_per_img
+
+
+def test_nms_at_0_keeps_apart_boxes_in_openvino(tmp_path):
+    pytest.importorskip("openvino")
+    anchors = np.array([[0, 0, 8, 8], [4, 0, 12, 8], [16, 0, 24, 8]], np.float32)
+    stage = last_stage(contract(size=(24, 24), anchors=anchors, nms_thresh=0.0, openvino=True))
+    (tmp_path / "stage.onnx").write_bytes(stage.SerializeToString())
+    logits = np.array([[[0, 5], [0, 4], [0, 3]]], np.float32)
+    feeds = {"cls_logits": logits, "bbox_regression": np.zeros((1, 3, 4), np.float32)}
+    feeds |= {"photo_size": np.array([24, 24]), "score_thresh": np.array([0.1], np.float32)}
+    found = OpenVino(tmp_path / "stage.onnx")(feeds)
+    assert found["boxes"].tolist() == [[0, 0, 8, 8], [16, 0, 24, 8]]
 
 
 @pytest.mark.parametrize("keep", [0, 1])

@@ -67,6 +67,14 @@ def test_photos_and_all_outputs(tmp_path):
     assert coco.loadRes(str(out / "detections.json")).anns[1]["bbox"] == [30, 20, 16, 16]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names")
+def test_a_name_that_is_not_utf_8_is_escaped(tmp_path):
+    source = photo(tmp_path / os.fsdecode(b"a\xff.png"))
+    list(predict(RedBox(), [source], tmp_path / "out", save=SAVES))
+    for name in ("detections.csv", "counts.csv"):
+        assert rows(tmp_path / "out" / name)[0]["source"].endswith("a\\udcff.png")
+
+
 def test_lower_scores_are_dropped(tmp_path):
     source = photo(tmp_path / "a.png")
     assert "0 found" in next(predict(RedBox(0.4), [source], tmp_path, save=["none"]))

@@ -266,6 +266,7 @@ def test_an_unusable_file_is_an_error_of_one_line(onnx_file, staged_folder, tmp_
         ({"detections": "other.onnx"}, "other.onnx: ONNX Runtime cannot load it"),
         ({"segments": 3}, "manifest.json cannot be used"),
         ({"segments": []}, r"manifest.json cannot be used \(ValueError: segments is empty\)"),
+        ({"metadata": []}, "not a file of earlyexit export"),
         ({"metadata": {"format": "earlyexit_ssd detector/9"}}, "the format is 'earlyexit_ssd detector/9'"),
     ],
 )
@@ -286,9 +287,14 @@ def test_supervision_takes_the_detections(monkeypatch):
 
 def test_a_missing_package_is_an_error_of_one_line(onnx_file, predictor, monkeypatch):
     found = predictor(np.zeros((8, 8, 3), np.uint8))
-    for name, call in (("supervision", found.to_supervision), ("onnxruntime", lambda: Predictor(onnx_file))):
+    calls = {
+        "supervision": found.to_supervision,
+        "onnxruntime": lambda: Predictor(onnx_file),
+        "openvino": lambda: Predictor(onnx_file, "openvino"),
+    }
+    for name, call in calls.items():
         monkeypatch.setitem(sys.modules, name, None)
-        with pytest.raises(EarlyExitError, match=f"pip install {name}"):
+        with pytest.raises(EarlyExitError, match=f"^the package {name} is missing .*: pip install {name}$"):
             call()
 
 
@@ -304,14 +310,21 @@ def test_an_exit_that_was_not_exported_may_be_closed_again(tmp_path, model):
             Predictor(path, runtime, thresholds={"exit8": 0.5})
 
 
-def test_openvino_cannot_change_the_thresholds_of_an_onnx_file(onnx_file, predictor, photos):
+def test_openvino_can_only_raise_the_score_thresholds_of_onnx_files(onnx_file, staged_folder, predictor, photos):
     pytest.importorskip("openvino")
-    in_openvino = Predictor(onnx_file, "openvino", score_thresh=0.35)
-    for photo in photos:
-        expected, found = predictor(photo), in_openvino(photo)
-        keep = expected.scores > 0.35
-        assert_same({key: getattr(expected, key)[keep] for key in ("boxes", "labels", "scores")}, found)
-        assert expected.exit_name == found.exit_name
-    for settings in ({"thresholds": {"exit8": 0.2}}, {"score_thresh": 0.1}):
+    for path in (onnx_file, staged_folder):
+        in_openvino = Predictor(path, "openvino", score_thresh=0.35)
+        for photo in photos:
+            expected, found = predictor(photo), in_openvino(photo)
+            keep = expected.scores > 0.35
+            assert_same({key: getattr(expected, key)[keep] for key in ("boxes", "labels", "scores")}, found)
+            assert expected.exit_name == found.exit_name
         with pytest.raises(EarlyExitError, match="export with --format openvino"):
-            Predictor(onnx_file, "openvino", **settings)
+            Predictor(path, "openvino", score_thresh=0.1)
+
+
+def test_openvino_cannot_change_the_exits_thresholds_of_one_onnx_file(onnx_file, staged_folder, photos):
+    pytest.importorskip("openvino")
+    with pytest.raises(EarlyExitError, match="export with --format openvino"):
+        Predictor(onnx_file, "openvino", thresholds={"exit8": 0.2})
+    assert Predictor(staged_folder, "openvino", thresholds={"exit8": 0.0})(photos[0]).exit_name == "exit8"

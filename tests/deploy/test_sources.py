@@ -1,4 +1,5 @@
 import itertools
+import os
 import sys
 
 import numpy as np
@@ -67,6 +68,14 @@ def test_frames_of_a_video(folder, fake_video):
     assert capture.released == 1
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names")
+def test_a_video_whose_name_is_not_utf_8_is_refused(tmp_path, fake_video):
+    (tmp_path / os.fsdecode(b"a\xff.mp4")).touch()
+    fake_video([scene()])
+    (error,) = read_frames(*find_sources([tmp_path]))
+    assert str(error).endswith("a\\udcff.mp4: OpenCV cannot read a name that is not UTF-8; rename the file")
+
+
 @pytest.mark.parametrize("count", [10, 8, 7])
 def test_a_truncated_video_is_reported(folder, fake_video, count):
     fake_video([scene()] * count, total=10)
@@ -89,14 +98,14 @@ def test_a_source_that_cannot_be_opened(folder, fake_video):
 
 
 def test_a_lost_camera_is_reopened_and_each_attempt_is_logged(fake_video, monkeypatch, caplog):
-    waits = []
+    cv2, waits = pytest.importorskip("cv2"), []
     monkeypatch.setattr(sources.time, "sleep", waits.append)
     capture = fake_video([scene(1), *[None] * 7, scene(2), scene(3), None, scene(4)])
     frames = list(itertools.islice(read_frames(Source("0", "live")), 4))
     assert [int(np.nonzero(frame.image[20, :, 1] == 30)[0][0]) for frame in frames] == [1, 2, 3, 4]
     assert [frame.index for frame in frames] == [0, 1, 2, 3] and frames[0].total is None
     assert waits == [1, 2, 4, 8, 16, 30, 30, 1]  # the wait starts at 1 s after each reconnection
-    assert capture.reopened == 8
+    assert capture.reopened == 8 and capture.settings == {cv2.CAP_PROP_BUFFERSIZE: 1}
     logged = [message for message in caplog.messages if message.startswith("0: ")]
     assert logged[0] == "0: no frame received; reconnecting in 1 s" and logged.count("0: connected again") == 2
 

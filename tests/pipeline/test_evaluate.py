@@ -25,12 +25,12 @@ from earlyexit_ssd.pipeline.evaluate import (
 from earlyexit_ssd.routing import ExitRouter
 
 
-def certificate(kind="risk", score=0.5):
+def certificate(kind="risk", score=0.5, block=None):
     reference = Reference.from_decisions(("exit8", "full"), [0] * 150 + [1] * 150, [[0.75] * 300])
     numbers = {"value": 2.0, "epsilon": 0.02, "delta": 0.05, "bound": "betting"}
     return Certificate(
         router=ExitRouter(1).to_dict(),
-        target=CertifiedTarget(kind=kind, score=score, iou=0.5, reference="full", **numbers),
+        target=CertifiedTarget(kind=kind, score=score, iou=0.5, reference="full", block=block, **numbers),
         measured=Measured(),
         cost_model=CertifiedCosts(),
         weights_sha256="",
@@ -76,6 +76,16 @@ def test_photos_unlike_the_calibration_photos_are_reported(caplog):
     assert "calibrate again" in caplog.text
     assert drift_of(certificate(), collected, [0, 1, 0]).window == 3  # few photos are compared in one window
     assert drift_of(certificate(), collected, []).shares is None
+
+
+def test_drift_of_frames_counts_blocks(caplog):
+    """The reference is 300 frames, 150 at each exit. In two blocks of 150 frames, the last 200 frames prove nothing."""
+    collected = SimpleNamespace(confidences=[torch.full((300,), 0.75), torch.zeros(300)])
+    alike = drift_of(certificate(block=150), collected, [0] * 150 + [1] * 150)
+    assert (alike.window, alike.warnings, alike.shares) == (2, [], {"exit8": 0.5, "full": 0.5})
+    assert caplog.text == ""
+    changed = drift_of(certificate(block=5), collected, [1] * 300)
+    assert changed.window == 60 and len(changed.warnings) == 1 and changed.warnings[0] in caplog.text
 
 
 # Rivals from the configuration, on small untrained models.

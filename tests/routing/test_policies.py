@@ -255,6 +255,11 @@ def test_fits_a_function_of_the_statistics():
     assert fit_gain(inputs[:400], gains[:400])(inputs).equal(model(inputs))  # the same model for the same seed
 
 
+def test_a_fit_to_one_photo_is_finite():
+    inputs = torch.ones(1, NUM_STATISTICS + 6)
+    assert fit_gain(inputs, torch.tensor([0.5]))(inputs).item() == pytest.approx(0.5, abs=0.1)
+
+
 def test_gain_model_has_a_few_hundred_parameters():
     assert sum(parameter.numel() for parameter in GainModel(112).parameters()) < 400
 

@@ -64,6 +64,12 @@ def test_unusable_detector_is_a_one_line_error(tmp_path, photo_folder, detector,
     assert message in line and not out.exists()
 
 
+def test_the_folder_of_the_results_is_checked_first(tmp_path, photo_folder, capsys):
+    (tmp_path / "file").touch()
+    assert main(["none.onnx", "--photos", str(photo_folder), "--out", str(tmp_path / "file/a.json"), *QUICK]) == 2
+    assert "file: cannot be a folder of results" in capsys.readouterr().err
+
+
 def test_rival_has_the_name_of_its_file():
     rival = Rival("a/nano.onnx", "yolox")
     assert (rival.name, rival.runtime) == ("nano.onnx", "ONNX Runtime")
