@@ -386,7 +386,7 @@ def fit_gain(inputs: Tensor, gains: Tensor, seed: int = 0) -> GainModel:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = GainModel(inputs.shape[1] - NUM_STATISTICS)
-    model.mean, model.scale = inputs.mean(0), inputs.std(0, unbiased=False).clamp(min=1e-3)
+    model.mean, model.scale = inputs.mean(0), inputs.std(0, unbiased=len(inputs) > 1).clamp(min=1e-3)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=1.0)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, FIT_STEPS)
     for _ in range(FIT_STEPS):
