@@ -45,7 +45,7 @@ def read_image(path: PathLike, annotated_size: Size | None = None) -> np.ndarray
     """
     with open_photo(path) as image:
         orientation = _orientation(image, annotated_size)
-        return np.array(_turned(_to_rgb(image), orientation))
+        return np.array(_turned(to_rgb(image), orientation))
 
 
 def read_thumbnail(path: PathLike, annotated_size: Size | None, side: int) -> Image.Image:
@@ -54,7 +54,7 @@ def read_thumbnail(path: PathLike, annotated_size: Size | None, side: int) -> Im
     with open_photo(path) as image:
         orientation = _orientation(image, annotated_size)
         image.draft("RGB", (side, side))  # a large JPEG is decoded at a fraction of its size
-        small = _to_rgb(image)
+        small = to_rgb(image)
         small.thumbnail((side, side))
         return _turned(small, orientation)
 
@@ -130,7 +130,8 @@ def _turned(image: Image.Image, orientation: int) -> Image.Image:
     return image if orientation == 1 else image.transpose(_UPRIGHT[orientation - 2])
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Convert a picture of any mode to 8-bit RGB, see :func:`read_image`."""
     if image.mode[0] in "IF":
         values = np.asarray(image).astype(np.float64)  # integers are 0..65535, floats 0..1 or 0..255
         scale = 255 / 65535 if image.mode != "F" else (255.0 if values.max(initial=0) <= 1 else 1.0)
