@@ -190,7 +190,7 @@ def batch_evidence(
     ]
     sizes = zip(targets, outputs.network_sizes, outputs.photo_sizes, strict=True)
     objects = [
-        target["boxes"].cpu() * torch.tensor([width / photo[1], height / photo[0]] * 2)
+        target["boxes"][target["iscrowd"] == 0].cpu() * torch.tensor([width / photo[1], height / photo[0]] * 2)
         for target, (height, width), photo in sizes
     ]
     return outputs, ModelEvidence(exits, outputs.anchors[0].cpu(), objects)

@@ -16,7 +16,8 @@ from earlyexit_ssd.doctor.findings import check
 from earlyexit_ssd.doctor.model import ModelEvidence
 from earlyexit_ssd.files import write_image, write_text
 from earlyexit_ssd.modeling.ssdlite import earlyexit_ssdlite320_mobilenet_v3_large
-from earlyexit_ssd.pipeline.doctor import Watch, chosen_photos, run_evidence
+from earlyexit_ssd.modeling.trunk import evaluating
+from earlyexit_ssd.pipeline.doctor import Watch, batch_evidence, chosen_photos, run_evidence
 from earlyexit_ssd.routing import ExitRouter
 
 
@@ -81,6 +82,15 @@ def model():
         if "classification_head" in name:
             torch.nn.init.zeros_(parameter)
     return model
+
+
+def test_crowds_and_difficult_objects_do_not_count_as_objects(photos, model):
+    (record, other), crowd = photos.records[:2], Annotation((8.0, 8.0, 60.0, 70.0), 1, ignore=True)
+    records = [record.with_annotations([crowd]), other.with_annotations([*other.annotations, crowd])]
+    images, targets = zip(*(photos.subset(records)[index] for index in (0, 1)), strict=True)
+    with evaluating(model):
+        _, evidence = batch_evidence(model, list(images), targets)
+    assert [boxes.tolist() for boxes in evidence.objects] == [[], [[8.0, 8.0, 60.0, 70.0]]]
 
 
 def trainer_at(step: int) -> SimpleNamespace:
