@@ -44,6 +44,8 @@ class Pretrained(EarlyExitDetector):
 
     plain_settings: ClassVar[dict[str, float]] = {}
     """Fields of `Architecture` in which torchvision's detector differs from the defaults."""
+    forced = False
+    """True if the model's file says that its training continued after a failed gate; :meth:`save` keeps it."""
 
     @classmethod
     def open_file(
@@ -69,6 +71,7 @@ class Pretrained(EarlyExitDetector):
             raise EarlyExitError(f"{path}: a {model.detector_name}, expected {cls.detector_name}; load it with {name}")
         if classes is not None and tuple(classes) != model.classes:
             raise EarlyExitError(f"{path}: its classes are {', '.join(model.classes)[:120]}; leave classes out")
+        model.forced = info.get("forced", False)
         return model, info
 
     @classmethod
@@ -159,7 +162,7 @@ class Pretrained(EarlyExitDetector):
                 f"{path}: its router, a {type(self.router).__name__}, cannot be saved; set model.router = None before "
                 "save, and assign it again after from_pretrained"
             )
-        info = {"router": None if self.router is None else self.router.to_dict()}
+        info = {"router": None if self.router is None else self.router.to_dict(), "forced": self.forced}
         if certificate := current_certificate(self.router):
             info["certificate"] = certificate.to_dict()
         save_model(path, self, info=info)
