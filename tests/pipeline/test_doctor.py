@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,12 +13,12 @@ from PIL import Image
 
 from earlyexit_ssd.data import Annotation, Record
 from earlyexit_ssd.data.dataset import DetectionDataset
-from earlyexit_ssd.doctor.findings import check
+from earlyexit_ssd.doctor.findings import check, diagnose
 from earlyexit_ssd.doctor.model import ModelEvidence
 from earlyexit_ssd.files import write_image, write_text
 from earlyexit_ssd.modeling.ssdlite import earlyexit_ssdlite320_mobilenet_v3_large
 from earlyexit_ssd.modeling.trunk import evaluating
-from earlyexit_ssd.pipeline.doctor import Watch, batch_evidence, chosen_photos, run_evidence
+from earlyexit_ssd.pipeline.doctor import Report, Watch, batch_evidence, chosen_photos, run_evidence
 from earlyexit_ssd.routing import ExitRouter
 
 
@@ -51,6 +52,14 @@ def test_curves_of_a_run(tmp_path):
     for policy, confidences in (("ambiguous_mass", {"exit8": [0.4, 0.1]}), ("mean_foreground", {})):
         evidence = run_evidence(tmp_path / "model.pth", ModelEvidence(), ExitRouter(1, policy=policy))
         assert evidence["confidences"] == confidences and evidence["temperatures"] == {"exit8": [1.5]}
+
+
+def test_findings_of_undefined_figures_are_written(tmp_path):
+    checks = {}
+    check(checks, least=0.5, meaning="NaN", advice="train")(lambda _: {"full": float("nan"), "exit8": 0.25})
+    Report((), diagnose(checks, None)).write(tmp_path)
+    findings = json.loads((tmp_path / "doctor.json").read_text())["diagnosis"]["findings"]
+    assert [(finding["bad"], finding["figure"]) for finding in findings] == [(True, None), (True, 0.25)]
 
 
 @pytest.mark.parametrize(
