@@ -18,7 +18,7 @@ from PIL import Image
 
 from earlyexit_ssd.data.dataset import DetectionDataset, photo_hashes
 from earlyexit_ssd.errors import EarlyExitError
-from earlyexit_ssd.images import open_photo, to_rgb
+from earlyexit_ssd.images import open_photo, orientation_of, to_rgb, turned
 from earlyexit_ssd.progress import progress
 
 logger = logging.getLogger(__name__)
@@ -118,7 +118,8 @@ class PerceptualHashes:
         for index, path in enumerate(progress(paths, desc="compare photos")):
             with open_photo(path) as image:
                 image.draft("L", (256, 256))  # decodes a large JPEG at a smaller size
-                pixels = to_rgb(image).convert("L")  # scales 16 bits to 8, and blends transparency
+                # upright, with 16 bits scaled to 8, and with transparency blended
+                pixels = turned(to_rgb(image), orientation_of(image)).convert("L")
             cells = np.asarray(pixels.resize((9, 8), Image.Resampling.BOX))
             hashes.bits[index] = np.packbits(cells[:, 1:] > cells[:, :-1])
             hashes.grey[index] = pixels.resize((_GRID, _GRID), Image.Resampling.BOX)

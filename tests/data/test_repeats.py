@@ -67,6 +67,14 @@ def test_photos_with_a_small_moved_object_are_different(tmp_path):
     assert len(distinct(dataset(paths))[0]) == 2
 
 
+def test_a_photo_rotated_by_exif_and_its_upright_copy_are_near_duplicates(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored a quarter turn counterclockwise
+    scene(0).save(tmp_path / "upright.jpg")
+    scene(0).transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.jpg", exif=exif)
+    assert len(distinct(dataset([tmp_path / "upright.jpg", tmp_path / "turned.jpg"]))[0]) == 1
+
+
 @pytest.mark.parametrize("mode", ["I;16", "RGBA"])
 def test_pictures_of_16_bits_or_with_transparency_are_compared(tmp_path, mode):
     paths = []
