@@ -141,6 +141,16 @@ def test_a_bad_figure_that_improves_is_reported_in_the_last_third_only(photos, m
     ]
 
 
+def test_temperatures_are_noted_after_epochs_without_checks_too(photos, model):
+    model.router = ExitRouter(1, learn_temperatures=True)
+    watch = Watch(photos, model)
+    watch.before_training(trainer_at(0))
+    watch.longest = 1e9  # there is no time for checks
+    for step in (10, 15, 20):
+        watch.after_step(trainer_at(step))
+    assert watch.temperatures == {"exit8": [1.0, 1.0]}
+
+
 def test_checks_take_at_most_one_percent_of_the_time(photos, model):
     watch = Watch(photos, model)
     watch.before_training(trainer_at(0))
