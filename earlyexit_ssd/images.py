@@ -44,19 +44,19 @@ def read_image(path: PathLike, annotated_size: Size | None = None) -> np.ndarray
     truncated, or has more than ``LARGEST_PHOTO`` pixels.
     """
     with open_photo(path) as image:
-        orientation = _orientation(image, annotated_size)
-        return np.array(_turned(_to_rgb(image), orientation))
+        orientation = orientation_of(image, annotated_size)
+        return np.array(turned(to_rgb(image), orientation))
 
 
 def read_thumbnail(path: PathLike, annotated_size: Size | None, side: int) -> Image.Image:
     """Return the photo as :func:`read_image` does, shrunk so that its longer side has at most ``side`` pixels. Errors
     are the same."""
     with open_photo(path) as image:
-        orientation = _orientation(image, annotated_size)
+        orientation = orientation_of(image, annotated_size)
         image.draft("RGB", (side, side))  # a large JPEG is decoded at a fraction of its size
-        small = _to_rgb(image)
+        small = to_rgb(image)
         small.thumbnail((side, side))
-        return _turned(small, orientation)
+        return turned(small, orientation)
 
 
 def read_header(path: PathLike, annotated_size: Size | None = None) -> PhotoHeader:
@@ -68,7 +68,7 @@ def read_header(path: PathLike, annotated_size: Size | None = None) -> PhotoHead
     end marker of JPEG, the checksums of PNG, and by decoding other formats.
     """
     with open_photo(path) as image:
-        header = PhotoHeader(_upright_size(image, _orientation(image, annotated_size)), _peculiarities(image))
+        header = PhotoHeader(_upright_size(image, orientation_of(image, annotated_size)), _peculiarities(image))
         if image.format == "PNG":
             image.verify()
         elif image.format not in ("JPEG", "MPO") or not _ends_as_jpeg(path):
@@ -109,12 +109,12 @@ def _peculiarities(image: Image.Image) -> dict[str, str]:
         by_mode = {"1": "grey photo", "L": "grey photo", "P": "palette photo", "CMYK": "CMYK photo"}
         kinds.append(by_mode.get(image.mode, "photo of other colours"))
     peculiarities = dict.fromkeys(kinds, f"Pillow mode {image.mode}")
-    if (orientation := _orientation(image)) > 1:
+    if (orientation := orientation_of(image)) > 1:
         peculiarities["EXIF-rotated photo"] = f"EXIF orientation {orientation}"
     return peculiarities
 
 
-def _orientation(image: Image.Image, annotated_size: Size | None = None) -> int:
+def orientation_of(image: Image.Image, annotated_size: Size | None = None) -> int:
     """Return the EXIF orientation, 5 to 8 for a quarter turn, or 1 if the picture has to stay as it is stored."""
     if image.format == "TIFF" or (image.format == "PNG" and "exif" not in image.info):
         return 1  # Pillow turns TIFF itself, and would decode a whole PNG to find EXIF data after its pixels
@@ -127,11 +127,13 @@ def _upright_size(image: Image.Image, orientation: int) -> Size:
     return image.size[::-1] if orientation >= 5 else image.size
 
 
-def _turned(image: Image.Image, orientation: int) -> Image.Image:
+def turned(image: Image.Image, orientation: int) -> Image.Image:
+    """Return the picture of this EXIF orientation turned upright."""
     return image if orientation == 1 else image.transpose(_UPRIGHT[orientation - 2])
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Convert a picture of any mode to 8-bit RGB, see :func:`read_image`."""
     if image.mode[0] in "IF":
         values = np.asarray(image).astype(np.float64)  # integers are 0..65535, floats 0..1 or 0..255
         scale = 255 / 65535 if image.mode != "F" else (255.0 if values.max(initial=0) <= 1 else 1.0)

@@ -11,6 +11,7 @@ import functools
 import json
 import math
 import os
+import re
 import types
 from collections.abc import Callable, Iterable, Mapping
 from itertools import chain, islice
@@ -136,6 +137,11 @@ if yaml is not None:
                         raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
                     seen.add(key.value)
             return node
+
+    # YAML 1.1 reads 1e-3 and 1.5e3 as text
+    _PlainLoader.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), "-+.0123456789"
+    )
 
 
 def parse_yaml(text: str) -> Any:

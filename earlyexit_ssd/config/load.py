@@ -6,7 +6,6 @@ float, and converts text such as "3" to a number.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
 from collections.abc import Mapping, Sequence
@@ -108,9 +107,6 @@ def _convert(value: Any, default: Any, key: str, source: str) -> Any:
     """Convert ``value`` to the type of ``default`` if that loses nothing. Raise ConfigError otherwise."""
     if isinstance(default, str) and isinstance(value, bool):
         value = "on" if value else "off"  # YAML 1.1 reads these words as bool
-    elif isinstance(default, float) and isinstance(value, str):
-        with contextlib.suppress(ValueError):  # YAML 1.1 reads 1e-3 as text
-            value = float(value)
     elif isinstance(default, tuple):
         value = _as_tuple(value)
     accepted = int | float if isinstance(default, float) else type(default)

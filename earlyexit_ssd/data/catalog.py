@@ -15,7 +15,7 @@ from earlyexit_ssd.data.problems import Problems
 from earlyexit_ssd.data.records import FORMATS, RawDataset
 from earlyexit_ssd.data.shapes import SPLITS, ensure_synthetic
 from earlyexit_ssd.errors import ConfigError, DataError, nearest, shown
-from earlyexit_ssd.files import PathLike
+from earlyexit_ssd.files import PathLike, lock
 from earlyexit_ssd.registry import Registry
 
 ROOT_VARIABLE = "EARLYEXIT_SSD_DATASETS"
@@ -121,7 +121,9 @@ def _load_voc(year: str, split: str, root: Path, data: CfgNode, problems: Proble
     name, devkit = f"voc_{year}_{split}", f"VOCdevkit/VOC{year}"
     listing = root / devkit / "ImageSets" / "Main" / f"{split}.txt"
     if data.DOWNLOAD and not os.path.isfile(listing):
-        download_voc(root, year, split)
+        with lock(root / f".VOC{year}.lock", f"VOC {year} in {root} (it is being downloaded)", wait=True):
+            if not os.path.isfile(listing):  # another process may have downloaded it meanwhile
+                download_voc(root, year, split)
     _require(name, listing, "set DATA.DOWNLOAD to True")
     return _load_entry(name, devkit, split, root, data, problems)
 

@@ -18,7 +18,7 @@ from PIL import Image
 
 from earlyexit_ssd.data.dataset import DetectionDataset, photo_hashes
 from earlyexit_ssd.errors import EarlyExitError
-from earlyexit_ssd.images import open_photo
+from earlyexit_ssd.images import open_photo, orientation_of, to_rgb, turned
 from earlyexit_ssd.progress import progress
 
 logger = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ def block_of_each(paths: Sequence[Path], photos: int) -> np.ndarray:
 
     def sort_key(index: int) -> tuple[str, list[tuple[int, str]]]:
         parts = re.split(r"(\d+)", paths[index].name)
-        return str(paths[index].parent), [(int(part), "") if part.isdigit() else (-1, part) for part in parts]
+        return str(paths[index].parent), [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]
 
     blocks, count = np.zeros(len(paths), dtype=np.int64), 0
     for _, members in itertools.groupby(sorted(range(len(paths)), key=sort_key), lambda index: paths[index].parent):
@@ -118,7 +118,8 @@ class PerceptualHashes:
         for index, path in enumerate(progress(paths, desc="compare photos")):
             with open_photo(path) as image:
                 image.draft("L", (256, 256))  # decodes a large JPEG at a smaller size
-                pixels = image.convert("L")
+                # upright, with 16 bits scaled to 8, and with transparency blended
+                pixels = turned(to_rgb(image), orientation_of(image)).convert("L")
             cells = np.asarray(pixels.resize((9, 8), Image.Resampling.BOX))
             hashes.bits[index] = np.packbits(cells[:, 1:] > cells[:, :-1])
             hashes.grey[index] = pixels.resize((_GRID, _GRID), Image.Resampling.BOX)

@@ -30,6 +30,10 @@ class Finding(Record):
     meaning: str  # of a bad figure, one sentence
     advice: str  # for a bad figure, one sentence
 
+    def to_json(self) -> dict[str, Any]:
+        """Return plain types. A figure that is NaN or infinite becomes None, because JSON has neither."""
+        return super().to_json() | {"figure": self.figure if math.isfinite(self.figure) else None}
+
     @property
     def expected(self) -> str:
         """The thresholds as text."""

@@ -131,7 +131,8 @@ def _blank_row(model: EarlyExitSSDLite, dtype: np.dtype) -> dict[str, np.ndarray
 
 
 def _weights_hash(model: EarlyExitSSDLite) -> str:
-    digest = hashlib.sha256(repr(model.exit_layers).encode())
+    taps = [(exit.layer, exit.pixels) for exit in model.exits]
+    digest = hashlib.sha256(repr((taps, model.transform.fixed_size)).encode())
     for value in (*model.backbone.state_dict().values(), *model.head.state_dict().values()):
         digest.update(value.cpu().numpy().tobytes())
     return digest.hexdigest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 from collections import defaultdict
@@ -160,9 +161,10 @@ class Trainer:
     def run(self) -> bool:
         """Train, and return False if a hook set ``stop``. If a loss or a gradient is not finite, raise TrainingDiverged
         and keep the weights of the previous step. With fp16 a step with such a gradient is left out instead."""
-        for hook in self.hooks:
-            hook.before_training(self)
-        try:
+        with contextlib.ExitStack() as started:
+            for hook in self.hooks:
+                hook.before_training(self)
+                started.callback(hook.after_training, self)
             while self.step < self.total_steps and not self.stop:
                 self.model.train()
                 for batch in self.loader.epoch(*divmod(self.step, len(self.loader))):
@@ -172,9 +174,6 @@ class Trainer:
                         hook.after_step(self)
                     if self.stop:
                         break
-        finally:
-            for hook in reversed(self.hooks):
-                hook.after_training(self)
         return not self.stop
 
     def train_step(self, batch: Any) -> None:

@@ -137,10 +137,12 @@ def _load_foreign(
 
 
 def weights_hash(model: nn.Module) -> str:
-    """Return the SHA-256 of the network's parameters, buffers, input size and post-processing, without the router."""
+    """Return the SHA-256 of all that determines the outputs: the network's parameters, buffers (such as the classes of
+    a folded head), input size, trained size and post-processing, without the router."""
     values = [tuple(model.transform.fixed_size), *(getattr(model, name) for name in POST_PROCESSING)]
+    values += [size] if (size := getattr(model.anchor_generator, "trained_size", 0)) else []
     digest = hashlib.sha256(repr(values).encode())
-    for name, value in model.state_dict().items():
+    for name, value in {**model.state_dict(), **dict(model.named_buffers())}.items():
         if not name.startswith("router."):
             digest.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()

@@ -8,13 +8,13 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.modeling import validate
-from earlyexit_ssd.modeling.branches import exit_keywords
+from earlyexit_ssd.modeling.branches import describe_exits, exit_keywords
 from earlyexit_ssd.modeling.checkpoint import ModelInfo, ShippedWeights, load_model, save_model, weights_path
 from earlyexit_ssd.modeling.detector import POST_PROCESSING, EarlyExitDetector
 from earlyexit_ssd.modeling.outputs import Router, RouterSettings
@@ -42,6 +42,11 @@ def _router_builder(source: str) -> Callable[..., Router]:
 class Pretrained(EarlyExitDetector):
     """A detector with early exits that can be loaded and saved."""
 
+    plain_settings: ClassVar[dict[str, float]] = {}
+    """Fields of `Architecture` in which torchvision's detector differs from the defaults."""
+    forced = False
+    """True if the model's file says that its training continued after a failed gate; :meth:`save` keeps it."""
+
     @classmethod
     def open_file(
         cls: type[P], path: Path, classes: Sequence[str] | None, describe: dict[str, Any] | None = None
@@ -55,7 +60,9 @@ class Pretrained(EarlyExitDetector):
         def architecture(outputs: int, exits: tuple[str, ...]) -> Architecture:
             fields = describe
             if fields is None:
-                fields = {"exit_layers": tuple(int(name[4:]) for name in exits)} if exits else {}
+                layers = tuple(int(name[4:]) for name in exits)
+                branch = cls.default_exits[0].branch
+                fields = {**cls.plain_settings, "exits": describe_exits(layers, branch) if exits else cls.default_exits}
             return Architecture(class_names(outputs, classes), detector=cls.detector_name, **fields)
 
         model, _, info = load_model(path, architecture)
@@ -64,6 +71,7 @@ class Pretrained(EarlyExitDetector):
             raise EarlyExitError(f"{path}: a {model.detector_name}, expected {cls.detector_name}; load it with {name}")
         if classes is not None and tuple(classes) != model.classes:
             raise EarlyExitError(f"{path}: its classes are {', '.join(model.classes)[:120]}; leave classes out")
+        model.forced = info.get("forced", False)
         return model, info
 
     @classmethod
@@ -154,7 +162,7 @@ class Pretrained(EarlyExitDetector):
                 f"{path}: its router, a {type(self.router).__name__}, cannot be saved; set model.router = None before "
                 "save, and assign it again after from_pretrained"
             )
-        info = {"router": None if self.router is None else self.router.to_dict()}
+        info = {"router": None if self.router is None else self.router.to_dict(), "forced": self.forced}
         if certificate := current_certificate(self.router):
             info["certificate"] = certificate.to_dict()
         save_model(path, self, info=info)

@@ -346,7 +346,8 @@ def retrofit(
     # `loaded` describes the file as it is; `architecture` describes the wanted model, whose head is not folded yet.
     unfolded = {"head_outputs": 0, "folded_rows": (), "competing": (), "folded_branches": False}
     reduced_tail = has_reduced_tail(state, architecture.width)
-    architecture = dataclasses.replace(architecture, reduced_tail=reduced_tail, **unfolded)
+    trained_size = stored.trained_size if stored else architecture.trained_size
+    architecture = dataclasses.replace(architecture, reduced_tail=reduced_tail, trained_size=trained_size, **unfolded)
     stored_folds = {name: getattr(stored, name) for name in ("head_outputs", "folded_rows", "competing") if stored}
     folded_branches = bool(stored_folds.get("competing"))  # the branches of a compact head are folded too
     loaded = dataclasses.replace(architecture, classes=source, **stored_folds, folded_branches=folded_branches)

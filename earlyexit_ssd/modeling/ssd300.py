@@ -3,6 +3,7 @@
 # Annotations stay objects here: torchvision.models.get_model_weights reads the weights' enum from them.
 import os
 from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import torch.nn.functional as F
 from torch import nn
@@ -48,6 +49,13 @@ class EarlyExitSSD300(Pretrained):
     last_layer, any_size = LAST_LAYER, False
     default_exits = describe_exits((7, 10), "light")  # after conv3_3 and conv4_3
     plain_weights, backbone_weights = SSD300_VGG16_Weights, VGG16_Weights
+    plain_settings: ClassVar = {
+        "image_size": SIZE,
+        "score_thresh": 0.01,
+        "nms_thresh": 0.45,
+        "detections_per_img": 200,
+        "topk_candidates": 400,
+    }
 
     @property
     def trunk(self) -> Trunk:

@@ -206,8 +206,9 @@ class PixelBoxes(DefaultBoxGenerator):
     at the trained size.
 
     Args:
-        generator: torchvision's generator, whose boxes scale with the input.
-        grids: (height, width) in cells of the feature maps at ``trained_size``.
+        generator: torchvision's generator, whose boxes scale with the input; or `PixelBoxes`, whose trained size is
+            then used instead of ``trained_size``.
+        grids: (height, width) in cells of the feature maps at ``trained_size``, for a generator without ``steps``.
         trained_size: side of the input in training, pixels.
         size: side of the input now, pixels.
     """
@@ -215,9 +216,10 @@ class PixelBoxes(DefaultBoxGenerator):
     def __init__(
         self, generator: DefaultBoxGenerator, grids: Sequence[tuple[int, int]], trained_size: int, size: int
     ) -> None:
-        steps = [trained_size / side for side, _ in grids]
+        steps = generator.steps or [trained_size / side for side, _ in grids]
         super().__init__(generator.aspect_ratios, scales=generator.scales, steps=steps, clip=generator.clip)
-        self.trained_size, self._factor = trained_size, trained_size / size
+        self.trained_size = getattr(generator, "trained_size", trained_size)
+        self._factor = self.trained_size / size
 
     def forward(self, images: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
         """Return the default boxes of each image, [A, 4] xyxy in network pixels."""

@@ -190,7 +190,7 @@ def batch_evidence(
     ]
     sizes = zip(targets, outputs.network_sizes, outputs.photo_sizes, strict=True)
     objects = [
-        target["boxes"].cpu() * torch.tensor([width / photo[1], height / photo[0]] * 2)
+        target["boxes"][target["iscrowd"] == 0].cpu() * torch.tensor([width / photo[1], height / photo[0]] * 2)
         for target, (height, width), photo in sizes
     ]
     return outputs, ModelEvidence(exits, outputs.anchors[0].cpu(), objects)
@@ -246,7 +246,7 @@ class Watch(Hook):
     def __init__(self, photos: DetectionDataset, model: EarlyExitSSDLite) -> None:
         records = [record for record in photos.records if record.has_targets][:WATCHED_PHOTOS]
         self.photos, self.model = photos.subset(records), model
-        self.temperatures: dict[str, list[float]] = {}
+        self.temperatures: dict[str, list[float]] = {}  # after each epoch
         self.warned: set[tuple[str, str]] = set()
         self.distances: list[dict[tuple[str, str], float]] = []  # of the bad figures, in each run of the checks
         self.spent = self.longest = 0.0  # seconds
@@ -259,8 +259,11 @@ class Watch(Hook):
         self.start = time.perf_counter()
 
     def after_step(self, trainer: Trainer) -> None:
-        due, now = trainer.step % len(trainer.loader) == 0, time.perf_counter()
-        if due and is_main() and self.spent + self.longest <= MAX_SHARE_OF_TIME * (now - self.start):
+        due, now = is_main() and trainer.step % len(trainer.loader) == 0, time.perf_counter()
+        if due and isinstance(getattr(self.model.router, "temperatures", None), nn.Parameter):  # also without checks
+            for name, value in zip(self.model.exit_names, self.model.router.temperatures.tolist(), strict=False):
+                self.temperatures.setdefault(name, []).append(value)
+        if due and self.spent + self.longest <= MAX_SHARE_OF_TIME * (now - self.start):
             self.run_checks(trainer.step // len(trainer.loader), 3 * trainer.step >= 2 * trainer.total_steps)
             taken = time.perf_counter() - now
             self.spent, self.longest = self.spent + taken * (self.longest > 0), max(self.longest, taken)
@@ -285,8 +288,5 @@ class Watch(Hook):
         images, targets = zip(*self.samples, strict=True)
         with evaluating(model):
             _, evidence = batch_evidence(model, [image.to(device) for image in images], targets)
-        if isinstance(getattr(model.router, "temperatures", None), nn.Parameter):
-            for name, value in zip(model.exit_names, model.router.temperatures.tolist(), strict=False):
-                self.temperatures.setdefault(name, []).append(value)
         exits = evidence.exits[-1:] if model.router is None else evidence.exits
         return replace(evidence, exits=exits, temperatures=self.temperatures)

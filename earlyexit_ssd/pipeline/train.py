@@ -85,7 +85,7 @@ def learns_from_labels(cfg: CfgNode) -> bool:
 
 
 def _check_names(cfg: CfgNode) -> None:
-    """Check names of data sets, weight files, the exits and batch sizes."""
+    """Check names of data sets, weight files, the exits, input sizes and batch sizes."""
     for name in (*cfg.DATA.TRAIN, *cfg.DATA.CALIB, *cfg.DATA.TEST):
         catalog.find(name, cfg.DATA)
     for weights in (cfg.MODEL.WEIGHTS, cfg.BASELINE.GATE.REFERENCE):
@@ -94,6 +94,9 @@ def _check_names(cfg: CfgNode) -> None:
     build_architecture(cfg, ("object",))  # raises for MODEL.NAME, EXITS.BRANCH and the branches' arguments
     if cfg.MODEL.WEIGHTS_BACKBONE:
         backbone_weights(cfg)
+    for key, section in {"BASELINE": cfg.BASELINE, "JOINT": cfg.JOINT, "EVAL.RIVALS": cfg.EVAL.RIVALS}.items():
+        if section.SIZES and not DETECTORS.find(cfg.MODEL.NAME).any_size:
+            raise ConfigError(f"{key}.SIZES is {section.SIZES}, expected []: {cfg.MODEL.NAME} has only one input size")
     for section in (PHASE_SECTIONS[phase] for phase in cfg.PHASES):
         size, processes = cfg[section].BATCH_SIZE, world_size()
         if size % processes or size < 2 * processes:

@@ -19,6 +19,7 @@ from earlyexit_ssd.calibration.certificate import (
 )
 from earlyexit_ssd.drift import Reference
 from earlyexit_ssd.errors import EarlyExitError
+from earlyexit_ssd.modeling import Architecture
 from earlyexit_ssd.modeling.checkpoint import weights_hash
 from tests.modeling.conftest import small_model
 
@@ -94,6 +95,17 @@ def test_model_file_has_the_certificate_of_an_unchanged_router(certificate, mode
     again.router.thresholds = [0.7, 2.0]
     again.save(tmp_path / "other.pth")
     assert EarlyExitSSDLite.from_pretrained(tmp_path / "other.pth").router.certificate is None
+
+
+def test_hash_covers_the_classes_of_a_folded_head_and_the_default_boxes():
+    """They are not in the state dict."""
+    chair = Architecture(("chair",), image_size=64, width=0.25, head_outputs=4, folded_rows=(2,), exits=())
+    state, hashes = chair.build().state_dict(), set()
+    for changes in ({}, {"folded_rows": (3,)}, {"trained_size": 96}, {"trained_size": 128}):
+        model = dataclasses.replace(chair, **changes).build()
+        model.load_state_dict(state)
+        hashes.add(weights_hash(model))
+    assert len(hashes) == 4
 
 
 def test_other_exits_are_refused(certificate, model):

@@ -117,6 +117,7 @@ def test_invalid_overrides(tmp_path, overrides, message):
         ("EXITS.LAYERS", "8", (8,)),
         ("EXITS.LAYERS", "(8,)", (8,)),
         ("BASELINE.LR", "1e-3", 0.001),
+        ("ROUTING.THRESHOLDS", "[1e-1, 2.5E-1]", (0.1, 0.25)),
         ("MODEL.WIDTH", "1", 1.0),
         ("SEED", "1000000", 1000000),
         ("ENGINE.AMP", "off", "off"),

@@ -178,6 +178,7 @@ def test_download_by_torchvision(cfg, make_voc, voc_xml, tmp_path, monkeypatch):
 
     def download(folder, year, image_set, download):
         calls.append((year, image_set, download))
+        assert (root / ".VOC2007.lock").is_file(), "another process has to wait"
         assert not (root / f"VOCdevkit/VOC2007/ImageSets/Main/{image_set}.txt").exists(), "unpacked elsewhere"
         shutil.copytree(devkits[image_set], Path(folder) / "VOCdevkit" / "VOC2007")
 

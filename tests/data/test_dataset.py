@@ -497,6 +497,14 @@ def test_joined_sets_have_the_classes_of_the_training_set(make_coco):
     assert class_names(cfg) == ("dog",)
 
 
+def test_classes_of_left_out_photos_are_no_classes(make_coco, make_voc, voc_xml, voc_object):
+    cfg, boxes = make_coco(), {name: voc_object(name, (5, 5, 20, 20)) for name in ("ape", "bear")}
+    make_voc({"a": voc_xml(boxes["ape"], "<object/>"), "b": voc_xml(boxes["bear"])})
+    cfg.DATA.DATASETS = (("zoo", "VOCdevkit/VOC2012", "trainval"),)
+    cfg.DATA.TRAIN, cfg.DATA.ON_BAD = ("zoo",), "skip"
+    assert load_dataset(cfg, "zoo").classes == class_names(cfg) == ("bear",)
+
+
 def test_negative_share_and_limit(make_coco):
     cfg = make_coco(photos=tuple({"id": i, "file_name": f"{i}.png", "width": 60, "height": 40} for i in range(40, 50)))
     cfg.DATA.NEGATIVE_SHARE = 0.5

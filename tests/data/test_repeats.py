@@ -67,6 +67,28 @@ def test_photos_with_a_small_moved_object_are_different(tmp_path):
     assert len(distinct(dataset(paths))[0]) == 2
 
 
+def test_a_photo_rotated_by_exif_and_its_upright_copy_are_near_duplicates(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored a quarter turn counterclockwise
+    scene(0).save(tmp_path / "upright.jpg")
+    scene(0).transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.jpg", exif=exif)
+    assert len(distinct(dataset([tmp_path / "upright.jpg", tmp_path / "turned.jpg"]))[0]) == 1
+
+
+@pytest.mark.parametrize("mode", ["I;16", "RGBA"])
+def test_pictures_of_16_bits_or_with_transparency_are_compared(tmp_path, mode):
+    paths = []
+    for seed in (0, 1):
+        grey = np.asarray(scene(seed).convert("L"))
+        if mode == "I;16":
+            picture = Image.fromarray(grey.astype(np.uint16) * 257)
+        else:  # black, with a picture in the transparency
+            picture = Image.fromarray(np.dstack([np.zeros((*grey.shape, 3), np.uint8), grey]))
+        picture.save(tmp_path / f"{seed}.png")
+        paths.append(tmp_path / f"{seed}.png")
+    assert len(distinct(dataset(paths))[0]) == 2
+
+
 def test_unreadable_photo_is_an_error(tmp_path):
     (tmp_path / "a.jpg").write_bytes(b"no picture")
     with pytest.raises(DataError, match="a.jpg: not a readable photo"):
@@ -136,3 +158,4 @@ def test_blocks_are_consecutive_photos_of_a_folder():
     names = ["cam/f10.jpg", "cam/f9.jpg", "cam/f8.jpg", "door/f1.jpg", "cam/f11.jpg", "cam/f100.jpg"]
     assert block_of_each([Path(name) for name in names], 2).tolist() == [1, 0, 0, 3, 1, 2]
     assert block_of_each([], 2).tolist() == []
+    assert block_of_each([Path("²5.jpg"), Path("1.jpg")], 1).tolist() == [1, 0], "² is a digit, but no number"

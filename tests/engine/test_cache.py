@@ -16,7 +16,7 @@ from earlyexit_ssd.data.transforms import build_transforms
 from earlyexit_ssd.engine.cache import ARRAYS_OF_HEAD, CachedLoader, TapCache
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.files import write_image
-from earlyexit_ssd.modeling.detector import BranchLosses, compute_taps
+from earlyexit_ssd.modeling.detector import BranchLosses, compute_taps, default_boxes_of_image
 from tests.modeling.conftest import small_model
 
 CPU = torch.device("cpu")
@@ -33,8 +33,8 @@ def dataset(tmp_path):
     return DetectionDataset(records, ("chair", "table"), build_transforms("flip"), train=True)
 
 
-def build(folder, dataset, views=2, key="a", dtype="float16", workers=0):
-    model = small_model()
+def build(folder, dataset, views=2, key="a", dtype="float16", workers=0, **model_settings):
+    model = small_model(**model_settings)
     cache = TapCache(folder, model, len(dataset), views, dtype)
     cache.build(model, build_loader(dataset, 4, workers, train=False, seed=0), key)
     return cache, model
@@ -77,6 +77,9 @@ def test_complete_cache_is_used_again_and_another_key_replaces_it(tmp_path, data
     assert (folder / "tap0.npy").stat().st_mtime_ns == written
     build(folder, dataset, key="b")
     assert (folder / "tap0.npy").stat().st_mtime_ns != written
+    cache, model = build(folder, dataset, key="b", image_size=64)  # the same weights
+    _, size = cache.rows(np.arange(1), CPU).head["cls_logits"].shape[:2]
+    assert size == len(default_boxes_of_image(model, CPU))
 
 
 @pytest.mark.parametrize("name", ["cache.key", "tap0.npy", "rest.pt"])

@@ -118,6 +118,8 @@ def test_hooks_nest_and_end_after_an_error():
 
         def before_training(self, trainer):
             calls.append(f"{self.name} in")
+            if self.name == "broken":
+                raise MemoryError
 
         def after_step(self, trainer):
             calls.append(f"{self.name} step")
@@ -130,6 +132,10 @@ def test_hooks_nest_and_end_after_an_error():
     with pytest.raises(MemoryError):
         line_trainer([Named("outer"), Named("inner")]).run()
     assert calls == ["outer in", "inner in", "inner step", "outer step", "inner out", "outer out"]
+    calls.clear()
+    with pytest.raises(MemoryError):
+        line_trainer([Named("inner"), Named("broken")]).run()
+    assert calls == ["inner in", "broken in", "inner out"]
 
 
 def test_diverged_loss_names_the_photos():

@@ -5,7 +5,7 @@ import torch
 
 from earlyexit_ssd import EarlyExitSSDLite, EarlyExitSSDLite_Weights, ExitRouter
 from earlyexit_ssd.errors import EarlyExitError
-from earlyexit_ssd.modeling import Architecture, save_model
+from earlyexit_ssd.modeling import Architecture, load_model, save_model
 from tests.modeling.conftest import SMALL, small_model
 
 
@@ -28,6 +28,12 @@ def test_model_file_has_its_routing(tmp_path, images):
 
 def test_file_without_routing_is_loaded(tmp_path):
     assert EarlyExitSSDLite.from_pretrained(save(tmp_path / "model.pth", None)).router is None
+
+
+def test_forced_training_is_still_known_after_saving_again(tmp_path):
+    save_model(tmp_path / "model.pth", small_model(), Architecture(**SMALL), {"forced": True})
+    EarlyExitSSDLite.from_pretrained(tmp_path / "model.pth").save(tmp_path / "again.pth")
+    assert load_model(tmp_path / "again.pth")[2]["forced"]
 
 
 @pytest.mark.parametrize(

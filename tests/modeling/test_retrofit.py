@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import pickle
 
@@ -21,6 +22,7 @@ from torchvision.models.detection.image_list import ImageList
 from earlyexit_ssd import EarlyExitSSDLite, EarlyExitSSDLite_Weights, ExitRouter
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.modeling import COCO_CLASSES, Architecture, load_model, retrofit, save_model
+from earlyexit_ssd.modeling.detector import FullPathLosses, default_boxes_of_image
 from earlyexit_ssd.modeling.retrofit import load_full_path, read_weights, require_weights, resize_detector
 from tests.modeling.conftest import SMALL, assert_equal, copy_state, small_model
 
@@ -361,6 +363,27 @@ def boxes_of(generator, size: int) -> list[torch.Tensor]:
     (boxes,) = generator(ImageList(torch.zeros(1, 3, size, size), [(size, size)]), maps)
     parts = boxes.split([6 * side * side for side in sides])
     return [part.reshape(side, side, 6, 4) for part, side in zip(parts, sides, strict=True)]
+
+
+def test_model_file_of_a_resized_detector_keeps_its_default_boxes(tmp_path, images):
+    described = wanted(*SOURCE, trained_size=128)
+    first = described.build().eval()
+    save_model(tmp_path / "model.pth", first, described)
+    for classes in (SOURCE, ("chair",)):
+        loaded, architecture, _ = retrofit(wanted(*classes), tmp_path / "model.pth")
+        assert architecture.trained_size == 128
+        assert repr(loaded.anchor_generator) == repr(first.anchor_generator)
+    again, architecture, _ = retrofit(wanted(*SOURCE), tmp_path / "model.pth")
+    assert_equal(architecture.add_exits(again).eval()(images), first(images))
+
+
+def test_training_at_several_sizes_keeps_the_default_boxes_of_a_resized_detector():
+    resized = wanted(*SOURCE, trained_size=128)
+    boxes, labels = torch.tensor([[10.0, 10, 60, 60]]), torch.tensor([1])
+    targets = [{"boxes": boxes, "labels": labels, "image_id": number} for number in (1, 2)]
+    batch = FullPathLosses(resized.build(), [64]).compute([torch.rand(3, 96, 96)] * 2, targets)
+    expected = default_boxes_of_image(dataclasses.replace(resized, image_size=64).build(), torch.device("cpu"))
+    assert torch.allclose(batch.anchors[0], expected)
 
 
 @pytest.mark.parametrize("size", [64, 160])

@@ -47,10 +47,13 @@ def test_unrouted_checkpoint_has_torchvision_s_detections(plain, tmp_path):
     full_path = {key: value for key, value in model.state_dict().items() if not key.startswith("branches.")}
     assert_equal(full_path, dict(plain.state_dict()))
     images = [torch.rand(3, 240, 320), photo((0.9, 0.1, 0.1))]
+    opened = EarlyExitSSD300.from_pretrained(tmp_path / "ssd300.pth")
+    assert opened.exits == EarlyExitSSD300.default_exits
     with torch.no_grad():
-        detections, expected = model(images), plain(images)
+        detections, of_opened, expected = model(images), opened(images), plain(images)
     assert sum(len(detection["scores"]) for detection in expected) > 0
     assert_equal(detections, expected)
+    assert_equal(of_opened, expected)
 
 
 def test_exits_share_the_default_boxes_and_are_routed(model):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,11 +13,12 @@ from PIL import Image
 
 from earlyexit_ssd.data import Annotation, Record
 from earlyexit_ssd.data.dataset import DetectionDataset
-from earlyexit_ssd.doctor.findings import check
+from earlyexit_ssd.doctor.findings import check, diagnose
 from earlyexit_ssd.doctor.model import ModelEvidence
 from earlyexit_ssd.files import write_image, write_text
 from earlyexit_ssd.modeling.ssdlite import earlyexit_ssdlite320_mobilenet_v3_large
-from earlyexit_ssd.pipeline.doctor import Watch, chosen_photos, run_evidence
+from earlyexit_ssd.modeling.trunk import evaluating
+from earlyexit_ssd.pipeline.doctor import Report, Watch, batch_evidence, chosen_photos, run_evidence
 from earlyexit_ssd.routing import ExitRouter
 
 
@@ -52,6 +54,14 @@ def test_curves_of_a_run(tmp_path):
         assert evidence["confidences"] == confidences and evidence["temperatures"] == {"exit8": [1.5]}
 
 
+def test_findings_of_undefined_figures_are_written(tmp_path):
+    checks = {}
+    check(checks, least=0.5, meaning="NaN", advice="train")(lambda _: {"full": float("nan"), "exit8": 0.25})
+    Report((), diagnose(checks, None)).write(tmp_path)
+    findings = json.loads((tmp_path / "doctor.json").read_text())["diagnosis"]["findings"]
+    assert [(finding["bad"], finding["figure"]) for finding in findings] == [(True, None), (True, 0.25)]
+
+
 @pytest.mark.parametrize(
     ("photos", "shown", "without"), [(8, 4, 4), (30, 10, 20), (40, 10, 30), (100, 10, 40), (1, 0, 1)]
 )
@@ -81,6 +91,15 @@ def model():
         if "classification_head" in name:
             torch.nn.init.zeros_(parameter)
     return model
+
+
+def test_crowds_and_difficult_objects_do_not_count_as_objects(photos, model):
+    (record, other), crowd = photos.records[:2], Annotation((8.0, 8.0, 60.0, 70.0), 1, ignore=True)
+    records = [record.with_annotations([crowd]), other.with_annotations([*other.annotations, crowd])]
+    images, targets = zip(*(photos.subset(records)[index] for index in (0, 1)), strict=True)
+    with evaluating(model):
+        _, evidence = batch_evidence(model, list(images), targets)
+    assert [boxes.tolist() for boxes in evidence.objects] == [[], [[8.0, 8.0, 60.0, 70.0]]]
 
 
 def trainer_at(step: int) -> SimpleNamespace:
@@ -120,6 +139,16 @@ def test_a_bad_figure_that_improves_is_reported_in_the_last_third_only(photos, m
     assert [record.getMessage().partition(";")[0] for record in caplog.records] == [
         "epoch 4: spread (full): 0.4, expected at least 0.5"
     ]
+
+
+def test_temperatures_are_noted_after_epochs_without_checks_too(photos, model):
+    model.router = ExitRouter(1, learn_temperatures=True)
+    watch = Watch(photos, model)
+    watch.before_training(trainer_at(0))
+    watch.longest = 1e9  # there is no time for checks
+    for step in (10, 15, 20):
+        watch.after_step(trainer_at(step))
+    assert watch.temperatures == {"exit8": [1.0, 1.0]}
 
 
 def test_checks_take_at_most_one_percent_of_the_time(photos, model):

@@ -55,6 +55,16 @@ def test_the_verdict_compares_the_loss_on_the_test_photos():
     assert "the loss that 90 % of the bootstrap draws of the calib photos do not exceed." in summary
 
 
+@pytest.mark.parametrize(("any_size", "sides"), [(True, [300, 128]), (False, [300])])
+def test_a_detector_of_one_size_is_not_fine_tuned_at_the_sizes_of_glances(tmp_path, monkeypatch, any_size, sides):
+    monkeypatch.setattr(optimize, "fine_tune", fine_tune := Mock())
+    search = Mock(has_empty_photos=True, sets={"CALIB": None}, out=tmp_path)
+    search.architecture.image_size, search._build.return_value.model.any_size = 300, any_size
+    search.plan.sizes.return_value, search.plan.glances = [300], [(128, 12)]
+    optimize.CandidateSearch._fine_tuned.func(search)
+    assert fine_tune.call_args.args[4] == sides
+
+
 def test_8_bits_are_a_candidate_unless_they_are_refused(tmp_path, monkeypatch, caplog):
     sets = {"CALIB": "calib", "TRAIN": SimpleNamespace(records=[SimpleNamespace(path="train.jpg")])}
     search = SimpleNamespace(

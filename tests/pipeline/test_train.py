@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from earlyexit_ssd.config import load_config
+from earlyexit_ssd.errors import ConfigError
 from earlyexit_ssd.files import write_text
 from earlyexit_ssd.pipeline.evaluate import read_training
 from earlyexit_ssd.pipeline.train import learns_from_labels, write_training_page
@@ -30,6 +31,14 @@ TEACHER = ("LOSS.SUPERVISION", "teacher", "LOSS.TEACHER", "full", "BASELINE.EPOC
 )
 def test_labels_are_needed_unless_the_teacher_supervises_all_phases(keys, expected):
     assert learns_from_labels(load_config(None, ["MODEL.WEIGHTS", "model.pth", *keys])) is expected
+
+
+@pytest.mark.parametrize("key", ["BASELINE.SIZES", "JOINT.SIZES", "EVAL.RIVALS.SIZES"])
+def test_sizes_are_refused_for_a_detector_of_one_size(key):
+    prepare = importlib.import_module("earlyexit_ssd.pipeline.train").prepare
+    cfg = load_config(None, ["MODEL.NAME", "ssd300_vgg16", "EXITS.BRANCH", "light", key, "[256]"])
+    with pytest.raises(ConfigError, match=rf"{key} is \(256,\), expected \[\]: ssd300_vgg16 has only one input size"):
+        prepare(cfg, None, torch.device("cpu"))
 
 
 def test_the_runtime_is_checked_on_the_device_of_the_evaluation(monkeypatch):
