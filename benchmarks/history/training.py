@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from benchmarks.history.attempts import EXITS, Attempt, Detector, distribution_loss, gated_confidence, round_robin
 from benchmarks.history.features import FeatureBatch, FeatureLoader, Features
 from earlyexit_ssd.engine import Trainer
-from earlyexit_ssd.engine.hooks import AfterStep
-from earlyexit_ssd.engine.loop import Hook, build_optimizer
+from earlyexit_ssd.engine.loop import AfterStep, Hook, build_optimizer
 from earlyexit_ssd.evaluation.outputs import choose_exits, exit_share
 from earlyexit_ssd.modeling import Architecture, EarlyExitSSDLite, LossSettings, describe_exits
 from earlyexit_ssd.modeling.detector import default_boxes_of_image, early_exit_losses, full_path_losses

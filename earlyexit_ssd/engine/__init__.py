@@ -1,6 +1,5 @@
 """The training engine: a loop with hooks, and loaders of photos or of cached taps."""
 
-from earlyexit_ssd.engine.hooks import read_log
-from earlyexit_ssd.engine.loop import Hook, Trainer
+from earlyexit_ssd.engine.loop import Hook, Trainer, read_log
 
 __all__ = ["Hook", "Trainer", "read_log"]

@@ -21,8 +21,15 @@ from earlyexit_ssd.data import DetectionDataset, build_loader, load_dataset
 from earlyexit_ssd.data.dataset import fingerprint
 from earlyexit_ssd.engine import Trainer
 from earlyexit_ssd.engine.cache import CachedLoader, TapCache
-from earlyexit_ssd.engine.hooks import AfterStep, Checkpoint, Log, ProgressBar
-from earlyexit_ssd.engine.loop import ExponentialMovingAverage, PhotoLoader, build_optimizer
+from earlyexit_ssd.engine.loop import (
+    AfterStep,
+    Checkpoint,
+    ExponentialMovingAverage,
+    Log,
+    PhotoLoader,
+    ProgressBar,
+    build_optimizer,
+)
 from earlyexit_ssd.engine.processes import broadcast_state, rank, world_size
 from earlyexit_ssd.errors import EarlyExitError, Interrupted
 from earlyexit_ssd.evaluation.verdict import DETECTS_AP50

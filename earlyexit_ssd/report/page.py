@@ -26,7 +26,7 @@ import plotly.offline
 from earlyexit_ssd.calibration.certificate import Certificate, plain_part
 from earlyexit_ssd.calibration.thresholds import CurvePoint, FittedTemperature
 from earlyexit_ssd.config import CLOSED
-from earlyexit_ssd.engine.hooks import LogLine
+from earlyexit_ssd.engine.loop import LogLine
 from earlyexit_ssd.evaluation.results import (
     DetectorResult,
     Finding,

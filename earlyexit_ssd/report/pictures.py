@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from earlyexit_ssd.calibration.thresholds import FittedTemperature, Reliability
-from earlyexit_ssd.engine.hooks import LogLine
+from earlyexit_ssd.engine.loop import LogLine
 from earlyexit_ssd.evaluation.cost import RUNTIME_TITLES
 from earlyexit_ssd.evaluation.results import Interval, Results, Row, data_title, exit_rows, static_rows, timing_title
 from earlyexit_ssd.images import color_of, draw_boxes, font_of

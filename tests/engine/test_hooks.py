@@ -11,8 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from earlyexit_ssd import ExitRouter
 from earlyexit_ssd.engine import Hook, read_log
-from earlyexit_ssd.engine.hooks import AfterStep, Checkpoint, Log
-from earlyexit_ssd.engine.loop import ExponentialMovingAverage
+from earlyexit_ssd.engine.loop import AfterStep, Checkpoint, ExponentialMovingAverage, Log
 from earlyexit_ssd.errors import CannotWrite, EarlyExitError
 from tests.engine.conftest import line_trainer
 
@@ -121,7 +120,7 @@ def test_measurements_at_the_end_of_epochs_are_logged(tmp_path):
 @pytest.mark.parametrize("file", ["log.jsonl", "tensorboard/events"])
 def test_full_disk_is_a_one_line_error(tmp_path, file, small_files, monkeypatch):
     if file == "tensorboard/events":
-        monkeypatch.setattr("earlyexit_ssd.engine.hooks.append_text", lambda *_: None)
+        monkeypatch.setattr("earlyexit_ssd.engine.loop.append_text", lambda *_: None)
     message = rf"{file}.*: cannot be written \(File too large\); make room"
     with small_files(150), pytest.raises(CannotWrite, match=message):
         line_trainer([Log(tmp_path, 1)]).run()
