@@ -286,23 +286,24 @@ def _thresholds(
 ) -> dict[str, float]:
     """Return a dict: open exit -> threshold in 8 bits, from the confidences in 32 bits and in 8 bits."""
     by_exit = {}
-    arrives = np.ones_like(next(iter(before.values()), np.zeros(0)), bool)  # photos that reach the exit, in 32 bits
+    # photos that reach the exit, in 32 bits and in 8 bits
+    arrive = arrive_int8 = np.ones_like(next(iter(before.values()), np.zeros(0)), bool)
     for name, confidences in before.items():
         threshold = float(model.router.thresholds[model.exit_names.index(name)])
-        by_exit[name] = matching_threshold(threshold, confidences[arrives], after[name][arrives])
-        arrives &= confidences < threshold
+        by_exit[name] = matching_threshold(threshold, confidences[arrive], after[name][arrive_int8])
+        arrive, arrive_int8 = arrive & (confidences < threshold), arrive_int8 & (after[name] < by_exit[name])
     return by_exit
 
 
 def matching_threshold(threshold: float, before: np.ndarray, after: np.ndarray) -> float:
-    """Return a threshold at which as many photos leave with the confidences ``after`` [n] as with ``before`` [n] at
+    """Return a threshold at which as many photos leave with the confidences ``after`` as with ``before`` at
     ``threshold``. It is halfway between two confidences, unless no photo or every photo leaves."""
     leaving, ordered = int((before >= threshold).sum()), np.sort(after)[::-1]
     if not len(ordered):
         return threshold
     if leaving == 0:
-        return max(threshold, min(1.0, float(np.nextafter(ordered[0], 2))))
-    if leaving == len(ordered):
+        return max(threshold, min(1.0, float(np.nextafter(np.float32(ordered[0]), np.float32(2)))))
+    if leaving >= len(ordered):
         return min(threshold, float(ordered[-1]))
     return float(ordered[leaving - 1 : leaving + 1].mean())
 
