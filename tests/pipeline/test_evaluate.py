@@ -15,6 +15,7 @@ from earlyexit_ssd.evaluation.cost import export_onnx, mmacs_to_exit
 from earlyexit_ssd.modeling import Architecture, PathToExit, save_model
 from earlyexit_ssd.pipeline.build import open_router
 from earlyexit_ssd.pipeline.evaluate import (
+    _warn_of_differences,
     build_rivals,
     calibrate_command,
     check_rivals,
@@ -86,6 +87,13 @@ def test_drift_of_frames_counts_blocks(caplog):
     assert caplog.text == ""
     changed = drift_of(certificate(block=5), collected, [1] * 300)
     assert changed.window == 60 and len(changed.warnings) == 1 and changed.warnings[0] in caplog.text
+
+
+def test_settings_without_a_key_are_no_difference(caplog):
+    keys = ["MODEL.WIDTH", "0.25", "MODEL.IMAGE_SIZE", "64", "EXITS.CHANNELS", "16", "EXITS.DEPTH", "[1]"]
+    _warn_of_differences(load_config(None, keys), architecture(trained_size=96))
+    (message,) = caplog.messages
+    assert message.startswith("image_size: the configuration has 64, but the weights were made with 96")
 
 
 # Rivals from the configuration, on small untrained models.
@@ -168,8 +176,10 @@ def test_every_photo_leaves_at_a_single_exit_before_later_layers(file, monkeypat
 
 
 def test_a_model_with_two_exits_is_no_single_exit(file):
-    with pytest.raises(EarlyExitError, match=r"takes models with one early exit, but it has exit8, exit12; train"):
+    with pytest.raises(EarlyExitError, match=r"one early exit and its branch, but it has exit8, exit12; train"):
         rivals("EVAL.RIVALS.SINGLE_EXITS", file())
+    with pytest.raises(EarlyExitError, match=r"one early exit and its branch, but it has exit12; train"):
+        rivals("EVAL.RIVALS.SINGLE_EXITS", file(exit_layers=(12,), empty=(12,)))
 
 
 def test_an_exported_detector(tmp_path):
