@@ -121,6 +121,15 @@ def test_a_slow_or_inaccurate_file_is_not_written(
     assert not list(tmp_path.iterdir())
 
 
+def test_photos_without_an_object_are_refused(folder, model, tmp_path, monkeypatch):
+    """The loss of AP50 would be undefined."""
+    monkeypatch.setattr(int8, "SCORE", 1.1)
+    dataset = photos_to_quantise_on(folder, None, model.classes)
+    with pytest.raises(EarlyExitError, match="nothing is detected in 8 photos"):
+        export_int8(model, tmp_path / "detector.onnx", "onnx", dataset, ap_drop=1.0)
+    assert not list(tmp_path.iterdir())
+
+
 def test_labels_are_those_of_the_detectors_classes(folder, tmp_path):
     sizes = [Image.open(folder / f"{index}.png").size for index in range(8)]
     rows = [
@@ -134,6 +143,9 @@ def test_labels_are_those_of_the_detectors_classes(folder, tmp_path):
     dataset = photos_to_quantise_on(folder, tmp_path / "truth.json", ("N/A", "cat", "dog", "N/A"))
     assert dataset.classes == ("dog",) and dataset.labelled
     assert sum(len(record.annotations) for record in dataset.records) == 4
+    (tmp_path / "empty.json").write_text(json.dumps({**content, "annotations": []}))
+    with pytest.raises(DataError, match="no box of dog in 8 photos"):
+        photos_to_quantise_on(folder, tmp_path / "empty.json", ("dog",))
     with pytest.raises(DataError, match="none of its classes .dog, owl. is the detector's"):
         photos_to_quantise_on(folder, tmp_path / "truth.json", ("cat",))
 
