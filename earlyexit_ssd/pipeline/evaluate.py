@@ -76,10 +76,15 @@ def require_usable_certificate(
     """Check that a certificate from the file ``source`` fits the photos and settings of an evaluation.
 
     Raise EarlyExitError if the model was calibrated on one of the photos. An EVAL.SCORE or EVAL.IOU other than the
-    certificate's is a warning, or a ConfigError if the certificate bounds a risk.
+    certificate's is a warning, or a ConfigError if the certificate bounds a risk. Another EVAL.RUNTIME is a warning if
+    the certificate is for a speed-up in milliseconds.
     """
     certificate.require_unseen(photo_hashes(dataset))
     target = certificate.target
+    runtime = (certificate.cost_model.measured or {}).get("runtime", cfg.EVAL.RUNTIME)
+    if target.kind == "speedup" and runtime != cfg.EVAL.RUNTIME:
+        text = "%s: the certificate's speed-up is in %s, but EVAL.RUNTIME is %s; set it to %s to compare them"
+        logger.warning(text, source, runtime, cfg.EVAL.RUNTIME, runtime)
     if (target.score, target.iou) == (cfg.EVAL.SCORE, cfg.EVAL.IOU):
         return
     text = (

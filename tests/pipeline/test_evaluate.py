@@ -26,14 +26,14 @@ from earlyexit_ssd.pipeline.evaluate import (
 from earlyexit_ssd.routing import ExitRouter
 
 
-def certificate(kind="risk", score=0.5, block=None):
+def certificate(kind="risk", score=0.5, block=None, **costs):
     reference = Reference.from_decisions(("exit8", "full"), [0] * 150 + [1] * 150, [[0.75] * 300])
     numbers = {"value": 2.0, "epsilon": 0.02, "delta": 0.05, "bound": "betting"}
     return Certificate(
         router=ExitRouter(1).to_dict(),
         target=CertifiedTarget(kind=kind, score=score, iou=0.5, reference="full", block=block, **numbers),
         measured=Measured(),
-        cost_model=CertifiedCosts(),
+        cost_model=CertifiedCosts(**costs),
         weights_sha256="",
         photos_sha256=(),
         photo_list_sha256="",
@@ -53,6 +53,15 @@ def test_a_risk_holds_at_its_own_score_only(caplog):
     assert caplog.text == ""
     check(certificate("speedup", score=0.3))
     assert "holds for score 0.3" in caplog.text
+
+
+def test_a_speedup_is_compared_in_its_own_runtime(caplog):
+    checked = certificate("speedup", measured={"runtime": "onnxruntime"})
+    for runtime in ("onnxruntime", "eager"):
+        assert caplog.text == ""
+        cfg = load_config(None, ["EVAL.RUNTIME", runtime])
+        require_usable_certificate(cfg, checked, SimpleNamespace(records=[]), "certificate.json")
+    assert "speed-up is in onnxruntime, but EVAL.RUNTIME is eager; set it to onnxruntime" in caplog.text
 
 
 def test_source_of_the_router(monkeypatch, tmp_path):
