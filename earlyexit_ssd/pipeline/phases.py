@@ -230,8 +230,7 @@ def train_branches(run: Run) -> None:
     """Train the branches on a frozen trunk, and check that the full path is bit-identical afterwards."""
     phase, model = run.cfg.EXITS_PHASE, run.model
     model.router = build_router(run.cfg, learn=run.cfg.ROUTING.LEARN_TEMPERATURES).to(run.device)
-    if phase.EPOCHS:
-        model.inherit()  # copies the full path again, which the baseline phase may have trained
+    model.inherit()  # copies the full path again, which the baseline phase may have trained
     model.freeze_full_path()
     before = full_path_fingerprint(model)
     if all(model.empty):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from types import SimpleNamespace
 from unittest.mock import MagicMock
 
@@ -100,6 +101,22 @@ def test_smallest_change_of_the_full_path_is_found(part):
         next(getattr(model, part).buffers()).view(-1)[0].add_(1e-7)
     with pytest.raises(EarlyExitError, match=f"changed the full path: {part}"):
         require_same_full_path(before, model)
+
+
+@pytest.mark.parametrize("epochs", ["0", "1"])
+def test_branches_start_as_copies_of_the_trained_full_path(monkeypatch, epochs):
+    monkeypatch.setattr(phases, "fit", lambda *_: None)
+    monkeypatch.setattr(phases, "tap_loader", lambda run: None)
+    run = Run(load_config(None, ["EXITS_PHASE.EPOCHS", epochs]), None, small_model(), *[None] * 3, torch.device("cpu"))
+    with torch.no_grad():
+        for weight in run.model.backbone.parameters():  # the baseline phase trains them
+            weight.mul_(1.01)
+    before, expected = copy.deepcopy(run.model.branches.state_dict()), copy.deepcopy(run.model)
+    expected.inherit()
+    phases.train_branches(run)
+    found = run.model.branches.state_dict()
+    assert all(value.equal(found[key]) for key, value in expected.branches.state_dict().items())
+    assert not all(value.equal(found[key]) for key, value in before.items())
 
 
 def test_photo_names_of_both_kinds_of_batches():
