@@ -331,7 +331,8 @@ class CandidateSearch:
             before, after = (ap_of_choice(matches, choice, ap50_only=True).AP50 for choice in choices)
             figures = {"ms": timing.ms, "speedup": base_timing.ms / timing.ms, "mmacs": rival.mmacs}
             figures |= {"AP50": after, "lost": _difference(before, after)}
-            measured.append(Candidate(rival.name, int(rival.example.shape[-1]), "its own", **figures, rival=True))
+            name = rival.name if self.cfg.EVAL.RUNTIME == ONNX_RUNTIME else f"{rival.name} (in ONNX Runtime)"
+            measured.append(Candidate(name, int(rival.example.shape[-1]), "its own", **figures, rival=True))
         return measured
 
     # Recorded outputs.

@@ -7,10 +7,12 @@ from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
+import torch
 
 from earlyexit_ssd.config import load_config
 from earlyexit_ssd.deploy.benchmark import Ratio
 from earlyexit_ssd.errors import ConfigError, EarlyExitError
+from earlyexit_ssd.evaluation.cost import Timing
 from earlyexit_ssd.modeling import Architecture
 from earlyexit_ssd.pipeline import optimize
 from earlyexit_ssd.pipeline.int8 import Int8Figures, Kept
@@ -194,3 +196,24 @@ def test_the_base_detector_is_the_first_rival_from_a_file(monkeypatch, tmp_path)
     cfg = load_config(None, ["EVAL.RIVALS.FULL_PATHS", "[other/base.pth]"])
     search = SimpleNamespace(cfg=cfg, out=tmp_path, architecture=architecture, full_path=architecture.build_detector)
     assert _evaluate(search) == (str(tmp_path / "base.pth"), "other/base.pth")
+
+
+@pytest.mark.parametrize(("runtime", "name"), [("onnxruntime", "nano"), ("openvino", "nano (in ONNX Runtime)")])
+def test_a_rival_that_was_timed_in_another_runtime_says_so(monkeypatch, runtime, name):
+    model, shape = small_model(), torch.zeros(1, 3, 416, 416)
+    rival = SimpleNamespace(name="nano", network=None, example=shape, mmacs=9.0, detector=None)
+    monkeypatch.setattr(optimize, "onnx_rivals", lambda *_: [rival])
+    monkeypatch.setattr(optimize, "evaluation_loader", lambda *_: None)
+    monkeypatch.setattr(optimize, "collect_detections", lambda *_: None)
+    monkeypatch.setattr(optimize, "time_in_runtime", lambda *_: [Timing(2.0, [2, 2]), Timing(6.0, [6, 6])])
+    monkeypatch.setattr(optimize, "ap_of_choice", lambda matches, choice, ap50_only: SimpleNamespace(AP50=choice / 10))
+    search = SimpleNamespace(
+        cfg=load_config(None, ["EVAL.RUNTIME", runtime]),
+        architecture=Architecture(**SMALL),
+        sets={"CALIB": None},
+        model=model,
+        base=SimpleNamespace(matches_beside=lambda detections: (None, 4)),
+    )
+    (found,) = CandidateSearch.rivals(search)
+    assert (found.name, found.ms, found.speedup, found.image_size) == (name, 2.0, 3.0, 416)
+    assert found.lost == pytest.approx(-0.1) and found.rival
