@@ -32,7 +32,7 @@ from earlyexit_ssd.config import CLOSED
 from earlyexit_ssd.data import class_names, load_dataset
 from earlyexit_ssd.data.dataset import fingerprint, to_coco
 from earlyexit_ssd.deploy import Predictor
-from earlyexit_ssd.errors import EarlyExitError
+from earlyexit_ssd.errors import ConfigError, EarlyExitError
 from earlyexit_ssd.evaluation.cost import ONNX_RUNTIME, OPENVINO, PlainPath, example_input, time_in_runtime
 from earlyexit_ssd.evaluation.matches import ap_of_choice, bootstrap_choices, exit_matches, interval, photo_counts
 from earlyexit_ssd.evaluation.outputs import collect_detections
@@ -215,6 +215,8 @@ class CandidateSearch:
         self.goal, self.out, self.device = goal, out, evaluation_device(cfg)
         cfg = with_values(cfg, {"CALIBRATION.COST": "ms", "EVAL.RIVALS.ENABLED": True})
         check_settings(cfg, self.device)
+        if weights is None and not cfg.MODEL.WEIGHTS:
+            raise ConfigError("a search needs a trained detector: set MODEL.WEIGHTS, or give --weights")
         if weights is None:
             model, architecture = build_model(_without_untrained_branches(cfg), class_names(cfg))
             self.model, self.architecture, self.info = model, architecture, {"taken_over": True}

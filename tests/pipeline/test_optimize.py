@@ -153,6 +153,11 @@ def test_unusable_settings_are_found_before_the_search(tmp_path, key, value, mes
         CandidateSearch(load_config(None, [key, value, "EVAL.RIVALS.ENABLED", "false"]), "x.pth", Goal(), tmp_path)
 
 
+def test_a_search_needs_weights(tmp_path):
+    with pytest.raises(ConfigError, match="a search needs a trained detector: set MODEL.WEIGHTS, or give --weights"):
+        CandidateSearch(load_config(), None, Goal(), tmp_path)
+
+
 def test_calib_and_test_photos_need_labels(monkeypatch, tmp_path):
     asked = Mock(side_effect=EarlyExitError("no labels"))
     monkeypatch.setattr(optimize, "disjoint_sets", asked)
