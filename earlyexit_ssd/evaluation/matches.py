@@ -437,7 +437,7 @@ def as_ground_truth(template: COCO, detections: Detections, score: float) -> COC
     ``score``."""
     annotations: list[dict[str, int | float | list[float]]] = []
     for image_id, found in detections.items():
-        keep = found["scores"] >= score
+        keep = found["scores"].double() >= score  # in double precision, as in `photo_counts`
         for box, label in zip(xywh(found["boxes"][keep]).tolist(), found["labels"][keep].tolist(), strict=True):
             keys = {"id": len(annotations) + 1, "image_id": image_id, "category_id": label}
             annotations.append({**keys, "bbox": box, "area": box[2] * box[3], "iscrowd": 0})

@@ -16,7 +16,7 @@ from fvcore.common.config import CfgNode
 
 from earlyexit_ssd.config import CLOSED
 from earlyexit_ssd.errors import EarlyExitError
-from earlyexit_ssd.evaluation.results import Interval, Record, Results
+from earlyexit_ssd.evaluation.results import Record, Results
 from earlyexit_ssd.evaluation.verdict import DETECTS_AP50
 from earlyexit_ssd.modeling import Architecture, Exit, describe_exits
 from earlyexit_ssd.modeling.detector import DETECTORS
@@ -196,7 +196,7 @@ class Plan:
         """(pixels, layer) of the tried glances."""
         own = self.architecture.image_size
         scaled = [(round(pixels * own / 320 / 16) * 16, layer) for pixels, layer in GLANCES]
-        return list(self.cfg.EXITS.GLANCES) or scaled
+        return list(self.cfg.EXITS.GLANCES or dict.fromkeys(scaled))  # of a small input, two may be equal
 
     def exits_of(self, net: Candidate) -> tuple[Exit, ...]:
         """Return all exits that may be tried with a net: glances smaller than its input, then the other exits.
@@ -273,24 +273,25 @@ def choose_candidate(candidates: Sequence[Candidate], goal: Goal) -> Candidate |
 
 @dataclass(frozen=True)
 class TestFigures(Record):
-    """Figures of the chosen candidate and of the base detector (``_base``) on the test split; intervals are 95 %."""
+    """Figures of the chosen candidate and of the base detector (``_base``) on the test split; intervals are 95 %. The
+    split has an object, so AP is defined."""
 
     splits: list[str]
     photos: int
-    AP: float | None
-    AP_base: float | None
-    AP50: float | None
-    AP50_base: float | None
-    AP50_lost_interval: Interval
-    objects_found: int | None
-    objects_found_base: int | None
-    mmacs: float | None
-    mmacs_base: float | None
-    ms: float | None
-    ms_base: float | None
-    ms_base_interval: Interval
+    AP: float
+    AP_base: float
+    AP50: float
+    AP50_base: float
+    AP50_lost_interval: list[float]
+    objects_found: int
+    objects_found_base: int
+    mmacs: float
+    mmacs_base: float
+    ms: float
+    ms_base: float
+    ms_base_interval: list[float]
     runtime: str
-    threads: int | None
+    threads: int
 
     @classmethod
     def of(cls, results: Results) -> TestFigures:
@@ -300,29 +301,29 @@ class TestFigures(Record):
         for row, suffix in ((results.routed, ""), (base, "_base")):
             figures |= {f"AP{suffix}": row.number("AP"), f"AP50{suffix}": row.ap50, f"mmacs{suffix}": row.mmacs}
             figures |= {f"objects_found{suffix}": row.number("true_positives"), f"ms{suffix}": row.ms}
-        gained, context = base.routed_minus_rival_AP50_interval, results.context
+        (low, high), context = base.routed_minus_rival_AP50_interval, results.context
         return cls(
             splits=context.splits,
             photos=context.images,
             **figures,
-            AP50_lost_interval=None if gained is None else [-gained[1], -gained[0]],
+            AP50_lost_interval=[-high, -low],
             ms_base_interval=base.ms_interval,
             runtime=context.runtime,
             threads=context.threads,
         )
 
     @property
-    def speedup(self) -> float | None:
-        return self.ms_base / self.ms if self.ms and self.ms_base else None
+    def speedup(self) -> float:
+        return self.ms_base / self.ms
 
     @property
     def faster(self) -> bool:
-        return self.speedup is not None and self.ms < self.ms_base_interval[0]
+        return self.ms < self.ms_base_interval[0]
 
     @property
     def base_detects(self) -> bool:
         """Whether the base detector reaches the AP50 of a detector that finds objects at all."""
-        return self.AP50_base is not None and self.AP50_base >= DETECTS_AP50
+        return self.AP50_base >= DETECTS_AP50
 
     def worth_shipping(self, goal: Goal) -> bool:
         """Return whether the candidate should be shipped.
@@ -330,7 +331,5 @@ class TestFigures(Record):
         The base detector must detect, and the candidate must be faster. The losses of AP50 and AP measured on the test
         split must be within the budget. Unlike in `Candidate.holds`, these losses are not upper bounds.
         """
-        if not (self.faster and self.base_detects and self.AP50 is not None):
-            return False
         ap_holds = goal.coco_ap_drop is None or self.AP_base - self.AP <= goal.coco_ap_drop
-        return self.AP50_base - self.AP50 <= goal.ap_drop and ap_holds
+        return self.faster and self.base_detects and self.AP50_base - self.AP50 <= goal.ap_drop and ap_holds

@@ -76,10 +76,15 @@ def require_usable_certificate(
     """Check that a certificate from the file ``source`` fits the photos and settings of an evaluation.
 
     Raise EarlyExitError if the model was calibrated on one of the photos. An EVAL.SCORE or EVAL.IOU other than the
-    certificate's is a warning, or a ConfigError if the certificate bounds a risk.
+    certificate's is a warning, or a ConfigError if the certificate bounds a risk. Another EVAL.RUNTIME is a warning if
+    the certificate is for a speed-up in milliseconds.
     """
     certificate.require_unseen(photo_hashes(dataset))
     target = certificate.target
+    runtime = (certificate.cost_model.measured or {}).get("runtime", cfg.EVAL.RUNTIME)
+    if target.kind == "speedup" and runtime != cfg.EVAL.RUNTIME:
+        text = "%s: the certificate's speed-up is in %s, but EVAL.RUNTIME is %s; set it to %s to compare them"
+        logger.warning(text, source, runtime, cfg.EVAL.RUNTIME, runtime)
     if (target.score, target.iou) == (cfg.EVAL.SCORE, cfg.EVAL.IOU):
         return
     text = (
@@ -177,10 +182,10 @@ def smaller_sizes(size: int) -> tuple[int, ...]:
 def _single_exit(path: str) -> EarlyExitSSDLite:
     """Load a model with one early exit at which every photo leaves."""
     model, _, _ = load_model(path)
-    if model.num_early_exits != 1:
+    if model.empty != (False,):
         exits = ", ".join(model.exit_names[:-1]) or "none"
         raise EarlyExitError(
-            f"{path}: EVAL.RIVALS.SINGLE_EXITS takes models with one early exit, but it has {exits};"
+            f"{path}: EVAL.RIVALS.SINGLE_EXITS takes models with one early exit and its branch, but it has {exits};"
             " train a model with one exit (EXITS.LAYERS)"
         )
     model.router = ExitRouter(1, thresholds=0.0)
@@ -283,7 +288,8 @@ def _warn_of_differences(cfg: CfgNode, architecture: Architecture) -> None:
     """Warn of each setting of the configuration that differs from the weights. The setting of the weights is used."""
     configured = build_architecture(cfg, tuple(cfg.DATA.CLASSES) or architecture.classes).to_dict()
     used = architecture.to_dict()
-    from_weights = ("reduced_tail", "head_outputs", "folded_rows", "folded_branches", "competing")  # not in cfg
+    # not in cfg
+    from_weights = ("reduced_tail", "head_outputs", "folded_rows", "folded_branches", "competing", "trained_size")
     text = "%s: the configuration has %r, but the weights were made with %r, which is used"
     for name in configured | used:
         if name not in from_weights and configured.get(name) != used.get(name):

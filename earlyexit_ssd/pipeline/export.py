@@ -136,9 +136,8 @@ def exportable(model: EarlyExitDetector) -> EarlyExitDetector:
     model = copy.deepcopy(model).cpu().eval()
     if model.router is not None:
         return model
-    plain = type(model)(model, exits=(), classes=model.classes)  # without a router no photo leaves at an exit
-    plain.score_thresh = model.score_thresh
-    return plain.eval()
+    # without a router no photo leaves at an exit
+    return type(model)(model, exits=(), classes=model.classes).eval()
 
 
 def runtime_of(file_format: Format) -> str:

@@ -83,8 +83,8 @@ class Int8Figures:
     kept: Kept
     photos: int
     labelled: bool
-    AP: tuple[float | None, float | None]  # (reference, 8 bits); None without an object
-    AP50: tuple[float | None, float | None]
+    AP: tuple[float, float]  # (reference, 8 bits)
+    AP50: tuple[float, float]
     lost_bound: float  # largest AP50 lost in a share 1 - ``delta`` of the bootstrap draws
     AP_lost_bound: float | None  # the same for AP; None if the loss of AP is not limited
     delta: float
@@ -105,10 +105,10 @@ class Int8Figures:
     @property
     def accuracy_text(self) -> str:
         photos = f"{self.photos} labelled photos" if self.labelled else f"{self.photos} photos, labelled in 32 bits"
-        pairs = {"AP50": self.AP50, "AP": self.AP} if None not in (*self.AP50, *self.AP) else {}
+        pairs = {"AP50": self.AP50, "AP": self.AP}
         aps = [f"{name} {after:.3f} instead of {before:.3f}" for name, (before, after) in pairs.items()]
         kept = f"{self.objects_kept} of {self.objects} objects kept"
-        return f"{', '.join(aps) or 'AP undefined'} on {photos} ({self.bound_text}), {kept}"
+        return f"{', '.join(aps)} on {photos} ({self.bound_text}), {kept}"
 
     def __str__(self) -> str:
         size = f"{self.size / 1e6:.1f} MB in 8 bits ({self.kept})"
@@ -144,8 +144,8 @@ def export_int8(
         coco_ap_drop: as ``ap_drop``, for COCO's AP (IoU 0.5 to 0.95); None: not limited.
 
     Raises:
-        EarlyExitError: NNCF or the runtime is missing, or the file in 8 bits is not faster or loses too much. Then
-            nothing is written.
+        EarlyExitError: NNCF or the runtime is missing, the photos show no object, or the file in 8 bits is not faster
+            or loses too much. Then nothing is written.
     """
     os.environ.setdefault("NNCF_CI", "1")  # turns NNCF's telemetry off
     nncf = import_package("nncf")
@@ -158,6 +158,11 @@ def export_int8(
         confidences = _confidences(float_path, runtime, photos)
         if reference is None:
             reference = detect(Predictor(float_path, runtime), dataset)
+        if not dataset.labelled and not any((found["scores"] >= SCORE).any() for found in reference.values()):
+            raise EarlyExitError(
+                f"{path}: 8 bits are refused: nothing is detected in {len(photos)} photos (score {SCORE:g}), "
+                "so the loss of AP50 is undefined; give photos that show objects"
+            )
         segments = export.build_segments(model)
         images = (as_tensor(read_image(photo)) for photo in _sample(ranges or photos))
         inputs = [{"x_in": model.transform([image])[0].tensors.numpy()} for image in images]
@@ -208,7 +213,7 @@ def photos_to_quantise_on(
                 f"{annotations}: none of its classes ({names}) is the detector's; give labels of the detector's classes"
             )
     cfg = with_values(cfg, {"DATA.CLASSES": classes})
-    return load_dataset(cfg, "--photos", labels="annotated" if annotations else "replaced")
+    return load_dataset(cfg, "--photos", labels="required" if annotations else "replaced")
 
 
 def _sample(photos: Sequence[str | os.PathLike[str]]) -> list[str | os.PathLike[str]]:
@@ -286,23 +291,24 @@ def _thresholds(
 ) -> dict[str, float]:
     """Return a dict: open exit -> threshold in 8 bits, from the confidences in 32 bits and in 8 bits."""
     by_exit = {}
-    arrives = np.ones_like(next(iter(before.values()), np.zeros(0)), bool)  # photos that reach the exit, in 32 bits
+    # photos that reach the exit, in 32 bits and in 8 bits
+    arrive = arrive_int8 = np.ones_like(next(iter(before.values()), np.zeros(0)), bool)
     for name, confidences in before.items():
         threshold = float(model.router.thresholds[model.exit_names.index(name)])
-        by_exit[name] = matching_threshold(threshold, confidences[arrives], after[name][arrives])
-        arrives &= confidences < threshold
+        by_exit[name] = matching_threshold(threshold, confidences[arrive], after[name][arrive_int8])
+        arrive, arrive_int8 = arrive & (confidences < threshold), arrive_int8 & (after[name] < by_exit[name])
     return by_exit
 
 
 def matching_threshold(threshold: float, before: np.ndarray, after: np.ndarray) -> float:
-    """Return a threshold at which as many photos leave with the confidences ``after`` [n] as with ``before`` [n] at
+    """Return a threshold at which as many photos leave with the confidences ``after`` as with ``before`` at
     ``threshold``. It is halfway between two confidences, unless no photo or every photo leaves."""
     leaving, ordered = int((before >= threshold).sum()), np.sort(after)[::-1]
     if not len(ordered):
         return threshold
     if leaving == 0:
-        return max(threshold, min(1.0, float(np.nextafter(ordered[0], 2))))
-    if leaving == len(ordered):
+        return max(threshold, min(1.0, float(np.nextafter(np.float32(ordered[0]), np.float32(2)))))
+    if leaving >= len(ordered):
         return min(threshold, float(ordered[-1]))
     return float(ordered[leaving - 1 : leaving + 1].mean())
 
@@ -326,7 +332,7 @@ def _compare(
 
     def loss_bound(figure: str) -> float:
         lost = getattr(reference_draws, figure) - getattr(draws, figure)
-        return 0.0 if np.isnan(lost).all() else float(np.nanquantile(lost, 1 - delta))
+        return float(np.nanquantile(lost, 1 - delta))
 
     kept_objects = agreement(template, reference, detections, SCORE, IOU)
     return Int8Figures(

@@ -32,7 +32,7 @@ from earlyexit_ssd.config import CLOSED
 from earlyexit_ssd.data import class_names, load_dataset
 from earlyexit_ssd.data.dataset import fingerprint, to_coco
 from earlyexit_ssd.deploy import Predictor
-from earlyexit_ssd.errors import EarlyExitError
+from earlyexit_ssd.errors import ConfigError, EarlyExitError
 from earlyexit_ssd.evaluation.cost import ONNX_RUNTIME, OPENVINO, PlainPath, example_input, time_in_runtime
 from earlyexit_ssd.evaluation.matches import ap_of_choice, bootstrap_choices, exit_matches, interval, photo_counts
 from earlyexit_ssd.evaluation.outputs import collect_detections
@@ -61,6 +61,7 @@ from earlyexit_ssd.pipeline.replay import (
     CostModel,
     ModelOnSplits,
     Replay,
+    check_settings,
     disjoint_sets,
     fit_router,
     fit_temperatures,
@@ -122,24 +123,24 @@ def optimize(
     _warn_if_busy()
     stop_at = np.inf if goal.minutes is None else time.monotonic() + 60 * goal.minutes
     search = CandidateSearch(cfg, weights, goal, Path(out_dir))
-    measured = _measure_candidates(search, stop_at)
-    candidates = (*measured, *search.rivals())
+    measured, rivals = _measure_candidates(search, stop_at), search.rivals()
     chosen = choose_candidate(measured, goal)
-    results, test, ship = None, None, False
+    results, test, ship, int8 = None, None, False, None
     if chosen is None:
         summary = _summary_without_choice(measured, goal)
     else:
-        _write_model(search, chosen)
-        int8 = None
+        chosen = _write_model(search, chosen)
         if cfg.EVAL.RUNTIME == OPENVINO:
             chosen, int8 = _choose_8_bits(search, measured, chosen)
+        measured = [chosen if candidate.key == chosen.key else candidate for candidate in measured]
         results = _evaluate(search)
         test = TestFigures.of(results)
         if int8 is not None:
             test = _test_in_8_bits(search, test, speed=chosen.ms / int8.ms)
-            candidates, chosen = (*candidates, int8), int8
+            chosen = int8
         ship = test.worth_shipping(goal)
         summary = _summary(chosen, test, ship, goal)
+    candidates = (*measured, *rivals, *([int8] if int8 else []))
     outcome = Outcome(measured[0], chosen, candidates, test, ship, summary)
     write_json(search.out / "optimize.json", outcome.to_json())
     write_text(search.out / "summary.txt", summary + "\n")
@@ -212,7 +213,10 @@ class CandidateSearch:
 
     def __init__(self, cfg: CfgNode, weights: str | os.PathLike[str] | None, goal: Goal, out: Path) -> None:
         self.goal, self.out, self.device = goal, out, evaluation_device(cfg)
-        cfg = with_values(cfg, {"CALIBRATION.COST": "ms"})
+        cfg = with_values(cfg, {"CALIBRATION.COST": "ms", "EVAL.RIVALS.ENABLED": True})
+        check_settings(cfg, self.device)
+        if weights is None and not cfg.MODEL.WEIGHTS:
+            raise ConfigError("a search needs a trained detector: set MODEL.WEIGHTS, or give --weights")
         if weights is None:
             model, architecture = build_model(_without_untrained_branches(cfg), class_names(cfg))
             self.model, self.architecture, self.info = model, architecture, {"taken_over": True}
@@ -221,7 +225,7 @@ class CandidateSearch:
         self.cfg = cfg = with_classes(cfg, self.architecture.classes)
         self.model = self.model.to(self.device).eval()
         self.plan = Plan(cfg, goal, self.architecture)
-        self.sets, self.repeats = disjoint_sets(cfg)
+        self.sets, self.repeats = disjoint_sets(cfg, ("CALIB", "TEST"))
         self._replays: dict[tuple[Candidate, str], Replay] = {}
         self.base = self._replay(Candidate("", self.architecture.image_size, OWN_HEAD), "CALIB")
         self.reference = self.base.recording.detections[-1]
@@ -329,7 +333,8 @@ class CandidateSearch:
             before, after = (ap_of_choice(matches, choice, ap50_only=True).AP50 for choice in choices)
             figures = {"ms": timing.ms, "speedup": base_timing.ms / timing.ms, "mmacs": rival.mmacs}
             figures |= {"AP50": after, "lost": _difference(before, after)}
-            measured.append(Candidate(rival.name, int(rival.example.shape[-1]), "its own", **figures, rival=True))
+            name = rival.name if self.cfg.EVAL.RUNTIME == ONNX_RUNTIME else f"{rival.name} (in ONNX Runtime)"
+            measured.append(Candidate(name, int(rival.example.shape[-1]), "its own", **figures, rival=True))
         return measured
 
     # Recorded outputs.
@@ -368,7 +373,7 @@ class CandidateSearch:
         architecture = dataclasses.replace(
             architecture,
             image_size=candidate.image_size,
-            trained_size=architecture.trained_size or self.architecture.image_size,
+            trained_size=architecture.trained_size or architecture.image_size,
             exits=tuple(exit_ for exit_ in self.plan.exits_of(candidate) if exit_.name in candidate.exits),
         )
         model = architecture.build().to(self.device).eval()
@@ -434,9 +439,11 @@ def _difference(before: float | None, after: float | None) -> float | None:
     return None if before is None or after is None else before - after
 
 
-def _write_model(search: CandidateSearch, chosen: Candidate) -> None:
-    """Write the chosen model, and its exported files in 32 bits."""
-    out, measured = search.out, search.measure(chosen)  # measured again: candidates.json has only figures
+def _write_model(search: CandidateSearch, chosen: Candidate) -> Candidate:
+    """Write the chosen model, and its exported files in 32 bits. Return the candidate with the figures and thresholds
+    of the files. It is measured again, since candidates.json has only figures, and other milliseconds may lead to other
+    thresholds."""
+    out, measured = search.out, search.measure(chosen)
     recorded = measured.recorded
     info: ModelInfo = {**search.info}
     if measured.search is None:
@@ -449,14 +456,15 @@ def _write_model(search: CandidateSearch, chosen: Candidate) -> None:
     export_detector(open_any(out / "model.pth"), out / "detector.onnx", "onnx", photos)
     if search.cfg.EVAL.RUNTIME == OPENVINO:
         export_detector(open_any(out / "model.pth"), out / "detector.xml", "openvino", photos)
+    return measured.candidate
 
 
 def _evaluate(search: CandidateSearch) -> Results:
     """Evaluate the written model on the test split, with the base detector as a rival."""
     out, plain = search.out, dataclasses.replace(search.architecture, exits=())
     save_model(out / BASE_FILE, plain.add_exits(search.full_path()), plain, {})
-    rivals = (*search.cfg.EVAL.RIVALS.FULL_PATHS, str(out / BASE_FILE))
-    cfg = with_values(search.cfg, {"EVAL.RIVALS.ENABLED": True, "EVAL.RIVALS.FULL_PATHS": rivals})
+    rivals = (str(out / BASE_FILE), *search.cfg.EVAL.RIVALS.FULL_PATHS)  # first: another may have the same name
+    cfg = with_values(search.cfg, {"EVAL.RIVALS.FULL_PATHS": rivals})
     return evaluate_model(cfg, out / "model.pth", out / "test", compare=False)
 
 
@@ -478,8 +486,7 @@ def _choose_8_bits(
     _write_model(search, net)
     int8 = _in_8_bits(search, net)
     if int8 is None or int8.ms >= chosen.ms:
-        _write_model(search, chosen)
-        return chosen, None
+        return _write_model(search, chosen), None
     return net, int8
 
 
@@ -533,10 +540,9 @@ def _test_in_8_bits(search: CandidateSearch, test: TestFigures, speed: float) ->
 
 def _summary(chosen: Candidate, test: TestFigures, ship: bool, goal: Goal) -> str:
     """Return the verdict, the test figures, and what the budget was compared with."""
-    lost, ap_lost = _difference(test.AP50_base, test.AP50), _difference(test.AP_base, test.AP)
-    losses = "undefined AP50 lost" if lost is None else f"{lost:.3f} AP50 lost"
-    losses += "" if test.AP50_lost_interval is None else " [{:.3f}, {:.3f}]".format(*test.AP50_lost_interval)
-    losses += "" if ap_lost is None else f", {round(ap_lost, 3) + 0.0:.3f} AP lost"  # no -0.000
+    low, high = test.AP50_lost_interval
+    losses = f"{test.AP50_base - test.AP50:.3f} AP50 lost [{low:.3f}, {high:.3f}]"
+    losses += f", {round(test.AP_base - test.AP, 3) + 0.0:.3f} AP lost"  # no -0.000
     times = f"{test.ms:.1f} ms against {test.ms_base:.1f}, {test.runtime}, threads: {test.threads}"
     objects = f"{test.objects_found} objects found where your detector finds {test.objects_found_base}"
     figures = (
@@ -552,7 +558,7 @@ def _summary(chosen: Candidate, test: TestFigures, ship: bool, goal: Goal) -> st
     if ship:
         verdict = "ship it."
     elif not test.base_detects:
-        verdict = f"do not ship it: your detector itself does not detect (AP50 {test.AP50_base or 0:.3f})."
+        verdict = f"do not ship it: your detector itself does not detect (AP50 {test.AP50_base:.3f})."
     else:
         verdict = f"do not ship it: on the test photos it {'exceeds the budget' if test.faster else 'is no faster'}."
     return f"{verdict} {figures}. {compared}."

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torchvision.ops import box_iou
 
 from earlyexit_ssd.config import PHASE_SECTIONS, get_cfg
-from earlyexit_ssd.data import DetectionDataset, build_loader, load_dataset
+from earlyexit_ssd.data import DetectionDataset, build_loader, load_dataset, repeat_rare_classes
 from earlyexit_ssd.data.dataset import fingerprint
 from earlyexit_ssd.engine import Trainer
 from earlyexit_ssd.engine.cache import CachedLoader, TapCache
@@ -237,8 +237,7 @@ def train_branches(run: Run) -> None:
     """Train the branches on a frozen trunk, and check that the full path is bit-identical afterwards."""
     phase, model = run.cfg.EXITS_PHASE, run.model
     model.router = build_router(run.cfg, learn=run.cfg.ROUTING.LEARN_TEMPERATURES).to(run.device)
-    if phase.EPOCHS:
-        model.inherit()  # copies the full path again, which the baseline phase may have trained
+    model.inherit()  # copies the full path again, which the baseline phase may have trained
     model.freeze_full_path()
     before = full_path_fingerprint(model)
     if all(model.empty):
@@ -408,7 +407,9 @@ def fine_tune(
     in pixels, ``calib_set`` is for the training curves. Raise the errors of `fit`.
     """
     train_set = load_dataset(cfg, cfg.DATA.TRAIN, train=True, labels="optional")
-    settings = f"{cfg.FINE_TUNING} {cfg.LOSS} {cfg.DATA.AUGMENTATION} {cfg.SEED} {list(sides)} {fingerprint(train_set)}"
+    train_set = repeat_rare_classes(train_set, cfg.DATA.REPEAT_THRESHOLD, cfg.SEED)
+    settings = f"{cfg.FINE_TUNING} {cfg.LOSS} {cfg.DATA.AUGMENTATION} {cfg.ENGINE.AMP} {cfg.SEED} {list(sides)}"
+    settings += f" {fingerprint(train_set)}"
     key = hashlib.sha256(f"{weights_hash(student)} {weights_hash(teacher)} {settings}".encode()).hexdigest()
     run_folder = RunFolder(folder / key[:12])
     if run_folder.model.is_file():

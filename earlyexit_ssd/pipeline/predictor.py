@@ -58,9 +58,10 @@ class TorchPredictor:
         """Draw the detections of every exit with a score of at least ``score``, side by side. If the model has a
         router, the exit of ``found``, the photo's routed detections, has a frame."""
         pixels = as_tensor(image)
-        outputs = self.model.exit_outputs([pixels])
+        outputs, router = self.model.exit_outputs([pixels]), self.model.router
+        outputs = outputs.on_full_boxes() if router is not None and router.hybrid else outputs
         by_exit = [self.model.detections(outputs, index)[0] for index in range(len(self.exit_names))]
-        routed = None if self.model.router is None else found.exit_index
+        routed = None if router is None else found.exit_index
         return detection_grid([Example(pixels, None, by_exit, routed)], self.exit_names, self.classes, score)
 
     def note_calibration_photos(self, photos: Iterable[str | os.PathLike[str]]) -> None:

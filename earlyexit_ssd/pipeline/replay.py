@@ -178,6 +178,19 @@ def open_model_on_splits(cfg: CfgNode, weights: str | os.PathLike[str], out: Pat
     Raise EarlyExitError, before the network runs, if weights, data, settings or packages are unusable, if a certificate
     is configured, or if splits share photos.
     """
+    device = evaluation_device(cfg)
+    check_settings(cfg, device)
+    make_folder(out)
+    model, architecture, info = open_model(cfg, weights)
+    if not model.num_early_exits:
+        raise EarlyExitError(f"{weights}: the model has no early exit to calibrate; train exits (EXITS.LAYERS)")
+    require_few_exits(model.num_early_exits)
+    cfg = with_classes(cfg, architecture.classes)
+    return ModelOnSplits(cfg, model.to(device), architecture, info, *disjoint_sets(cfg, **splits), out / "recordings")
+
+
+def check_settings(cfg: CfgNode, device: torch.device) -> None:
+    """Raise EarlyExitError if the configured routing cannot be calibrated, and for the reasons of `check_rivals`."""
     if cfg.ROUTING.HYBRID:
         raise ConfigError("ROUTING.HYBRID is true: calibration does not support hybrid routing; set it to false")
     if cfg.ROUTING.CERTIFICATE:
@@ -185,13 +198,7 @@ def open_model_on_splits(cfg: CfgNode, weights: str | os.PathLike[str], out: Pat
             f"ROUTING.CERTIFICATE is {cfg.ROUTING.CERTIFICATE}, but this command calibrates anew and only "
             "tools/eval_exits.py uses a certificate; set it to ''"
         )
-    make_folder(out)
-    device = evaluation_device(cfg)
     check_rivals(cfg, device)
-    model, architecture, info = open_model(cfg, weights)
-    require_few_exits(model.num_early_exits)
-    cfg = with_classes(cfg, architecture.classes)
-    return ModelOnSplits(cfg, model.to(device), architecture, info, *disjoint_sets(cfg, **splits), out / "recordings")
 
 
 def disjoint_sets(

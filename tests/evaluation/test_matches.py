@@ -486,6 +486,8 @@ def test_losses_against_the_full_path(case):
     assert losses.tolist() == [[1.0, 0.0], [1.0, 0.0], [1.0, 0.0]]
     assert losses_against_full(truth, [early, full], 0.25, 0.5)[0, 0] == 0.5  # SECOND is found, THIRD is added
     assert losses_against_full(truth, [early, full], 0.95, 0.5).tolist() == [[0.0, 0.0]] * 3  # no detections
+    # 0.7 in single precision is below 0.7
+    assert losses_against_full(truth, [early, full], 0.7, 0.5).tolist() == [[1.0, 0.0], [0.0, 0.0], [0.0, 0.0]]
 
 
 def test_losses_against_the_labels(case):

@@ -101,6 +101,13 @@ def test_a_detector_with_branches_has_them_at_all_sizes_and_no_empty_exits():
     assert names(net(320, OWN_HEAD)) == names(net(256, "compact")) == [glance, (12, None, True)]
 
 
+@pytest.mark.parametrize(("size", "pixels"), [(320, [128, 160, 192]), (112, [48, 64]), (64, [32])])
+def test_glances_of_small_inputs_are_tried_once(size, pixels):
+    plan = Plan(load_config(), Goal(), Architecture(("chair",), image_size=size, exits=()))
+    exits = plan.exits_of(net(size, OWN_HEAD))
+    assert [exit_.pixels for exit_ in exits] == [*pixels, None]
+
+
 def test_names_and_json_of_candidates():
     assert net(320, "as it is").describe((), 320) == "the detector as it is"
     words = net(256, "compact", ("glance96", "exit8"), fine_tuned=True)

@@ -15,6 +15,7 @@ from earlyexit_ssd.evaluation.cost import export_onnx, mmacs_to_exit
 from earlyexit_ssd.modeling import Architecture, PathToExit, save_model
 from earlyexit_ssd.pipeline.build import open_router
 from earlyexit_ssd.pipeline.evaluate import (
+    _warn_of_differences,
     build_rivals,
     calibrate_command,
     check_rivals,
@@ -25,14 +26,14 @@ from earlyexit_ssd.pipeline.evaluate import (
 from earlyexit_ssd.routing import ExitRouter
 
 
-def certificate(kind="risk", score=0.5, block=None):
+def certificate(kind="risk", score=0.5, block=None, **costs):
     reference = Reference.from_decisions(("exit8", "full"), [0] * 150 + [1] * 150, [[0.75] * 300])
     numbers = {"value": 2.0, "epsilon": 0.02, "delta": 0.05, "bound": "betting"}
     return Certificate(
         router=ExitRouter(1).to_dict(),
         target=CertifiedTarget(kind=kind, score=score, iou=0.5, reference="full", block=block, **numbers),
         measured=Measured(),
-        cost_model=CertifiedCosts(),
+        cost_model=CertifiedCosts(**costs),
         weights_sha256="",
         photos_sha256=(),
         photo_list_sha256="",
@@ -52,6 +53,15 @@ def test_a_risk_holds_at_its_own_score_only(caplog):
     assert caplog.text == ""
     check(certificate("speedup", score=0.3))
     assert "holds for score 0.3" in caplog.text
+
+
+def test_a_speedup_is_compared_in_its_own_runtime(caplog):
+    checked = certificate("speedup", measured={"runtime": "onnxruntime"})
+    for runtime in ("onnxruntime", "eager"):
+        assert caplog.text == ""
+        cfg = load_config(None, ["EVAL.RUNTIME", runtime])
+        require_usable_certificate(cfg, checked, SimpleNamespace(records=[]), "certificate.json")
+    assert "speed-up is in onnxruntime, but EVAL.RUNTIME is eager; set it to onnxruntime" in caplog.text
 
 
 def test_source_of_the_router(monkeypatch, tmp_path):
@@ -86,6 +96,13 @@ def test_drift_of_frames_counts_blocks(caplog):
     assert caplog.text == ""
     changed = drift_of(certificate(block=5), collected, [1] * 300)
     assert changed.window == 60 and len(changed.warnings) == 1 and changed.warnings[0] in caplog.text
+
+
+def test_settings_without_a_key_are_no_difference(caplog):
+    keys = ["MODEL.WIDTH", "0.25", "MODEL.IMAGE_SIZE", "64", "EXITS.CHANNELS", "16", "EXITS.DEPTH", "[1]"]
+    _warn_of_differences(load_config(None, keys), architecture(trained_size=96))
+    (message,) = caplog.messages
+    assert message.startswith("image_size: the configuration has 64, but the weights were made with 96")
 
 
 # Rivals from the configuration, on small untrained models.
@@ -168,8 +185,10 @@ def test_every_photo_leaves_at_a_single_exit_before_later_layers(file, monkeypat
 
 
 def test_a_model_with_two_exits_is_no_single_exit(file):
-    with pytest.raises(EarlyExitError, match=r"takes models with one early exit, but it has exit8, exit12; train"):
+    with pytest.raises(EarlyExitError, match=r"one early exit and its branch, but it has exit8, exit12; train"):
         rivals("EVAL.RIVALS.SINGLE_EXITS", file())
+    with pytest.raises(EarlyExitError, match=r"one early exit and its branch, but it has exit12; train"):
+        rivals("EVAL.RIVALS.SINGLE_EXITS", file(exit_layers=(12,), empty=(12,)))
 
 
 def test_an_exported_detector(tmp_path):

@@ -22,7 +22,14 @@ from earlyexit_ssd.deploy.benchmark import Ratio
 from earlyexit_ssd.drift import Reference
 from earlyexit_ssd.errors import DataError, EarlyExitError
 from earlyexit_ssd.pipeline import int8
-from earlyexit_ssd.pipeline.int8 import Kept, _is_quantised, export_int8, matching_threshold, photos_to_quantise_on
+from earlyexit_ssd.pipeline.int8 import (
+    Kept,
+    _is_quantised,
+    _thresholds,
+    export_int8,
+    matching_threshold,
+    photos_to_quantise_on,
+)
 from tests.deploy.conftest import build_model, build_photos
 
 pytest.importorskip("nncf", reason="needs NNCF: pip install nncf")
@@ -114,6 +121,15 @@ def test_a_slow_or_inaccurate_file_is_not_written(
     assert not list(tmp_path.iterdir())
 
 
+def test_photos_without_an_object_are_refused(folder, model, tmp_path, monkeypatch):
+    """The loss of AP50 would be undefined."""
+    monkeypatch.setattr(int8, "SCORE", 1.1)
+    dataset = photos_to_quantise_on(folder, None, model.classes)
+    with pytest.raises(EarlyExitError, match="nothing is detected in 8 photos"):
+        export_int8(model, tmp_path / "detector.onnx", "onnx", dataset, ap_drop=1.0)
+    assert not list(tmp_path.iterdir())
+
+
 def test_labels_are_those_of_the_detectors_classes(folder, tmp_path):
     sizes = [Image.open(folder / f"{index}.png").size for index in range(8)]
     rows = [
@@ -127,6 +143,9 @@ def test_labels_are_those_of_the_detectors_classes(folder, tmp_path):
     dataset = photos_to_quantise_on(folder, tmp_path / "truth.json", ("N/A", "cat", "dog", "N/A"))
     assert dataset.classes == ("dog",) and dataset.labelled
     assert sum(len(record.annotations) for record in dataset.records) == 4
+    (tmp_path / "empty.json").write_text(json.dumps({**content, "annotations": []}))
+    with pytest.raises(DataError, match="no box of dog in 8 photos"):
+        photos_to_quantise_on(folder, tmp_path / "empty.json", ("dog",))
     with pytest.raises(DataError, match="none of its classes .dog, owl. is the detector's"):
         photos_to_quantise_on(folder, tmp_path / "truth.json", ("cat",))
 
@@ -137,8 +156,18 @@ def test_threshold_in_8_bits_by_hand():
     assert matching_threshold(0.3, before, after) == pytest.approx(0.35)
     assert matching_threshold(0.05, before, after) == 0.05  # all leave
     assert matching_threshold(0.95, before, after) == 0.95  # none leaves
-    assert matching_threshold(0.7, np.array([0.1]), np.array([0.8])) > 0.8
+    highest = np.float32(0.8)
+    assert np.float32(matching_threshold(0.7, np.array([0.1]), np.array([float(highest)]))) > highest  # a file has fp32
+    assert matching_threshold(0.7, np.array([0.8, 0.9]), np.array([0.6])) == 0.6
     assert matching_threshold(0.7, np.array([]), np.array([])) == 0.7
+
+
+def test_the_photos_that_arrive_are_those_of_each_file():
+    """In 8 bits the first two of four photos leave at exit 8, and one of the other two at exit 12."""
+    model = SimpleNamespace(exit_names=("exit8", "exit12", "full"), router=SimpleNamespace(thresholds=[0.5, 0.5]))
+    before = {"exit8": np.array([0.1, 0.2, 0.8, 0.9]), "exit12": np.array([0.4, 0.6, 0.9, 0.9])}
+    after = {"exit8": np.array([0.8, 0.9, 0.1, 0.2]), "exit12": np.array([0.9, 0.9, 0.2, 0.4])}
+    assert _thresholds(model, before, after) == pytest.approx({"exit8": 0.5, "exit12": 0.3})
 
 
 @given(

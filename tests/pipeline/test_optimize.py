@@ -7,12 +7,28 @@ from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
+import torch
 
+from earlyexit_ssd.config import load_config
 from earlyexit_ssd.deploy.benchmark import Ratio
-from earlyexit_ssd.errors import EarlyExitError
+from earlyexit_ssd.errors import ConfigError, EarlyExitError
+from earlyexit_ssd.evaluation.cost import Timing
+from earlyexit_ssd.modeling import Architecture
 from earlyexit_ssd.pipeline import optimize
 from earlyexit_ssd.pipeline.int8 import Int8Figures, Kept
-from earlyexit_ssd.pipeline.optimize import Candidate, Goal, _choose_8_bits, _in_8_bits, _summary, _warn_if_busy
+from earlyexit_ssd.pipeline.optimize import (
+    Candidate,
+    CandidateSearch,
+    Goal,
+    MeasuredCandidate,
+    _choose_8_bits,
+    _evaluate,
+    _in_8_bits,
+    _summary,
+    _warn_if_busy,
+    _write_model,
+)
+from tests.modeling.conftest import SMALL, small_model
 
 FAST = Candidate("fast", 320, "as it is", lost=0.009, holds=True, ms=5.0, speedup=2.0)
 
@@ -31,7 +47,7 @@ def figures_of(ap, ap50, ap50_base, interval, found):
 
 
 def test_a_detector_that_does_not_detect_is_not_shipped():
-    figures = figures_of(0.0, 0.01, 0.01, None, (0, 0))
+    figures = figures_of(0.0, 0.01, 0.01, [0.0, 0.0], (0, 0))
     assert not figures.base_detects
     assert "your detector itself does not detect (AP50 0.010)" in _summary(FAST, figures, False, Goal())
     assert dataclasses.replace(figures, AP50_base=0.2).base_detects
@@ -102,7 +118,7 @@ def test_8_bits_are_tried_without_exits_if_they_are_refused_with_exits(monkeypat
     net = Candidate("net", 320, "compact", ms=8.0)
     routed = dataclasses.replace(net, name="routed", exits=("exit12",), thresholds=(0.5,), ms=5.0)
     written = []
-    monkeypatch.setattr(optimize, "_write_model", lambda search, candidate: written.append(candidate.name))
+    monkeypatch.setattr(optimize, "_write_model", lambda search, candidate: written.append(candidate.name) or candidate)
 
     def quantise(search, candidate):
         speed = speeds.get(candidate.name)
@@ -119,3 +135,90 @@ def test_refused_8_bits_are_not_tried_without_exits_if_the_net_was_measured_only
     monkeypatch.setattr(optimize, "_in_8_bits", lambda *_: None)
     routed = Candidate("routed", 288, "as it is", exits=("exit12",), ms=4.0, speedup=2.5)
     assert _choose_8_bits("search", [FAST, routed], routed) == (routed, None)
+
+
+# What the search checks, builds and writes.
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("ROUTING.CERTIFICATE", "c.json", "ROUTING.CERTIFICATE is c.json, but this command calibrates anew"),
+        ("ROUTING.HYBRID", "true", "calibration does not support hybrid routing"),
+        ("EVAL.RIVALS.FULL_PATHS", "[none.pth]", "EVAL.RIVALS.FULL_PATHS has none.pth: no such file"),
+    ],
+)
+def test_unusable_settings_are_found_before_the_search(tmp_path, key, value, message):
+    with pytest.raises(ConfigError, match=message):
+        CandidateSearch(load_config(None, [key, value, "EVAL.RIVALS.ENABLED", "false"]), "x.pth", Goal(), tmp_path)
+
+
+def test_a_search_needs_weights(tmp_path):
+    with pytest.raises(ConfigError, match="a search needs a trained detector: set MODEL.WEIGHTS, or give --weights"):
+        CandidateSearch(load_config(), None, Goal(), tmp_path)
+
+
+def test_calib_and_test_photos_need_labels(monkeypatch, tmp_path):
+    asked = Mock(side_effect=EarlyExitError("no labels"))
+    monkeypatch.setattr(optimize, "disjoint_sets", asked)
+    monkeypatch.setattr(optimize, "open_model", lambda *_: (small_model(), Architecture(**SMALL), {}))
+    with pytest.raises(EarlyExitError, match="no labels"):
+        CandidateSearch(load_config(), "x.pth", Goal(), tmp_path)
+    assert asked.call_args.args[1] == ("CALIB", "TEST")
+
+
+def test_a_jointly_trained_net_has_the_default_boxes_of_its_training(tmp_path):
+    """The configuration may have another input size than the given weights."""
+    own, trained = (Architecture(("chair",), image_size=size, width=0.25, exits=()) for size in (96, 128))
+    search = Mock(
+        architecture=own,
+        model=own.build(),
+        _jointly_trained=(trained, trained.build().state_dict()),
+        device="cpu",
+        out=tmp_path,
+        plan=SimpleNamespace(exits_of=lambda net: ()),
+    )
+    built = CandidateSearch._build(search, Candidate("", 96, "as it is", joint=True)).architecture
+    assert (built.image_size, built.trained_size) == (96, 128)
+
+
+def test_the_candidate_is_the_one_in_the_files(monkeypatch, tmp_path):
+    """It is measured again, which may lead to other thresholds."""
+    for name in ("save_model", "open_any", "export_detector"):
+        monkeypatch.setattr(optimize, name, lambda *_: None)
+    again = dataclasses.replace(FAST, ms=5.1)
+    recorded = SimpleNamespace(model=None, architecture=None, sets={"CALIB": SimpleNamespace(records=[])})
+    measure = Mock(return_value=MeasuredCandidate(again, recorded))
+    search = SimpleNamespace(out=tmp_path, info={}, cfg=load_config(), measure=measure)
+    assert _write_model(search, FAST) == again
+
+
+def test_the_base_detector_is_the_first_rival_from_a_file(monkeypatch, tmp_path):
+    """`TestFigures.of` finds it by its name, and the file of another search has the same name."""
+    monkeypatch.setattr(optimize, "save_model", lambda *_: None)
+    monkeypatch.setattr(optimize, "evaluate_model", lambda cfg, *_, **__: cfg.EVAL.RIVALS.FULL_PATHS)
+    architecture = Architecture(**SMALL)
+    cfg = load_config(None, ["EVAL.RIVALS.FULL_PATHS", "[other/base.pth]"])
+    search = SimpleNamespace(cfg=cfg, out=tmp_path, architecture=architecture, full_path=architecture.build_detector)
+    assert _evaluate(search) == (str(tmp_path / "base.pth"), "other/base.pth")
+
+
+@pytest.mark.parametrize(("runtime", "name"), [("onnxruntime", "nano"), ("openvino", "nano (in ONNX Runtime)")])
+def test_a_rival_that_was_timed_in_another_runtime_says_so(monkeypatch, runtime, name):
+    model, shape = small_model(), torch.zeros(1, 3, 416, 416)
+    rival = SimpleNamespace(name="nano", network=None, example=shape, mmacs=9.0, detector=None)
+    monkeypatch.setattr(optimize, "onnx_rivals", lambda *_: [rival])
+    monkeypatch.setattr(optimize, "evaluation_loader", lambda *_: None)
+    monkeypatch.setattr(optimize, "collect_detections", lambda *_: None)
+    monkeypatch.setattr(optimize, "time_in_runtime", lambda *_: [Timing(2.0, [2, 2]), Timing(6.0, [6, 6])])
+    monkeypatch.setattr(optimize, "ap_of_choice", lambda matches, choice, ap50_only: SimpleNamespace(AP50=choice / 10))
+    search = SimpleNamespace(
+        cfg=load_config(None, ["EVAL.RUNTIME", runtime]),
+        architecture=Architecture(**SMALL),
+        sets={"CALIB": None},
+        model=model,
+        base=SimpleNamespace(matches_beside=lambda detections: (None, 4)),
+    )
+    (found,) = CandidateSearch.rivals(search)
+    assert (found.name, found.ms, found.speedup, found.image_size) == (name, 2.0, 3.0, 416)
+    assert found.lost == pytest.approx(-0.1) and found.rival

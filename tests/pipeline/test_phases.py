@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from types import SimpleNamespace
 from unittest.mock import MagicMock
 
@@ -10,6 +11,8 @@ import torch
 from torchvision.ops import box_iou
 
 from earlyexit_ssd.config import load_config
+from earlyexit_ssd.data import DetectionDataset
+from earlyexit_ssd.data.records import Annotation, Record
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.modeling import Architecture, LossSettings, describe_exits
 from earlyexit_ssd.modeling.detector import TapBatch
@@ -98,6 +101,22 @@ def test_smallest_change_of_the_full_path_is_found(part):
         next(getattr(model, part).buffers()).view(-1)[0].add_(1e-7)
     with pytest.raises(EarlyExitError, match=f"changed the full path: {part}"):
         require_same_full_path(before, model)
+
+
+@pytest.mark.parametrize("epochs", ["0", "1"])
+def test_branches_start_as_copies_of_the_trained_full_path(monkeypatch, epochs):
+    monkeypatch.setattr(phases, "fit", lambda *_: None)
+    monkeypatch.setattr(phases, "tap_loader", lambda run: None)
+    run = Run(load_config(None, ["EXITS_PHASE.EPOCHS", epochs]), None, small_model(), *[None] * 3, torch.device("cpu"))
+    with torch.no_grad():
+        for weight in run.model.backbone.parameters():  # the baseline phase trains them
+            weight.mul_(1.01)
+    before, expected = copy.deepcopy(run.model.branches.state_dict()), copy.deepcopy(run.model)
+    expected.inherit()
+    phases.train_branches(run)
+    found = run.model.branches.state_dict()
+    assert all(value.equal(found[key]) for key, value in expected.branches.state_dict().items())
+    assert not all(value.equal(found[key]) for key, value in before.items())
 
 
 def test_photo_names_of_both_kinds_of_batches():
@@ -224,6 +243,28 @@ def test_advice_names_no_setting_that_is_in_use(keys, layer, named, unnamed):
 
 
 # Fine-tuning at smaller inputs.
+
+
+def test_fine_tuning_repeats_rare_classes_and_starts_anew_with_other_settings(monkeypatch, tmp_path):
+    def record(index):
+        annotations = [Annotation((1.0, 1.0, 9.0, 9.0), 1)] if index == 0 else []
+        return Record(index, tmp_path / f"{index}.png", 9, 9, tuple(annotations))
+
+    def loaded(*_, **__):
+        return DetectionDataset([record(index) for index in range(4)], ["chair"], train=True)
+
+    runs = []
+    monkeypatch.setattr(phases, "load_dataset", loaded)
+    monkeypatch.setattr("earlyexit_ssd.data.dataset.sha256", str)
+    monkeypatch.setattr(phases, "fit", lambda run, *_: runs.append((len(run.train_set), run.folder.root)))
+    architecture = Architecture(("chair",), image_size=64, width=0.25, exits=())
+    model = architecture.build()
+    for keys in ([], ["ENGINE.AMP", "bf16"], ["DATA.REPEAT_THRESHOLD", "1.0"]):
+        cfg = load_config(None, [*keys, "FINE_TUNING.BATCH_SIZE", "2"])
+        phases.fine_tune(cfg, model, architecture, model, [64], None, tmp_path)
+    assert [photos for photos, _ in runs] == [4, 4, 5]  # a quarter of the photos shows a chair: sqrt(1 / 0.25) = 2
+    assert len({folder for _, folder in runs}) == 3
+
 
 TEACHER_SIDE = 128
 

@@ -9,7 +9,7 @@ from earlyexit_ssd.config import load_config
 from earlyexit_ssd.deploy.predict import annotate
 from earlyexit_ssd.modeling.trunk import build_ssdlite
 from earlyexit_ssd.pipeline.predictor import TorchPredictor, open_torch_predictor
-from tests.modeling.conftest import small_model
+from tests.modeling.conftest import model_with_varied_scores, small_model
 
 PHOTO = np.random.default_rng(0).integers(0, 256, (90, 60, 3), dtype=np.uint8)
 
@@ -55,6 +55,18 @@ def test_checkpoint_without_exits_gets_the_class_names_of_a_configuration(tmp_pa
     torch.save(build_ssdlite(num_classes=3).state_dict(), tmp_path / "plain.pth")
     predictor = open_torch_predictor(tmp_path / "plain.pth", load_config(None, ["DATA.CLASSES", "[cat, dog]"]))
     assert predictor.classes == ("cat", "dog") and predictor.exit_names == ("full",)
+
+
+@pytest.mark.parametrize("hybrid", [False, True])
+def test_the_framed_picture_shows_the_routed_detections(monkeypatch, hybrid):
+    predictor, examples = TorchPredictor(model_with_varied_scores()), []
+    predictor.model.router = ExitRouter(2, thresholds=[0.0, 1.0], hybrid=hybrid)
+    monkeypatch.setattr("earlyexit_ssd.pipeline.predictor.detection_grid", lambda given, *_: examples.extend(given))
+    found = predictor(PHOTO)
+    predictor.side_by_side(PHOTO, found, 0.5)
+    shown = examples[0].detections[found.exit_index]
+    order = shown["scores"].argsort(descending=True)
+    assert found.exit_index == 0 and np.allclose(found.boxes, shown["boxes"][order], atol=0.01)
 
 
 def test_shipped_weights_have_a_router():

@@ -253,6 +253,7 @@ def test_fits_a_function_of_the_statistics():
     error = (model(inputs[400:]) - gains[400:]).pow(2).mean()
     assert error < 0.2 * gains[400:].var()
     assert fit_gain(inputs[:400], gains[:400])(inputs).equal(model(inputs))  # the same model for the same seed
+    assert fit_gain(inputs[:1], gains[:1])(inputs).isfinite().all()  # one photo has no variance
 
 
 def test_a_fit_to_one_photo_is_finite():
