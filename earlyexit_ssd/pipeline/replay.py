@@ -327,10 +327,7 @@ def fit_router(
 
 
 def require_deciding(policy: str, model: EarlyExitSSDLite, weights: str | os.PathLike[str]) -> None:
-    """Raise an EarlyExitError if no photo can leave, because the model has no exits, or because all exits are empty and
-    the policy reads logits only."""
-    if not model.empty:
-        raise EarlyExitError(f"{weights} has no exits, so there is no routing to calibrate; name a model with exits")
+    """Raise an EarlyExitError if no photo can leave, because all exits are empty and the policy reads logits only."""
     if all(model.empty) and not reads_taps(policy):
         usable = " or ".join(filter(reads_taps, POLICIES))
         raise EarlyExitError(

@@ -20,7 +20,6 @@ from earlyexit_ssd.pipeline.replay import (
     FittingPhotos,
     fit_router,
     measure_cost_model,
-    require_deciding,
     temperatures_of,
 )
 from earlyexit_ssd.routing.policies import ForeseenEmptiness
@@ -111,12 +110,6 @@ def test_folds_are_neighbours_and_whole_groups(monkeypatch, groups, expected):
     assert received["folds"][order].tolist() == expected
     assert confidences.tolist() == pytest.approx([0.5, 0.3, 0.1, 0.0, 0.2, 0.4])
     assert router.thresholds.tolist() == [CLOSED] and router.policy == "foreseen_emptiness"
-
-
-@pytest.mark.parametrize("policy", ["max_foreground", "foreseen_emptiness"])
-def test_a_model_without_exits_has_no_routing(policy):
-    with pytest.raises(EarlyExitError, match=r"plain.pth has no exits, so there is no routing to calibrate"):
-        require_deciding(policy, SimpleNamespace(empty=()), "plain.pth")
 
 
 def test_exits_without_a_fit_have_temperature_1():
