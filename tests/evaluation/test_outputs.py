@@ -267,10 +267,10 @@ def test_a_damaged_recording_is_recorded_again(small_model, tmp_path):
 
 @pytest.mark.shared
 def test_replayed_exits_are_those_of_the_routed_model_on_real_photos(shared_root, tmp_path):
-    """The thresholds are median confidences. EARLYEXIT_SSD_TEST_PHOTOS=0 uses all 614 photos instead of 64."""
+    """The thresholds are median confidences. EARLYEXIT_SSD_TEST_PHOTOS=0 uses all 614 photos instead of 32."""
     model = EarlyExitSSDLite.from_pretrained("voc_animals", router=False)
     overrides = ["DATA.ROOT", str(shared_root / "data"), "DATA.CLASSES", str(list(model.classes))]
-    overrides += ["DATA.LIMIT", os.environ.get("EARLYEXIT_SSD_TEST_PHOTOS", "64")]
+    overrides += ["DATA.LIMIT", os.environ.get("EARLYEXIT_SSD_TEST_PHOTOS", "32")]
     dataset = load_dataset(load_config(None, overrides), "voc2012_animals_test")
     found = record(model, build_loader(dataset, 16, 0, train=False, seed=0), len(dataset), tmp_path, "real photos")
     router = ExitRouter(model.num_early_exits, policy="ambiguous_mass")
