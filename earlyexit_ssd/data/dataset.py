@@ -422,7 +422,7 @@ def class_names(cfg: CfgNode) -> tuple[str, ...]:
     """Return the classes of the run in label order: ``DATA.CLASSES``, or all classes of the training data sets."""
     if cfg.DATA.CLASSES:
         return tuple(cfg.DATA.CLASSES)
-    on_bad = "skip" if cfg.DATA.ON_BAD == "skip" else "repair"  # a left-out photo may be the only one with its class
+    on_bad = "skip" if cfg.DATA.ON_BAD == "skip" else "repair"  # skip may leave out a class, refuse would fail
     names = union_of_classes([catalog.load(name, cfg.DATA, Problems(on_bad)) for name in cfg.DATA.TRAIN])
     if not names:
         raise DataError(NO_CLASS.format(" + ".join(cfg.DATA.TRAIN)))

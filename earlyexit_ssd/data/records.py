@@ -119,8 +119,8 @@ def select_classes(raws: Sequence[RawDataset], classes: Sequence[str], train: bo
     """Return the photos of all data sets with the objects of ``classes`` only, which get the labels 1..K.
 
     Photos without these objects stay, as negatives. The photos of several data sets are numbered anew from 1. Raise
-    DataError if a class is named twice, or is in no data set. Without ``train``, a class may be missing if a data set
-    has ``open_classes``.
+    DataError if a class is named twice, or is in no data set. A class may be missing if a data set has
+    ``open_classes``, and with ``train`` no labels.
     """
     labels = {canonical(name): label for label, name in enumerate(classes, start=1)}
     if len(labels) < len(classes):

@@ -402,7 +402,7 @@ def postprocess(scope: Scope, cls_logits: str, bbox_regression: str, size: str, 
         scope("Unsqueeze", boxes, zero),
         scope("Unsqueeze", scores, zero),
         scope.constant([contract.detections_per_img], np.int64),
-        scope.constant([max(contract.nms_thresh, 1e-6)]),  # OpenVINO drops boxes at an IoU equal to the threshold
+        scope.constant([max(contract.nms_thresh, 1e-6)]),  # above 0, since OpenVINO also drops boxes at the threshold
         scope.constant([0.0]),
     )
     _, classes, indices = scope.many(3, "Split", selected, axis=1)

@@ -27,9 +27,9 @@ from earlyexit_ssd.plain import build, check_fields, read_json
 from earlyexit_ssd.progress import progress
 
 REPEATED = "repeated"  # ``exit_name`` of repeated detections; their ``exit_index`` is -1
-CELLS = 32  # cells along the longer side of a thumbnail: a cell is 10 px wide for an input of 320 px
+CELLS = 32  # about the number of cells along the longer side of a thumbnail
 ROWS = 8
-"""Smallest number of rows of a cell that are averaged, against sensor noise. A cell with fewer rows uses all."""
+"""Of a cell with more rows, only every n-th row is read, for speed, but at least this number of rows."""
 CLOSE_MARGIN = 0.1
 """A detection is a *close call* if its score is within this distance of the score threshold. Noise can add or remove
 it."""
@@ -48,7 +48,7 @@ Share = Annotated[float, 0, 1]
 
 
 def thumbnail(image: np.ndarray) -> np.ndarray:
-    """Shrink a frame uint8 [H, W, 3] to means of square cells, `CELLS` along the longer side: uint8 [h, w, 3]."""
+    """Shrink a frame uint8 [H, W, 3] to means of cells, about `CELLS` along the longer side: uint8 [h, w, 3]."""
     cell = max(1, max(image.shape[:2]) // CELLS)
     step = max(1, cell // ROWS)
     return np.asarray(Image.fromarray(image[::step]).reduce((cell, max(1, cell // step))))

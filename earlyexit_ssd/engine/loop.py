@@ -239,7 +239,7 @@ class Checkpoint(Hook):
         self._handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def after_step(self, trainer: Trainer) -> None:
-        trainer.stop = any_process(bool(self.signal_name), trainer.device)
+        trainer.stop = any_process(trainer.stop or bool(self.signal_name), trainer.device)
         end_of_epoch = trainer.step % len(trainer.loader) == 0
         if trainer.stop or end_of_epoch or trainer.step % self.period == 0:
             self._save(trainer)

@@ -147,7 +147,11 @@ def exit_matches(
         if image_id not in ground_truth.imgs:
             raise DataError(f"detections of image {image_id}: the ground truth has no image of this id")
     conditions = [(size, threshold) for size in sizes for threshold in IOU_THRESHOLDS.tolist()] + [("all", iou)]
-    limits = [(min(threshold, 1 - 1e-10), *SIZES[size]) for size, threshold in conditions]  # equal boxes match at 1
+    limits = [
+        (min(threshold, 1 - 1e-10), *SIZES[size])
+        for size, threshold in conditions
+        # equal boxes match at 1 too, as in pycocotools
+    ]
     limits = np.array(limits).T[:, :, None]
     image_ids, categories = sorted(ground_truth.getImgIds()), np.array(sorted(ground_truth.getCatIds()), np.int64)
     objects = [annotation for image_id in image_ids for annotation in ground_truth.imgToAnns.get(image_id, [])]

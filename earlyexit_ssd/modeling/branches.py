@@ -329,7 +329,7 @@ def inherit_predictors(head: SSDLiteHead, full: SSDLiteHead, channels: Tensor | 
     for new_head, old_head in ((head.classification_head, classifier), (head.regression_head, full.regression_head)):
         blocks = list(old_head.module_list)
         if channels is not None:
-            # `_slice_block` expects a Sequential with a convolution at [0] as the last layer: [1:] instead of [1]
+            # [1:], not [1]: a Sequential with the predictor at [0], as `_slice_block` expects of the last layer
             depthwise, predictor = _slice_block([blocks[0][0], blocks[0][1:]], channels)
             blocks[0] = nn.Sequential(depthwise, *predictor)
         maps = slice(1 if channels is None else 0, None)
@@ -383,7 +383,8 @@ class CopiedPathToC4(nn.Module):
     Attributes:
         c4: the copy of C4; None if nothing is copied.
         fine_channels: channels of C4's input, or of the tap if nothing is copied.
-        first_channels: channels of the branch's first map, the rounded ``share`` of the channels of C4's expansion.
+        first_channels: channels of the branch's first map by default, the rounded ``share`` of the channels of C4's
+            expansion.
     """
 
     def __init__(self, backbone: nn.Module, layer: int, share: float) -> None:

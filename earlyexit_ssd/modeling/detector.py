@@ -579,7 +579,7 @@ def fuse_for_inference(model: EarlyExitDetector) -> EarlyExitDetector:
 
 @dataclass(frozen=True)
 class ResizedBatch:
-    """The full path's outputs for a batch that was resized to another input size."""
+    """The full path's outputs for a batch at one of several input sizes."""
 
     images: ImageList  # the normalised batch at the model's own size, before the resizing
     side: int  # side of the resized, square input in pixels

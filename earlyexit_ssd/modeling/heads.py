@@ -22,7 +22,7 @@ from earlyexit_ssd.modeling.trunk import evaluating
 logger = logging.getLogger(__name__)
 
 LEAST_CUT_SCORE = 0.05
-"""Lowest score at which a head cut to background and the wanted classes detects, for finding competing classes."""
+"""When competing classes are searched, a cut head detects at default boxes where a wanted class has this score."""
 
 
 class FoldedClassificationHead(SSDScoringHead):

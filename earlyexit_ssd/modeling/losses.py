@@ -72,7 +72,7 @@ class LossSettings:
     classification: str = "mined"
     neg_to_pos_ratio: Weight = 3.0
     min_negatives: Annotated[int, 0, 2**31] = 8
-    focal_alpha: Weight = 0.25
+    focal_alpha: Annotated[float, 0, 1] = 0.25
     focal_gamma: Weight = 2.0
     exit_weights: tuple[Weight, ...] = (1.0,)
     full_weight: Weight = 1.0
@@ -109,7 +109,7 @@ def mined_negatives(background_loss: Tensor, foreground: Tensor, ratio: float, m
     """Return the mask [N, A] of the negatives, by hard negative mining (Liu et al. 2016, SSD, section 2.2).
 
     The negatives of an image are the background boxes with the largest ``background_loss`` [N, A]. Their number is
-    ``ratio`` times that of the positives (``foreground``, [N, A] bool), but at least ``minimum``.
+    ``ratio`` times that of the positives (``foreground``, [N, A] bool), rounded up, but at least ``minimum``.
     """
     count = (ratio * foreground.sum(1, keepdim=True)).clamp(min=minimum)
     order = background_loss.masked_fill(foreground, -torch.inf).argsort(1, descending=True)
@@ -126,7 +126,7 @@ def detection_losses(head: dict[str, Tensor], assignment: Assignment, settings: 
         max(1, positives, mined negatives / neg_to_pos_ratio)    for ``mined``,
         max(1, positives)                                        for ``focal``.
 
-    With ``mined`` and ``min_negatives=0`` they equal torchvision's losses.
+    With ``mined``, ``min_negatives=0``, a whole ratio and enough negatives they equal torchvision's losses.
     """
     logits, labels, foreground = head["cls_logits"].float(), assignment.labels, assignment.foreground
     loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)

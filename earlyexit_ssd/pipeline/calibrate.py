@@ -239,16 +239,16 @@ class ThresholdSearch:
         bound_closed = 0.0 if self.baseline is None else None
         measured = Measured(AP50_lost_bound=bound_closed, photos_needed=needed if too_few else None)
         all_closed = Chosen((CLOSED,) * exits, np.full(count, exits), measured)
-        ap50_full = ap_of_choice(matches, baseline_exit, ap50_only=True).AP50 or 0.0
-        if ap50_full < DETECTS_AP50:  # without this, every exit would be opened, since there is no AP50 to lose
+        ap50_before = ap_of_choice(matches, baseline_exit, ap50_only=True).AP50 or 0.0
+        if ap50_before < DETECTS_AP50:  # without this, every exit would be opened, since there is no AP50 to lose
             logger.warning(
                 "all exits stay closed: the full path does not detect (AP50 %.3f on the calibration photos, expected "
                 "at least %g); train it first, or check MODEL.WEIGHTS and DATA.CLASSES",
-                ap50_full, DETECTS_AP50,
+                ap50_before, DETECTS_AP50,
             )  # fmt: skip
             return all_closed
         grid, mean_costs, closed = self._calib_grid()
-        lost = ap50_full - self.calib.ap50_of(grid.choices, "thresholds")
+        lost = ap50_before - self.calib.ap50_of(grid.choices, "thresholds")
         path = np.union1d(pareto_path(lost, mean_costs), pareto_path(grid.mean(self.losses), mean_costs))
         # against another baseline the row with all exits closed is tested too
         cheaper = np.less if self.baseline is None else np.less_equal
@@ -316,7 +316,7 @@ def calibrate(
         return None
     fitted = fit_temperatures(cfg, calib)
     trained = trained_temperatures(cfg, recorded.info, model.num_early_exits)
-    # a risk is tested on photos that did not fit the router, so temperatures fitted on them are only reported
+    # the router must not be fitted on the photos that test a risk, so temperatures fitted on them are only reported
     temperatures = trained if target.kind == "risk" else temperatures_of(fitted, model.exit_names)
     blocks = None
     if target.block is not None:

@@ -389,7 +389,8 @@ class CandidateSearch:
     def _compact(self) -> NetWeights:
         """The full path with a compact head (`earlyexit_ssd.modeling.heads`), at its own size."""
         detector = self.full_path()
-        head, wanted = detector.head.classification_head, self.architecture.folded_rows
+        head = detector.head.classification_head
+        wanted = self.architecture.folded_rows  # rows of the wanted classes in the folded head
         whole = detector.head.classification_head = SSDScoringHead(head.module_list, head.num_columns)
         photos = photos_to_compare_on(self.cfg, self.architecture.classes)
         competing = find_competing_rows(detector, wanted, photos, self.cfg.MODEL.COMPACT_TOLERANCE)
@@ -463,7 +464,8 @@ def _evaluate(search: CandidateSearch) -> Results:
     """Evaluate the written model on the test split, with the base detector as a rival."""
     out, plain = search.out, dataclasses.replace(search.architecture, exits=())
     save_model(out / BASE_FILE, plain.add_exits(search.full_path()), plain, {})
-    rivals = (str(out / BASE_FILE), *search.cfg.EVAL.RIVALS.FULL_PATHS)  # first: another may have the same name
+    # the base detector is the first rival, since `TestFigures.of` takes the first of this name
+    rivals = (str(out / BASE_FILE), *search.cfg.EVAL.RIVALS.FULL_PATHS)
     cfg = with_values(search.cfg, {"EVAL.RIVALS.FULL_PATHS": rivals})
     return evaluate_model(cfg, out / "model.pth", out / "test", compare=False)
 
@@ -541,8 +543,9 @@ def _test_in_8_bits(search: CandidateSearch, test: TestFigures, speed: float) ->
 def _summary(chosen: Candidate, test: TestFigures, ship: bool, goal: Goal) -> str:
     """Return the verdict, the test figures, and what the budget was compared with."""
     low, high = test.AP50_lost_interval
-    losses = f"{test.AP50_base - test.AP50:.3f} AP50 lost [{low:.3f}, {high:.3f}]"
-    losses += f", {round(test.AP_base - test.AP, 3) + 0.0:.3f} AP lost"  # no -0.000
+    both = test.AP50_base - test.AP50, test.AP_base - test.AP
+    lost, ap_lost = (round(value, 3) + 0.0 for value in both)  # no -0.000
+    losses = f"{lost:.3f} AP50 lost [{low:.3f}, {high:.3f}], {ap_lost:.3f} AP lost"
     times = f"{test.ms:.1f} ms against {test.ms_base:.1f}, {test.runtime}, threads: {test.threads}"
     objects = f"{test.objects_found} objects found where your detector finds {test.objects_found_base}"
     figures = (

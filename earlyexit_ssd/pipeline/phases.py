@@ -79,7 +79,7 @@ def fit(run: Run, name: str, losses: nn.Module, loader: PhotoLoader | CachedLoad
     lr_factors = dict.fromkeys(("backbone.", "head."), phase.get("FULL_PATH_LR_FACTOR", 1.0))  # a key of JOINT only
     optimizer = build_optimizer(losses, phase.OPTIMIZER, phase.LR, phase.WEIGHT_DECAY, lr_factors)
     # channels_last is a third faster on a CPU, where depthwise convolutions dominate, and many times slower on CUDA.
-    # With bf16, oneDNN's gradients of depthwise convolutions on 1x1 maps are sometimes infinite (torch 2.6 and 2.14).
+    # Not with bf16: oneDNN's gradients of depthwise convolutions on 1x1 maps are then sometimes infinite.
     if run.device.type == "cpu" and cfg.ENGINE.AMP == "off":
         losses.to(memory_format=torch.channels_last)
     if world_size() > 1:
@@ -356,8 +356,8 @@ class TaughtFullPath(FullPathLosses):
     """Losses of a student's full path (``model``), compared with a teacher of the same classes and, if ``labelled``,
     with the targets. The batches take turns in the student's input sides ``sides``, in pixels.
 
-    The teacher gets each photo at the teacher's own input size. A default box of the student learns from the teacher's
-    default box with the highest IoU, in coordinates relative to the photo.
+    Teacher and student have the same own input size, at which the teacher gets each photo. A default box of the student
+    learns from the teacher's default box with the highest IoU, in coordinates relative to the photo.
     """
 
     def __init__(
@@ -377,18 +377,18 @@ class TaughtFullPath(FullPathLosses):
         return {**losses, "distillation": settings.distillation_weight * distillation}
 
     @torch.no_grad()
-    def _teacher_outputs(self, student: ResizedBatch) -> Head:
+    def _teacher_outputs(self, batch: ResizedBatch) -> Head:
         """Return the teacher's logits at the student's default boxes, and its boxes as offsets to these."""
-        teacher, side, teacher_side = self._teacher[0], student.side, student.images.tensors.shape[-1]
+        teacher, side, teacher_side = self._teacher[0], batch.side, batch.images.tensors.shape[-1]
         with evaluating(teacher):
-            head = teacher.head(teacher.trunk_maps(student.images.tensors)[1])
-            boxes = teacher.default_boxes(student.images)[0]
+            head = teacher.head(teacher.trunk_maps(batch.images.tensors)[1])
+            boxes = teacher.default_boxes(batch.images)[0]
         if side not in self._nearest:
-            self._nearest[side] = box_iou(student.anchors[0] / side, boxes / teacher_side).argmax(1)
-        nearest, photos = self._nearest[side], len(student.anchors)
+            self._nearest[side] = box_iou(batch.anchors[0] / side, boxes / teacher_side).argmax(1)
+        nearest, photos = self._nearest[side], len(batch.anchors)
         offsets = head["bbox_regression"][:, nearest].flatten(0, 1).float()
         decoded = teacher.box_coder.decode_single(offsets, boxes[nearest].repeat(photos, 1)) * (side / teacher_side)
-        encoded = teacher.box_coder.encode_single(decoded, torch.cat(student.anchors))
+        encoded = teacher.box_coder.encode_single(decoded, torch.cat(batch.anchors))
         return {"cls_logits": head["cls_logits"][:, nearest], "bbox_regression": encoded.view(photos, -1, 4)}
 
 

@@ -65,6 +65,7 @@ from earlyexit_ssd.pipeline.build import (
     open_model,
     open_thresholds,
     with_classes,
+    with_values,
 )
 from earlyexit_ssd.pipeline.evaluate import check_rivals
 from earlyexit_ssd.progress import progress
@@ -179,7 +180,7 @@ def open_model_on_splits(cfg: CfgNode, weights: str | os.PathLike[str], out: Pat
     is configured, or if splits share photos.
     """
     device = evaluation_device(cfg)
-    check_settings(cfg, device)
+    check_settings(with_values(cfg, {"EVAL.RIVALS.ENABLED": False}), device)  # no rival is evaluated
     make_folder(out)
     model, architecture, info = open_model(cfg, weights)
     if not model.num_early_exits:
@@ -190,13 +191,14 @@ def open_model_on_splits(cfg: CfgNode, weights: str | os.PathLike[str], out: Pat
 
 
 def check_settings(cfg: CfgNode, device: torch.device) -> None:
-    """Raise EarlyExitError if the configured routing cannot be calibrated, and for the reasons of `check_rivals`."""
+    """Raise EarlyExitError if the configured routing cannot be calibrated, or `check_rivals` finds a file or package
+    missing."""
     if cfg.ROUTING.HYBRID:
         raise ConfigError("ROUTING.HYBRID is true: calibration does not support hybrid routing; set it to false")
     if cfg.ROUTING.CERTIFICATE:
         raise ConfigError(
-            f"ROUTING.CERTIFICATE is {cfg.ROUTING.CERTIFICATE}, but this command calibrates anew and only "
-            "tools/eval_exits.py uses a certificate; set it to ''"
+            f"ROUTING.CERTIFICATE is {cfg.ROUTING.CERTIFICATE}, but this command calibrates anew; set it to '' "
+            "(tools/eval_exits.py uses a certificate)"
         )
     check_rivals(cfg, device)
 
