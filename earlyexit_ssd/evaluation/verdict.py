@@ -257,7 +257,7 @@ def compare_with_rivals(results: Results) -> Iterator[Finding]:
         start = SHIP_INSTEAD
     else:
         best = min(comparable, key=lambda rival: _relative_loss(rival, routed))
-        start = "no other detector that was measured is as accurate in as little time; the nearest"
+        start = "no other detector that was measured is clearly better; the nearest"
     figures = f"has AP50 {best.ap50:.3f} against {routed.ap50:.3f} routed, in {best.ms:.1f} ms against {routed.ms:.1f}"
     change = f"{best.ap50 - routed.ap50:+.3f} AP50, {best.ms / routed.ms - 1:+.0%} time"
     yield Finding(f"{start}: {best.name} {figures} ({change})", veto=bool(better))

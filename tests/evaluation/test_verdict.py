@@ -71,7 +71,7 @@ def test_good_exits_ship():
         "exit8: AP50 0.550 is above 0.35: accurate enough",
         "routing is faster (29.5 ms routed against 40.0 ms without exits, 1.36x)",
         "routing keeps the accuracy (AP50 0.700 routed against 0.720)",
-        "no other detector that was measured is as accurate in as little time; the nearest: "
+        "no other detector that was measured is clearly better; the nearest: "
         "plain 192 has AP50 0.600 against 0.700 routed, in 15.0 ms"
         " against 29.5 (-0.100 AP50, -49% time)",
     ]
@@ -204,7 +204,7 @@ def test_a_better_rival_is_to_be_shipped_instead(rival, better):
         # no rival is better: "plain 192" loses a seventh of AP50, "plain 256" is a fifth slower
         (
             [SMALLER, LARGER, rival("close", 0.693, 29.8)],
-            "no other detector that was measured is as accurate in as little time; the nearest: "
+            "no other detector that was measured is clearly better; the nearest: "
             "close has AP50 0.693 against 0.700 routed, in 29.8 ms against 29.5 (-0.007 AP50, +1% time)",
         ),
     ],
