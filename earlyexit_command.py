@@ -237,8 +237,8 @@ def optimize_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weights", help="model.pth to start from; the checkpoint MODEL.WEIGHTS by default")
     parser.add_argument("--ap-drop", type=float, default=0.01, help="largest loss of AP50 (default 0.01)")
     parser.add_argument("--coco-ap-drop", type=float, help="largest loss of AP (IoU 0.5 to 0.95); no limit by default")
-    share = "share of bootstrap draws that may lose more (default 0.05)"
-    parser.add_argument("--delta", type=float, default=0.05, help=share)
+    share = "share of bootstrap draws that may lose more; CALIBRATION.DELTA by default"
+    parser.add_argument("--delta", type=float, help=share)
     wanted = parser.add_mutually_exclusive_group()
     wanted.add_argument("--speedup", type=float, help="smallest ratio of the original detector's time to the result's")
     wanted.add_argument("--ms", type=float, help="largest mean milliseconds per photo on this machine")
@@ -257,7 +257,8 @@ def optimize(args: argparse.Namespace) -> None:
 
     cfg = load_config(args.config, ["EVAL.RUNTIME", args.runtime, *args.overrides])
     out = Path(args.out or Path(cfg.OUTPUT_DIR) / "optimize")
-    limits = {"ap_drop": args.ap_drop, "coco_ap_drop": args.coco_ap_drop, "delta": args.delta}
+    delta = cfg.CALIBRATION.DELTA if args.delta is None else args.delta
+    limits = {"ap_drop": args.ap_drop, "coco_ap_drop": args.coco_ap_drop, "delta": delta}
     goal = Goal(**limits, speedup=args.speedup, ms=args.ms, minutes=args.budget_minutes, train=args.train)
     outcome = optimize(cfg, goal, out, args.weights)
     print(*outcome.candidates, f"\n{outcome.summary}", sep="\n")

@@ -5,6 +5,7 @@ import torch
 
 from earlyexit_ssd import EarlyExitSSDLite
 from earlyexit_ssd.config import load_config
+from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.evaluation.cost import Timing
 from earlyexit_ssd.modeling import load_model
 from earlyexit_ssd.pipeline.optimize import CandidateSearch, Goal
@@ -142,6 +143,19 @@ def test_original_detector_is_kept_if_no_candidate_holds(trained, tmp_path, caps
     assert "ship the detector as it is" in printed and "(report.html, summary.txt, optimize.json)" in printed
     found = json.loads((out / "optimize.json").read_text())
     assert found["ship"] is False and found["base"]["AP_lost_bound"] == 0
+
+
+def test_the_configuration_has_the_default_of_delta(trained, tmp_path, monkeypatch):
+    goals = []
+
+    def search(cfg, goal, out, weights):
+        goals.append(goal.delta)
+        raise EarlyExitError("enough")
+
+    monkeypatch.setattr("earlyexit_ssd.pipeline.optimize.optimize", search)
+    for flags in ((), ("CALIBRATION.DELTA", "0.2"), ("--delta", "0.1", "CALIBRATION.DELTA", "0.2")):
+        assert optimize.main([*command(trained, tmp_path, "--ap-drop", "0.01"), *flags]) == 2
+    assert goals == [0.05, 0.2, 0.1]
 
 
 def test_invalid_limit_is_a_one_line_error(trained, tmp_path, capsys):
