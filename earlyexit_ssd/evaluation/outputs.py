@@ -199,8 +199,7 @@ def record(
     Raises:
         DataError: an image id occurs twice.
     """
-    # glances and empty exits have no weights, so the hash does not identify them
-    contents = f"{key} {weights_hash(model)} {model.exits}"
+    contents = f"{key} {weights_hash(model)}"
     contents += "" if pseudo_label_score is None else f" taught from {pseudo_label_score}"
     store = ArrayStore(folder, "recording", contents, photos, _example_rows(model))
     if not all(gathered(store.is_complete(), shares_photos(loader))):

@@ -138,9 +138,11 @@ def _load_foreign(
 
 def weights_hash(model: nn.Module) -> str:
     """Return the SHA-256 of all that determines the outputs: the network's parameters, buffers (such as the classes of
-    a folded head), input size, trained size and post-processing, without the router."""
+    a folded head), input size, trained size, empty exits and post-processing, without the router."""
     values = [tuple(model.transform.fixed_size), *(getattr(model, name) for name in POST_PROCESSING)]
     values += [size] if (size := getattr(model.anchor_generator, "trained_size", 0)) else []
+    # exits without weights; the trunk layer of a glance is not in its name
+    values += [(exit.layer, exit.pixels) for exit in model.exits if exit.empty]
     digest = hashlib.sha256(repr(values).encode())
     for name, value in {**model.state_dict(), **dict(model.named_buffers())}.items():
         if not name.startswith("router."):

@@ -61,6 +61,10 @@ class Goal:
                 raise EarlyExitError(f"{name} is {value:g}, expected a number above 0")
 
     @property
+    def wants_speed(self) -> bool:
+        return self.speedup is not None or self.ms is not None
+
+    @property
     def budget(self) -> Target:
         """The accuracy budget as the target of a threshold search."""
         return Target("ap_drop", self.ap_drop, self.delta)
@@ -235,13 +239,14 @@ class Plan:
         - Its net without exits loses too much (`HOPELESS`).
         - It has the detector's own head and only empty exits, and a net with a compact head holds the budget. Empty
           exits are then tried with the compact head only.
-        - Its first exit was tried alone and stayed closed. More exits behind it do not open it.
+        - No speed is wanted, and its first exit was tried alone and stayed closed. With more exits behind it, it would
+          save even less.
         """
         if not candidate.exits:
             return False
         measured = [*measured]
         alone = dataclasses.replace(candidate, exits=candidate.exits[:1]).key
-        if any(other.key == alone and other.thresholds == (CLOSED,) for other in measured):
+        if not self.goal.wants_speed and any(net.key == alone and net.thresholds == (CLOSED,) for net in measured):
             return True
         nets = [other for other in measured if not other.exits]
         lost = next((net.lost for net in nets if net.net == candidate.net), None)
@@ -263,7 +268,7 @@ def choose_candidate(candidates: Sequence[Candidate], goal: Goal) -> Candidate |
     # with all exits closed a candidate equals its net without exits
     faster = [each for each in faster if not each.exits or min(each.thresholds) < CLOSED]
     fastest = max((each for each in faster if each.holds), key=lambda each: each.speedup, default=None)
-    if goal.speedup is None and goal.ms is None:
+    if not goal.wants_speed:
         return fastest
     reaching = [each for each in faster if each.speedup >= (goal.speedup or 0) and each.ms <= (goal.ms or np.inf)]
     if fastest in reaching or not reaching:

@@ -19,7 +19,7 @@ from earlyexit_ssd.calibration.certificate import (
 )
 from earlyexit_ssd.drift import Reference
 from earlyexit_ssd.errors import EarlyExitError
-from earlyexit_ssd.modeling import Architecture
+from earlyexit_ssd.modeling import Architecture, describe_exits
 from earlyexit_ssd.modeling.checkpoint import weights_hash
 from tests.modeling.conftest import small_model
 
@@ -97,19 +97,20 @@ def test_model_file_has_the_certificate_of_an_unchanged_router(certificate, mode
     assert EarlyExitSSDLite.from_pretrained(tmp_path / "other.pth").router.certificate is None
 
 
-def test_hash_covers_the_classes_of_a_folded_head_and_the_default_boxes():
+def test_hash_covers_what_has_no_weights():
     """They are not in the state dict."""
     chair = Architecture(("chair",), image_size=64, width=0.25, head_outputs=4, folded_rows=(2,), exits=())
     state, hashes = chair.build().state_dict(), set()
-    for changes in ({}, {"folded_rows": (3,)}, {"trained_size": 96}, {"trained_size": 128}):
+    glances = [{"exits": describe_exits((), glances=[(32, layer)])} for layer in (11, 12)]
+    for changes in ({}, {"folded_rows": (3,)}, {"trained_size": 96}, {"trained_size": 128}, *glances):
         model = dataclasses.replace(chair, **changes).build()
         model.load_state_dict(state)
         hashes.add(weights_hash(model))
-    assert len(hashes) == 4
+    assert len(hashes) == 6
 
 
 def test_other_exits_are_refused(certificate, model):
-    """The hash of the weights does not cover empty exits."""
+    """The message is clearer than that for other weights."""
     drift = dataclasses.replace(certificate.drift, exit_names=("exit6", "exit12", "full"))
     other = dataclasses.replace(certificate, drift=drift)
     with pytest.raises(EarlyExitError, match="is for the exits exit6, exit12, the model has exit8, exit12; calibrate"):

@@ -83,7 +83,10 @@ def test_exits_are_not_tried_where_they_cannot_help(measured, candidate, skipped
 )
 def test_no_exits_are_tried_behind_one_that_stayed_closed(exits, threshold, skipped):
     alone = dataclasses.replace(net(288, "compact", ("glance128",)), thresholds=(threshold,))
-    assert plan_of(()).skips(net(288, "compact", exits), [alone]) is skipped
+    plan = plan_of(())
+    assert plan.skips(net(288, "compact", exits), [alone]) is skipped
+    plan = dataclasses.replace(plan, goal=Goal(speedup=2.0))  # two exits may reach what one cannot
+    assert not plan.skips(net(288, "compact", exits), [alone])
 
 
 def test_a_detector_with_branches_has_them_at_all_sizes_and_no_empty_exits():
