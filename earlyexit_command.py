@@ -118,8 +118,9 @@ examples:
       shipped weights; a folder with one file per segment, compared with the model in your photos
   %(prog)s output/chair/model.pth --out chair.xml --format openvino
       OpenVINO's own format (pip install openvino)
-  %(prog)s output/chair/model.pth --out chair.xml --format openvino --int8 --photos frames --annotations frames.json
-      in 8 bits (pip install nncf); an error if it is slower on this machine or loses more AP50 than --ap-drop
+  %(prog)s output/chair/model.pth --out chair.onnx --int8 --photos frames --annotations frames.json
+      in 8 bits (with --format openvino: pip install nncf); an error if the file is slower on this machine than in 32
+      bits, or loses more AP50 than --ap-drop
 
 How to run the file without PyTorch: docs/deploy.md
 """
@@ -381,7 +382,9 @@ def export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--format", default="onnx", choices=("onnx", "staged", "openvino"), help="onnx by default")
     parser.add_argument("--photos", nargs="+", default=[], help="photos of the comparison; rendered by default")
     parser.add_argument("--full", action="store_true", help="export the full path without exits")
-    parser.add_argument("--int8", action="store_true", help="quantise weights and activations (pip install nncf)")
+    parser.add_argument(
+        "--int8", action="store_true", help="write the detector in 8 bits; OpenVINO needs pip install nncf"
+    )
     boxes = "for --int8: labels of --photos (COCO JSON); by default the detections in 32 bits are the labels"
     parser.add_argument("--annotations", help=boxes)
     parser.add_argument("--ap-drop", type=float, help="for --int8: largest loss of AP50 (default 0.01)")

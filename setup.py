@@ -41,7 +41,7 @@ setup(
     ],
     extras_require={
         "runtime": RUNTIME,  # all that earlyexit_ssd.deploy needs, with pip install --no-deps (docs/deploy.md)
-        "int8": ["nncf", "openvino"],  # for earlyexit export --int8
+        "int8": ["nncf", "openvino"],  # 8 bits in OpenVINO
         "dev": ["nncf", "pytest", "pytest-xdist", "hypothesis", "playwright", "ruff"],
         "docs": ["mkdocs-material>=9.5,<10", "mkdocstrings[python]>=0.27,<2"],
     },

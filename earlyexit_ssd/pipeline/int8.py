@@ -1,8 +1,9 @@
-"""Export a detector in 8 bits: weights and activations as integers, by NNCF's post-training quantisation.
+"""Export a detector in 8 bits: weights and activations as integers, by post-training quantisation.
 
-A *segment* is the part of the network between two exits. Every segment is quantised on its own: NNCF inserts pairs of
-QuantizeLinear and DequantizeLinear (Jacob et al. 2018, "Quantization and training of neural networks for efficient
-integer-arithmetic-only inference"). The router, the decoding and the NMS stay in 32 bits.
+A *segment* is the part of the network between two exits. Every segment is quantised on its own, for ONNX Runtime by
+`quantize`, for OpenVINO by NNCF. Both insert pairs of QuantizeLinear and DequantizeLinear (Jacob et al. 2018,
+"Quantization and training of neural networks for efficient integer-arithmetic-only inference"). The router, the
+decoding and the NMS stay in 32 bits.
 """
 
 from __future__ import annotations
@@ -12,10 +13,9 @@ import dataclasses
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -41,6 +41,7 @@ from earlyexit_ssd.modeling.detector import EarlyExitDetector
 from earlyexit_ssd.modeling.trunk import evaluating
 from earlyexit_ssd.pipeline import export
 from earlyexit_ssd.pipeline.build import with_values
+from earlyexit_ssd.pipeline.quantize import OPERATORS, quantise
 from earlyexit_ssd.progress import progress
 from earlyexit_ssd.runtimes import OnnxRuntime
 
@@ -48,8 +49,7 @@ logger = logging.getLogger(__name__)
 
 EXPORT_PHOTOS = 16  # number of photos on which the file in 32 bits is compared with the model
 RANGE_PHOTOS = 200  # largest number of photos on which ranges of activations are measured, and files are timed
-OPERATORS = ("Conv", "Add", "Mul", "Relu", "HardSwish", "HardSigmoid", "GlobalAveragePool", "MaxPool")
-"""Operators that are quantised in trunk, branches and heads."""
+ONNX_RUNTIME_PHOTOS = 64  # of these, the number for ONNX Runtime, where measuring the ranges takes longer
 SCORE, IOU = 0.5, 0.5  # an object is found by a detection with at least this score and IoU
 DELTA = 0.05  # default share of the bootstrap draws that may lose more AP50 than is allowed
 
@@ -68,8 +68,8 @@ class Kept:
 
 
 LADDER = (Kept(0, False), Kept(3, False), Kept(3, True), Kept(9, True))
-"""Layers in 32 bits, in the order in which they are tried. The first layers are the most sensitive, and have few
-MMACs."""
+"""Layers in 32 bits, in the order in which they are tried. The first layers are the most sensitive, and have few MMACs.
+ONNX Runtime computes the first three convolutions faster in 32 bits, so it starts with the second entry."""
 
 
 @dataclass(frozen=True)
@@ -144,13 +144,11 @@ def export_int8(
         coco_ap_drop: as ``ap_drop``, for COCO's AP (IoU 0.5 to 0.95); None: not limited.
 
     Raises:
-        EarlyExitError: NNCF or the runtime is missing, the photos show no object, or the file in 8 bits is not faster
-            or loses too much. Then nothing is written.
+        EarlyExitError: the runtime or, for OpenVINO, NNCF is missing, the photos show no object, or the file in 8 bits
+            is not faster or loses too much. Then nothing is written.
     """
-    os.environ.setdefault("NNCF_CI", "1")  # turns NNCF's telemetry off
-    nncf = import_package("nncf")
-    logging.getLogger("nncf").setLevel(logging.ERROR)  # NNCF's own function would silence the handlers of all loggers
     path, runtime = export.exportable_path(path, file_format), export.runtime_of(file_format)
+    quantise_segment, ladder = (_by_nncf(), LADDER) if file_format == "openvino" else (_by_onnx_runtime, LADDER[1:])
     model, photos = export.exportable(model), [record.path for record in dataset.records]
     with export.replacing(path) as new_path, evaluating(model):
         float_path = new_path.with_name(f"float32{new_path.suffix}")
@@ -166,8 +164,8 @@ def export_int8(
         segments = export.build_segments(model)
         images = (as_tensor(read_image(photo)) for photo in _sample(ranges or photos))
         inputs = [{"x_in": model.transform([image])[0].tensors.numpy()} for image in images]
-        for step, kept in enumerate(LADDER):
-            quantised = _quantised(nncf, segments, inputs, kept)
+        for step, kept in enumerate(ladder):
+            quantised = _quantised(quantise_segment, segments, inputs, kept)
             trial = new_path.with_name(f"trial{step}{new_path.suffix}")
             export.write_segments(model, quantised, trial, file_format)
             thresholds = _thresholds(model, confidences, _confidences(trial, runtime, photos))
@@ -225,28 +223,19 @@ def _sample(photos: Sequence[str | os.PathLike[str]]) -> list[str | os.PathLike[
 # Quantisation.
 
 
+Quantise = Callable[[onnx.ModelProto, Sequence[dict[str, np.ndarray]], Kept], onnx.ModelProto]
+
+
 def _quantised(
-    nncf: Any, segments: Sequence[Segment], inputs: Sequence[dict[str, np.ndarray]], kept: Kept
+    quantise_segment: Quantise, segments: Sequence[Segment], inputs: Sequence[dict[str, np.ndarray]], kept: Kept
 ) -> list[Segment]:
     """Return the segments in 8 bits. ``inputs`` are the first segment's inputs, one dict for each photo."""
     segments_int8 = []
     for segment in progress(segments, desc="8 bits"):
-        graph = segment.model.graph
-        ignored = [node.name for node in graph.node if not _is_quantised(node) or (kept.heads and "head" in node.name)]
-        if graph.input[0].type.tensor_type.shape.dim[1].dim_value == 3:  # the input is the image
-            convolutions = [node.name for node in graph.node if node.op_type == "Conv" and _is_quantised(node)]
-            ignored += convolutions[: kept.convolutions]
         try:
-            with contextlib.redirect_stdout(sys.stderr):  # NNCF writes its progress bars to stdout
-                quantised = nncf.quantize(
-                    segment.model,
-                    nncf.Dataset(inputs),
-                    preset=nncf.QuantizationPreset.MIXED,
-                    subset_size=len(inputs),
-                    ignored_scope=nncf.IgnoredScope(names=ignored, validate=False),
-                )
+            quantised = quantise_segment(segment.model, inputs, kept)
         except Exception as error:
-            raise EarlyExitError(f"NNCF cannot quantise {segment.name} ({one_line(str(error))[:200]})") from error
+            raise EarlyExitError(f"{segment.name} cannot be quantised ({one_line(str(error))[:200]})") from error
         segments_int8.append(dataclasses.replace(segment, model=quantised))
         if not segment.full:
             run = OnnxRuntime(segment.model.SerializeToString(), segment.name)
@@ -254,11 +243,60 @@ def _quantised(
     return segments_int8
 
 
+def _by_onnx_runtime(model: onnx.ModelProto, inputs: Sequence[dict[str, np.ndarray]], kept: Kept) -> onnx.ModelProto:
+    next_convolution = _first_convolutions(model, kept.convolutions + 1)[kept.convolutions :]
+    names = [node.name for node in model.graph.node]
+    before = {*names[: names.index(next_convolution[0])]} if next_convolution else set()
+
+    def in_float(node: onnx.NodeProto) -> bool:
+        of_function, _, _ = node.name.rpartition(
+            "/"
+        )  # `quantise` splits a HardSwish; the parts have names below its name
+        in_head = kept.heads and "head" in node.name
+        return not _is_quantised(node) or in_head or bool(before & {node.name, of_function})
+
+    return quantise(model, inputs[:ONNX_RUNTIME_PHOTOS], in_float)
+
+
+def _by_nncf() -> Quantise:
+    """Return the function that quantises by NNCF. Raise EarlyExitError if NNCF is missing."""
+    os.environ.setdefault("NNCF_CI", "1")  # turns NNCF's telemetry off
+    nncf = import_package("nncf")
+    logging.getLogger("nncf").setLevel(logging.ERROR)  # NNCF's own function would silence the handlers of all loggers
+
+    def quantise_segment(
+        model: onnx.ModelProto, inputs: Sequence[dict[str, np.ndarray]], kept: Kept
+    ) -> onnx.ModelProto:
+        in_float = [
+            node.name
+            for node in model.graph.node
+            if not _is_quantised(node) or node.op_type == "Clip" or (kept.heads and "head" in node.name)
+        ]
+        in_float += _first_convolutions(model, kept.convolutions)
+        with contextlib.redirect_stdout(sys.stderr):  # NNCF writes its progress bars to stdout
+            return nncf.quantize(
+                model,
+                nncf.Dataset(inputs),
+                preset=nncf.QuantizationPreset.MIXED,
+                subset_size=len(inputs),
+                ignored_scope=nncf.IgnoredScope(names=in_float, validate=False),
+            )
+
+    return quantise_segment
+
+
+def _first_convolutions(model: onnx.ModelProto, count: int) -> list[str]:
+    """Return the names of the first ``count`` convolutions after the image; none if the input is no image."""
+    if model.graph.input[0].type.tensor_type.shape.dim[1].dim_value != 3:
+        return []
+    return [node.name for node in model.graph.node if node.op_type == "Conv" and _is_quantised(node)][:count]
+
+
 def _is_quantised(node: onnx.NodeProto) -> bool:
-    """Return whether the operator of a node is in `OPERATORS`, and the node is in a module that is no policy. Nodes of
+    """Return whether the operator of a node can be quantised, and the node is in a module that is no policy. Nodes of
     functions, such as the resizing for a glance, are in no module."""
     *modules, _ = node.name.strip("/").split("/")
-    return node.op_type in OPERATORS and bool(modules) and modules[0] != "_policy"
+    return node.op_type in (*OPERATORS, "HardSwish") and bool(modules) and modules[0] != "_policy"
 
 
 # Measurement.

@@ -54,7 +54,7 @@ from earlyexit_ssd.pipeline.build import (
 from earlyexit_ssd.pipeline.calibrate import Chosen, ThresholdSearch, certificate_of
 from earlyexit_ssd.pipeline.candidates import BASE_FILE, OWN_HEAD, Candidate, Goal, Plan, TestFigures, choose_candidate
 from earlyexit_ssd.pipeline.evaluate import evaluate_model, onnx_rivals
-from earlyexit_ssd.pipeline.export import export_detector, open_any
+from earlyexit_ssd.pipeline.export import SUFFIXES, Format, export_detector, open_any
 from earlyexit_ssd.pipeline.int8 import detect, export_int8
 from earlyexit_ssd.pipeline.phases import fine_tune
 from earlyexit_ssd.pipeline.replay import (
@@ -77,6 +77,8 @@ from earlyexit_ssd.routing import ExitRouter
 from earlyexit_ssd.routing.policies import POLICIES
 
 logger = logging.getLogger(__name__)
+
+FORMATS: dict[str, Format] = {ONNX_RUNTIME: "onnx", OPENVINO: "openvino"}  # runtime -> format of its files
 
 EXPORT_PHOTOS = 16  # photos of the calib split on which the exported file is compared with the model
 GLANCE_COST = 0.15
@@ -108,9 +110,9 @@ def optimize(
     """Run the search and write the chosen model. A stopped search keeps the measured candidates when it runs again.
 
     ``out_dir`` gets model.pth, detector.onnx, test/ (the evaluation of the chosen model), optimize.json,
-    candidates.png, summary.txt and report.html. If OpenVINO is the runtime, ``out_dir`` also gets detector.xml. This
-    file is in 8 bits if 8 bits hold the budget and are faster. The speed-up of 8 bits is measured from photo to
-    detections. The milliseconds in 8 bits are the milliseconds in 32 bits divided by this speed-up.
+    candidates.png, summary.txt and report.html. If OpenVINO is the runtime, ``out_dir`` also gets detector.xml. The
+    runtime's file is in 8 bits if 8 bits hold the budget and are faster. The speed-up of 8 bits is measured from photo
+    to detections. The milliseconds in 8 bits are the milliseconds in 32 bits divided by this speed-up.
 
     Args:
         weights: a trained model of this project, whose branches are tried too; None: MODEL.WEIGHTS.
@@ -130,7 +132,7 @@ def optimize(
         summary = _summary_without_choice(measured, goal)
     else:
         chosen = _write_model(search, chosen)
-        if cfg.EVAL.RUNTIME == OPENVINO:
+        if cfg.EVAL.RUNTIME in FORMATS:
             chosen, int8 = _choose_8_bits(search, measured, chosen)
         measured = [chosen if candidate.key == chosen.key else candidate for candidate in measured]
         results = _evaluate(search)
@@ -493,14 +495,15 @@ def _choose_8_bits(
 
 
 def _in_8_bits(search: CandidateSearch, chosen: Candidate) -> Candidate | None:
-    """Return the written candidate in 8 bits. Its file replaces detector.xml. None if 8 bits do not hold the budget,
+    """Return the written candidate in 8 bits. Its file replaces that in 32 bits. None if 8 bits do not hold the budget,
     are not faster, or cannot be made."""
     goal = search.goal
     try:
-        model, path = open_any(search.out / "model.pth"), search.out / "detector.xml"
+        model, file_format = open_any(search.out / "model.pth"), FORMATS[search.cfg.EVAL.RUNTIME]
+        path = search.out / f"detector{SUFFIXES[file_format]}"
         range_photos = [record.path for record in search.sets["TRAIN"].records]
         limits = (goal.ap_drop, range_photos, search.reference, goal.delta, goal.coco_ap_drop)
-        figures = export_int8(model, path, "openvino", search.sets["CALIB"], *limits)
+        figures = export_int8(model, path, file_format, search.sets["CALIB"], *limits)
     except EarlyExitError as reason:
         logger.info("no candidate in 8 bits: %s", reason)
         return None
@@ -521,11 +524,12 @@ def _in_8_bits(search: CandidateSearch, chosen: Candidate) -> Candidate | None:
 
 
 def _test_in_8_bits(search: CandidateSearch, test: TestFigures, speed: float) -> TestFigures:
-    """Return the test figures of detector.xml in 8 bits. ``test`` has those in 32 bits. The accuracy is measured, and
+    """Return the test figures of the file in 8 bits. ``test`` has those in 32 bits. The accuracy is measured, and
     the time is that in 32 bits divided by ``speed``."""
     cfg, dataset = search.cfg, search.sets["TEST"]
     base = collect_detections(open_any(search.out / BASE_FILE), evaluation_loader(cfg, dataset))
-    quantised = detect(Predictor(search.out / "detector.xml", OPENVINO), dataset)
+    path = search.out / f"detector{SUFFIXES[FORMATS[cfg.EVAL.RUNTIME]]}"
+    quantised = detect(Predictor(path, cfg.EVAL.RUNTIME), dataset)
     matches = exit_matches(to_coco(dataset), [base, quantised], cfg.EVAL.IOU)
     choices = [np.full(matches.photos, index) for index in range(2)]
     figures = ap_of_choice(matches, choices[1])

@@ -24,6 +24,7 @@ from earlyexit_ssd.errors import DataError, EarlyExitError
 from earlyexit_ssd.pipeline import int8
 from earlyexit_ssd.pipeline.int8 import (
     Kept,
+    _by_nncf,
     _is_quantised,
     _thresholds,
     export_int8,
@@ -31,8 +32,6 @@ from earlyexit_ssd.pipeline.int8 import (
     photos_to_quantise_on,
 )
 from tests.deploy.conftest import build_model, build_photos
-
-pytest.importorskip("nncf", reason="needs NNCF: pip install nncf")
 
 
 @pytest.fixture(scope="module")
@@ -56,35 +55,65 @@ def model(folder):
 
 
 def in_float(file) -> list[str]:
-    """Convolutions with inputs that are not rounded, in the file and in the branches of its Ifs."""
+    """Convolutions whose weights are not rounded, in the file and in the branches of its Ifs."""
 
-    def convolutions(graph, rounded):
-        names, rounded = [], rounded | {node.output[0] for node in graph.node if node.op_type == "DequantizeLinear"}
+    def convolutions(graph):
+        names, rounded = [], {node.output[0] for node in graph.node if node.op_type == "DequantizeLinear"}
         for node in graph.node:
-            names += [node.name] if node.op_type == "Conv" and node.input[0] not in rounded else []
+            names += [node.name] if node.op_type == "Conv" and node.input[1] not in rounded else []
             for attribute in node.attribute:
-                names += convolutions(attribute.g, rounded) if attribute.HasField("g") else []
+                names += convolutions(attribute.g) if attribute.HasField("g") else []
         return names
 
-    return convolutions(onnx.load(file).graph, set())
+    return convolutions(onnx.load(file).graph)
 
 
 def test_a_faster_file_is_written_and_as_many_photos_leave(folder, model, traced_once, tmp_path, monkeypatch):
     monkeypatch.setattr(int8, "speed_of", lambda *_: Ratio(1.4, 1.3, 1.5))
-    monkeypatch.setattr(int8, "LADDER", (Kept(3, False),))
+    monkeypatch.setattr(int8, "LADDER", (Kept(0, False), Kept(3, False)))  # the first is for OpenVINO
     dataset = photos_to_quantise_on(folder, None, model.classes)
     figures = export_int8(model, tmp_path / "detector.onnx", "onnx", dataset, ap_drop=1.0)
     assert figures.size == (tmp_path / "detector.onnx").stat().st_size and not figures.labelled
     assert "8 photos, labelled in 32 bits" in str(figures) and "1.40 [1.30, 1.50] times as fast" in str(figures)
     assert [path.name for path in tmp_path.iterdir()] == ["detector.onnx"]
-    kept = [name for name in in_float(tmp_path / "detector.onnx") if "/fc" not in name]  # NNCF leaves these
+    kept = in_float(tmp_path / "detector.onnx")
     assert len(kept) == 3 and all("/features.0" in name for name in kept)
     predictor = Predictor(tmp_path / "detector.onnx")
     left = [predictor(int8.read_image(photo)).exit_name for photo in sorted(folder.iterdir())]
     assert left.count("exit8") == 4 and left.count("full") == 4 and predictor.certificate is None
     assert predictor.thresholds["exit12"] is None
     assert model.router.thresholds[0] != pytest.approx(predictor.thresholds["exit8"], abs=1e-9)  # the model stays
+
+
+def test_a_file_for_openvino_is_quantised_by_nncf(folder, model, traced_once, tmp_path, monkeypatch):
+    for package in ("nncf", "openvino"):
+        pytest.importorskip(package, reason=f"needs {package}: pip install {package}")
+    monkeypatch.setattr(int8, "speed_of", lambda *_: Ratio(1.4, 1.3, 1.5))
+    dataset = photos_to_quantise_on(folder, None, model.classes)
+    figures = export_int8(model, tmp_path / "detector.xml", "openvino", dataset, ap_drop=1.0)
+    assert figures.kept == Kept(0, False) and figures.runtime == "openvino"
+    predictor = Predictor(tmp_path / "detector.xml", "openvino")
+    left = [predictor(int8.read_image(photo)).exit_name for photo in folder.iterdir()]
+    assert left.count("exit8") == 4
     assert os.environ["NNCF_CI"]  # no telemetry
+
+
+def test_nncf_leaves_the_named_layers_in_32_bits():
+    pytest.importorskip("nncf", reason="needs nncf: pip install nncf")
+    nodes = [
+        helper.make_node("Conv", ["x_in", "w"], ["y"], "/features/0/Conv"),
+        helper.make_node("Conv", ["y", "v"], ["z"], "/features/1/Conv"),
+        helper.make_node("Conv", ["z", "u"], ["x"], "/head/Conv"),
+    ]
+    values = [helper.make_tensor_value_info(name, 1, [1, 3, 8, 8]) for name in ("x_in", "x")]
+    weights = [onnx.numpy_helper.from_array(np.eye(3, dtype=np.float32).reshape(3, 3, 1, 1), name) for name in "wvu"]
+    graph = helper.make_graph(nodes, "tiny", values[:1], values[1:], weights)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    inputs = [{"x_in": np.random.default_rng(seed).normal(size=(1, 3, 8, 8)).astype(np.float32)} for seed in range(2)]
+    quantised = _by_nncf()(model, inputs, Kept(1, True))
+    rounded = {node.output[0] for node in quantised.graph.node if node.op_type == "DequantizeLinear"}
+    kept = [node.name for node in quantised.graph.node if node.op_type == "Conv" and node.input[1] not in rounded]
+    assert kept == ["/features/0/Conv", "/head/Conv"]
 
 
 def test_a_file_without_open_exits_has_no_certificate(folder, model, tmp_path, monkeypatch):
@@ -95,7 +124,7 @@ def test_a_file_without_open_exits_has_no_certificate(folder, model, tmp_path, m
     model = copy.deepcopy(model)  # the fixture is shared
     model.router = router
     monkeypatch.setattr(int8, "speed_of", lambda *_: Ratio(1.4, 1.3, 1.5))
-    monkeypatch.setattr(int8, "_quantised", lambda nncf, segments, inputs, kept: segments)
+    monkeypatch.setattr(int8, "_quantised", lambda quantise_segment, segments, inputs, kept: segments)
     dataset = photos_to_quantise_on(folder, None, model.classes)
     export_int8(model, tmp_path / "detector.onnx", "onnx", dataset, ap_drop=1.0)
     assert Predictor(tmp_path / "detector.onnx").certificate is None
@@ -113,8 +142,8 @@ def test_a_slow_or_inaccurate_file_is_not_written(
     folder, model, traced_once, tmp_path, monkeypatch, speed, ap_drop, message
 ):
     monkeypatch.setattr(int8, "speed_of", lambda *_: speed)
-    monkeypatch.setattr(int8, "_quantised", lambda nncf, segments, inputs, kept: segments)
-    monkeypatch.setattr(int8, "LADDER", (Kept(3, True),))
+    monkeypatch.setattr(int8, "_quantised", lambda quantise_segment, segments, inputs, kept: segments)
+    monkeypatch.setattr(int8, "LADDER", (Kept(0, True), Kept(3, True)))
     dataset = photos_to_quantise_on(folder, None, model.classes)
     with pytest.raises(EarlyExitError, match=message):
         export_int8(model, tmp_path / "detector.onnx", "onnx", dataset, ap_drop, coco_ap_drop=-1.0)
