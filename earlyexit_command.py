@@ -300,11 +300,11 @@ def predict_arguments(parser: argparse.ArgumentParser) -> None:
 
 def predict(args: argparse.Namespace) -> None:
     """Detect in photos, videos and cameras; print the detections, the exit and the milliseconds."""
+    from earlyexit_ssd.console import write_line
     from earlyexit_ssd.deploy.predict import annotate, is_exported, open_predictor, predict
     from earlyexit_ssd.deploy.sources import find_sources
     from earlyexit_ssd.deploy.stream import load_stream_rule
     from earlyexit_ssd.errors import DataError, EarlyExitError
-    from earlyexit_ssd.progress import write_line
 
     if not 0 <= args.score <= 1:
         raise EarlyExitError(f"score {args.score}: expected a number in [0, 1]")
@@ -546,12 +546,12 @@ PACKAGES_OF_MODELS = ("torch", "torchvision", "pycocotools", "fvcore", "albument
 
 def run(name: str, prog: str, arguments: Sequence[str] | None = None) -> int:
     """Run the subcommand ``name`` with ``arguments`` (``sys.argv[1:]`` by default). Return the exit code, see
-    `earlyexit_ssd.command_line.run_tool`. ``prog`` is the program's name in the help."""
+    `earlyexit_ssd.console.run_tool`. ``prog`` is the program's name in the help."""
     command = COMMANDS[name]
     parser = _parser(prog, command.job.__doc__, command.examples)
     command.add_arguments(parser)
     args = parser.parse_intermixed_args(arguments)
-    from earlyexit_ssd.command_line import run_tool
+    from earlyexit_ssd.console import run_tool
     from earlyexit_ssd.errors import EarlyExitError
 
     def job() -> int | None:

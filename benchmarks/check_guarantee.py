@@ -20,14 +20,13 @@ from scipy import stats
 
 from earlyexit_ssd.calibration.risk import certify, threshold_path
 from earlyexit_ssd.calibration.thresholds import choose
-from earlyexit_ssd.command_line import run_tool
 from earlyexit_ssd.config import load_config
+from earlyexit_ssd.console import progress, run_tool
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.files import locks_folder, write_json
 from earlyexit_ssd.pipeline.build import require_policy, trained_temperatures
 from earlyexit_ssd.pipeline.calibrate import Target
 from earlyexit_ssd.pipeline.replay import fit_router, measure_cost_model, open_model_on_splits, require_deciding
-from earlyexit_ssd.progress import progress
 
 EPSILONS = (0.01, 0.02, 0.05)
 EXAMPLES = """

@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from fvcore.common.config import CfgNode
 
-from earlyexit_ssd.command_line import run_tool
 from earlyexit_ssd.config import load_config
+from earlyexit_ssd.console import run_tool
 from earlyexit_ssd.data import load_dataset
 from earlyexit_ssd.data.dataset import fingerprint
 from earlyexit_ssd.errors import ConfigError, EarlyExitError

@@ -33,8 +33,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from earlyexit_ssd.calibration.thresholds import best_within, choose, learn_open_exits, open_sets, threshold_grid
-from earlyexit_ssd.command_line import run_tool
 from earlyexit_ssd.config import CLOSED, load_config
+from earlyexit_ssd.console import progress, run_tool
 from earlyexit_ssd.evaluation.cost import PlainPath, Timing, time_modules
 from earlyexit_ssd.evaluation.matches import ExitMatches, ap_of_choice, bootstrap_choices, interval, photo_counts
 from earlyexit_ssd.files import locks_folder, write_image, write_json, write_text
@@ -51,7 +51,6 @@ from earlyexit_ssd.pipeline.replay import (
     require_deciding,
     temperatures_of,
 )
-from earlyexit_ssd.progress import progress
 from earlyexit_ssd.report.pictures import PLAIN, draw_charts
 from earlyexit_ssd.report.tables import figure
 from earlyexit_ssd.routing import ExitRouter

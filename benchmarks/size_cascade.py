@@ -17,8 +17,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from earlyexit_ssd.command_line import run_tool
 from earlyexit_ssd.config import load_config
+from earlyexit_ssd.console import run_tool
 from earlyexit_ssd.data import build_loader, load_dataset, to_coco
 from earlyexit_ssd.evaluation.cost import PlainPath, count_mmacs, example_input
 from earlyexit_ssd.evaluation.matches import ap_of_choice, exit_matches

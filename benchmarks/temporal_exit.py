@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from earlyexit_ssd.command_line import run_tool
+from earlyexit_ssd.console import run_tool
 from earlyexit_ssd.deploy import Detections, Predictor
 from earlyexit_ssd.deploy.predict import images_of, open_predictor
 from earlyexit_ssd.deploy.sources import find_sources

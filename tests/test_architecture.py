@@ -14,7 +14,7 @@ ORDER = [
     "pipeline",
 ]
 """A folder imports from those before it. deploy imports none of the others."""
-COMMON = {"bounds", "command_line", "drift", "errors", "files", "images", "plain", "progress", "registry", "runtimes"}
+COMMON = {"bounds", "console", "drift", "errors", "files", "images", "plain", "registry", "runtimes"}
 
 
 def parsed(path: Path) -> ast.Module:

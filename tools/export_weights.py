@@ -102,8 +102,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", help="folder of the two files; that of the package by default")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY VALUE", help="override keys of the configuration")
     args = parser.parse_args(arguments)
-    from earlyexit_ssd.command_line import run_tool
     from earlyexit_ssd.config import load_config
+    from earlyexit_ssd.console import run_tool
     from earlyexit_ssd.modeling.checkpoint import FOLDER
 
     def job() -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from earlyexit_ssd.console import progress
 from earlyexit_ssd.data import DetectionDataset, build_loader, to_coco
 from earlyexit_ssd.data.dataset import fingerprint
 from earlyexit_ssd.files import ArrayStore
@@ -17,7 +18,6 @@ from earlyexit_ssd.modeling import EarlyExitSSDLite
 from earlyexit_ssd.modeling.checkpoint import weights_hash
 from earlyexit_ssd.modeling.outputs import Head
 from earlyexit_ssd.modeling.trunk import evaluating
-from earlyexit_ssd.progress import progress
 
 BATCH = 32
 

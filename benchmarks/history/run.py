@@ -30,15 +30,14 @@ from benchmarks.history.report import (  # noqa: E402
     scores_table,
 )
 from benchmarks.history.training import CurvePoint, HeadLosses, build_heads, train_heads  # noqa: E402
-from earlyexit_ssd.command_line import run_tool  # noqa: E402
 from earlyexit_ssd.config import load_config  # noqa: E402
+from earlyexit_ssd.console import progress, run_tool  # noqa: E402
 from earlyexit_ssd.data import load_dataset  # noqa: E402
 from earlyexit_ssd.evaluation.cost import example_input, time_in_runtime  # noqa: E402
 from earlyexit_ssd.files import locks_folder, write_image, write_json, write_text, write_torch  # noqa: E402
 from earlyexit_ssd.modeling import EarlyExitSSDLite  # noqa: E402
 from earlyexit_ssd.modeling.detector import AllOutputs, PathToExit  # noqa: E402
 from earlyexit_ssd.plain import build, read_json  # noqa: E402
-from earlyexit_ssd.progress import progress  # noqa: E402
 
 DATA = {
     "rendered": (

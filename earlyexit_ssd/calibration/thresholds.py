@@ -19,8 +19,8 @@ from scipy.stats import rankdata
 from torch import Tensor
 
 from earlyexit_ssd.config import CLOSED
+from earlyexit_ssd.console import progress
 from earlyexit_ssd.errors import EarlyExitError
-from earlyexit_ssd.progress import progress
 from earlyexit_ssd.routing.policies import FastSoftmax
 
 LARGEST_GRID = 20_000  # limit for the number of combinations; with more exits, each exit gets fewer candidates

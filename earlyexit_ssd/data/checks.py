@@ -10,11 +10,11 @@ from collections.abc import Hashable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from earlyexit_ssd.console import progress
 from earlyexit_ssd.data.problems import Problems
 from earlyexit_ssd.data.records import Annotation, RawDataset, Record, canonical
 from earlyexit_ssd.errors import DataError, shown
 from earlyexit_ssd.images import read_header
-from earlyexit_ssd.progress import progress
 
 OUTSIDE_TOLERANCE = 0.02
 """Boxes that are outside by at most this many pixels are clipped without being counted. COCO files round x and width to

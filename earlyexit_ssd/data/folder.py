@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from earlyexit_ssd.console import progress
 from earlyexit_ssd.data.problems import Problems
 from earlyexit_ssd.data.records import RawDataset, Record, register_format
 from earlyexit_ssd.errors import DataError
 from earlyexit_ssd.images import PHOTO_SUFFIXES, find_files, read_header
 from earlyexit_ssd.plain import read_bytes
-from earlyexit_ssd.progress import progress
 
 
 def read_photo_folder(name: str, folder: Path, problems: Problems) -> RawDataset:

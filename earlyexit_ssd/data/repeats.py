@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from earlyexit_ssd.console import progress
 from earlyexit_ssd.data.dataset import DetectionDataset, photo_hashes
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.images import open_photo, orientation_of, to_rgb, turned
-from earlyexit_ssd.progress import progress
 
 logger = logging.getLogger(__name__)
 

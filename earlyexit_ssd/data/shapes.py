@@ -18,8 +18,8 @@ import numpy as np
 from numpy.random import Generator
 from PIL import Image, ImageFilter
 
+from earlyexit_ssd.console import progress
 from earlyexit_ssd.files import lock, make_folder, write_image, write_json, writing
-from earlyexit_ssd.progress import progress
 
 FOLDER = "synthetic_chairs"
 SPLITS = ("train", "calib", "test")

@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from earlyexit_ssd.console import progress
 from earlyexit_ssd.data.checks import check_names, check_unit
 from earlyexit_ssd.data.folder import photo_path, read_list, report_outside
 from earlyexit_ssd.data.problems import Problems
@@ -14,7 +15,6 @@ from earlyexit_ssd.data.records import Annotation, RawDataset, Record, register_
 from earlyexit_ssd.errors import DataError, nearest, shown
 from earlyexit_ssd.images import PHOTO_SUFFIXES, find_files, read_header
 from earlyexit_ssd.plain import read_bytes, read_yaml
-from earlyexit_ssd.progress import progress
 
 # Coordinates may be this far outside 0..1, because of rounding. Ultralytics has the same tolerance.
 _TOLERANCE = 0.01

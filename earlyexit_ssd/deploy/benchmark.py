@@ -18,10 +18,10 @@ from typing import Any
 
 import numpy as np
 
+from earlyexit_ssd.console import progress
 from earlyexit_ssd.deploy.predictor import Predictor
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.images import read_image
-from earlyexit_ssd.progress import progress
 
 PACKAGES = ("earlyexit_ssd", "numpy", "onnxruntime", "openvino", "torch", "torchvision")
 MIXED, EASY, HARD = "as they come", "all easy", "all hard"  # see `Row.stream`

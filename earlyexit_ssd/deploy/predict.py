@@ -16,13 +16,13 @@ from typing import Any, TextIO
 import numpy as np
 from PIL import Image
 
+from earlyexit_ssd.console import progress
 from earlyexit_ssd.deploy.predictor import Detections, Predictor
 from earlyexit_ssd.deploy.sources import Frame, Source, opencv, read_frames
 from earlyexit_ssd.deploy.stream import CLOSE_MARGIN, REPEATED, StreamRule, TemporalExit
 from earlyexit_ssd.errors import CannotWrite, DataError, EarlyExitError, nearest
 from earlyexit_ssd.files import atomic_path, make_folder, write_image
 from earlyexit_ssd.images import SMALLEST_TEXT, color_of, draw_boxes
-from earlyexit_ssd.progress import progress
 
 SAVES = ("pictures", "json", "csv", "counts")
 """Outputs: annotated photos (PNG) and videos (MP4), COCO results, a row per detection, a row per frame."""

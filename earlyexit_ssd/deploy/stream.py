@@ -20,11 +20,11 @@ import numpy as np
 from PIL import Image
 
 from earlyexit_ssd.bounds import betting_p_value, photos_needed, upper_bound
+from earlyexit_ssd.console import progress
 from earlyexit_ssd.deploy.predictor import Detections
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.files import write_json
 from earlyexit_ssd.plain import build, check_fields, read_json
-from earlyexit_ssd.progress import progress
 
 REPEATED = "repeated"  # ``exit_name`` of repeated detections; their ``exit_index`` is -1
 CELLS = 32  # about the number of cells along the longer side of a thumbnail

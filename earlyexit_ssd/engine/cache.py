@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from earlyexit_ssd.console import progress
 from earlyexit_ssd.engine.loop import to_device
 from earlyexit_ssd.engine.processes import barrier, is_main
 from earlyexit_ssd.errors import EarlyExitError
@@ -21,7 +22,6 @@ from earlyexit_ssd.files import ArrayStore
 from earlyexit_ssd.modeling import EarlyExitSSDLite
 from earlyexit_ssd.modeling.detector import TapBatch, compute_taps
 from earlyexit_ssd.modeling.trunk import evaluating
-from earlyexit_ssd.progress import progress
 
 ARRAYS_OF_HEAD = ("cls_logits", "bbox_regression")
 

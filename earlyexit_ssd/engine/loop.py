@@ -22,11 +22,11 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from earlyexit_ssd.console import progress
 from earlyexit_ssd.engine.processes import any_process, barrier, is_main, mean_of
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.files import append_text, make_folder, write_text, write_torch, writing
 from earlyexit_ssd.modeling.retrofit import read_weights
-from earlyexit_ssd.progress import progress
 
 
 def build_optimizer(

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from earlyexit_ssd.console import progress
 from earlyexit_ssd.errors import EarlyExitError, import_package
 from earlyexit_ssd.modeling.detector import AllOutputs, PathToExit
 from earlyexit_ssd.modeling.outputs import Router
 from earlyexit_ssd.modeling.trunk import evaluating
-from earlyexit_ssd.progress import progress
 from earlyexit_ssd.runtimes import compile_in_openvino
 
 EAGER, ONNX_RUNTIME, OPENVINO = "eager", "onnxruntime", "openvino"

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from earlyexit_ssd.calibration.thresholds import choose
+from earlyexit_ssd.console import progress
 from earlyexit_ssd.engine.processes import failing_together, gathered, is_main
 from earlyexit_ssd.errors import DataError, EarlyExitError
 from earlyexit_ssd.files import ArrayStore
 from earlyexit_ssd.modeling.checkpoint import weights_hash
 from earlyexit_ssd.modeling.outputs import ExitOutputs, ExitSignals
 from earlyexit_ssd.modeling.trunk import evaluating
-from earlyexit_ssd.progress import progress
 
 T = TypeVar("T")
 Targets = list[dict[str, Tensor | int]]

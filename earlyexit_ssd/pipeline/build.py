@@ -19,6 +19,7 @@ from torchvision.models._api import WeightsEnum
 from earlyexit_ssd.calibration.certificate import load_certificate, parse_certificate
 from earlyexit_ssd.config import CLOSED
 from earlyexit_ssd.config.check import num_exits
+from earlyexit_ssd.console import progress
 from earlyexit_ssd.data.dataset import DetectionDataset, build_loader, class_names, load_dataset
 from earlyexit_ssd.data.records import limit_photos
 from earlyexit_ssd.engine.processes import failing_together, is_main, process_group, rank, world_size
@@ -40,7 +41,6 @@ from earlyexit_ssd.modeling.checkpoint import ModelInfo, find_weights, weights_p
 from earlyexit_ssd.modeling.detector import DETECTORS
 from earlyexit_ssd.modeling.heads import plan_class_change
 from earlyexit_ssd.modeling.retrofit import torchvision_name
-from earlyexit_ssd.progress import progress
 from earlyexit_ssd.routing import ExitRouter
 from earlyexit_ssd.routing.policies import POLICIES
 

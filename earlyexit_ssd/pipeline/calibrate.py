@@ -36,6 +36,7 @@ from earlyexit_ssd.calibration.thresholds import (
     threshold_grid,
 )
 from earlyexit_ssd.config import CLOSED
+from earlyexit_ssd.console import progress
 from earlyexit_ssd.data.repeats import block_of_each
 from earlyexit_ssd.drift import Reference
 from earlyexit_ssd.engine.processes import is_main
@@ -57,7 +58,6 @@ from earlyexit_ssd.pipeline.replay import (
     require_deciding,
     temperatures_of,
 )
-from earlyexit_ssd.progress import progress
 from earlyexit_ssd.report.page import calibration_page, never_failing, write_page
 from earlyexit_ssd.report.page_photos import OpenCosts, PagePhotos
 from earlyexit_ssd.report.tables import write_calibration

@@ -17,6 +17,7 @@ import torch
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
+from earlyexit_ssd.console import progress
 from earlyexit_ssd.data import DetectionDataset, class_names, load_dataset, to_coco
 from earlyexit_ssd.data.checks import check_photos
 from earlyexit_ssd.data.dataset import read_dataset
@@ -48,7 +49,6 @@ from earlyexit_ssd.pipeline.build import (
     takes_over,
     with_classes,
 )
-from earlyexit_ssd.progress import progress
 from earlyexit_ssd.routing import ExitRouter
 
 logger = logging.getLogger(__name__)

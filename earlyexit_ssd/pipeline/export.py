@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torchvision.ops import box_iou, clip_boxes_to_image
 
 from earlyexit_ssd.config import CLOSED
+from earlyexit_ssd.console import progress
 from earlyexit_ssd.data.dataset import as_tensor
 from earlyexit_ssd.data.shapes import render_scene
 from earlyexit_ssd.deploy import Detections, Predictor, graph
@@ -39,7 +40,6 @@ from earlyexit_ssd.modeling.pretrained import current_certificate
 from earlyexit_ssd.modeling.retrofit import read_weights
 from earlyexit_ssd.modeling.trunk import evaluating
 from earlyexit_ssd.modeling.validate import LEAST_SCORE
-from earlyexit_ssd.progress import progress
 from earlyexit_ssd.runtimes import OnnxRuntime
 
 Format = Literal["onnx", "staged", "openvino"]

@@ -22,6 +22,7 @@ import onnx
 import torch
 
 from earlyexit_ssd.config import CLOSED, get_cfg
+from earlyexit_ssd.console import progress
 from earlyexit_ssd.data.dataset import DetectionDataset, as_tensor, load_dataset, read_dataset, to_coco
 from earlyexit_ssd.data.records import canonical
 from earlyexit_ssd.deploy import Predictor
@@ -42,7 +43,6 @@ from earlyexit_ssd.modeling.trunk import evaluating
 from earlyexit_ssd.pipeline import export
 from earlyexit_ssd.pipeline.build import with_values
 from earlyexit_ssd.pipeline.quantize import OPERATORS, quantise
-from earlyexit_ssd.progress import progress
 from earlyexit_ssd.runtimes import OnnxRuntime
 
 logger = logging.getLogger(__name__)

@@ -29,6 +29,7 @@ from torchvision.models.detection.ssd import SSD, SSDScoringHead
 
 from earlyexit_ssd.calibration.certificate import Measured
 from earlyexit_ssd.config import CLOSED
+from earlyexit_ssd.console import progress
 from earlyexit_ssd.data import class_names, load_dataset
 from earlyexit_ssd.data.dataset import fingerprint, to_coco
 from earlyexit_ssd.deploy import Predictor
@@ -70,7 +71,6 @@ from earlyexit_ssd.pipeline.replay import (
 )
 from earlyexit_ssd.pipeline.train import train_phases
 from earlyexit_ssd.plain import read_json
-from earlyexit_ssd.progress import progress
 from earlyexit_ssd.report.page import never_failing, search_page, write_page
 from earlyexit_ssd.report.pictures import candidates_chart
 from earlyexit_ssd.routing import ExitRouter

@@ -29,6 +29,7 @@ from earlyexit_ssd.calibration.thresholds import (
     stopped_by,
 )
 from earlyexit_ssd.config import CLOSED
+from earlyexit_ssd.console import progress
 from earlyexit_ssd.data import DetectionDataset, load_dataset, to_coco
 from earlyexit_ssd.data.dataset import fingerprint, photo_hashes, require_disjoint
 from earlyexit_ssd.data.records import limit_photos
@@ -68,7 +69,6 @@ from earlyexit_ssd.pipeline.build import (
     with_values,
 )
 from earlyexit_ssd.pipeline.evaluate import check_rivals
-from earlyexit_ssd.progress import progress
 from earlyexit_ssd.routing import ExitRouter
 from earlyexit_ssd.routing.policies import POLICIES, at_likeliest_boxes, is_fitted, reads_taps
 

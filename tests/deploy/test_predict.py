@@ -295,7 +295,7 @@ class Missing:
             raise ImportError(name)
 
 sys.meta_path.insert(0, Missing())
-import earlyexit_ssd.deploy.predict, earlyexit_ssd.deploy.stream, earlyexit_ssd.command_line
+import earlyexit_ssd.deploy.predict, earlyexit_ssd.deploy.stream, earlyexit_ssd.console
 from earlyexit_command import main
 sys.exit(main(sys.argv[1:]))
 """

@@ -1,5 +1,6 @@
 import errno
 import io
+import itertools
 import logging
 import os
 import signal
@@ -10,7 +11,8 @@ from functools import partial
 import pytest
 from torch.utils.data import DataLoader, Dataset
 
-from earlyexit_ssd.command_line import run_tool
+from earlyexit_ssd import console
+from earlyexit_ssd.console import run_tool
 from earlyexit_ssd.errors import CannotWrite, DataError
 
 
@@ -96,7 +98,7 @@ def test_full_standard_output_is_a_one_line_error(monkeypatch, capsys):
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full of Linux")
 def test_python_does_not_fail_at_exit_with_full_streams():
-    job = "import sys; from earlyexit_ssd.command_line import run_tool; sys.exit(run_tool(lambda: print('found')))"
+    job = "import sys; from earlyexit_ssd.console import run_tool; sys.exit(run_tool(lambda: print('found')))"
     with open("/dev/full", "w") as full:
         done = subprocess.run([sys.executable, "-W", "ignore", "-c", job], stdout=full, stderr=full)
     assert done.returncode == 2
@@ -106,3 +108,22 @@ def test_string_streams_are_not_changed(monkeypatch):
     monkeypatch.setattr(sys, "stdout", io.StringIO())
     assert run_tool(lambda: print("\u043a")) == 0
     assert sys.stdout.getvalue() == "\u043a\n"
+
+
+def test_lines_without_tqdm(monkeypatch, capsys):
+    monkeypatch.setattr(console, "tqdm", None)
+    clock = itertools.count(0, 4)
+    monkeypatch.setattr(console.time, "monotonic", lambda: next(clock))  # 4 s an item
+    assert list(console.progress(range(6), desc="watch", total=6, unit="frame")) == [*range(6)]
+    console.write_line("found")
+    lines = ["watch: 3/6, 0.2 frame/s", "watch: 6/6, 0.2 frame/s", "found"]
+    assert capsys.readouterr().err.splitlines() == lines
+
+
+def test_no_output_without_a_description(monkeypatch, capsys):
+    monkeypatch.setattr(console, "tqdm", None)
+    clock = itertools.count(0, 100)
+    monkeypatch.setattr(console.time, "monotonic", lambda: next(clock))
+    with console.progress(desc=None) as bar:
+        bar.update()
+    assert bar.n == 1 and capsys.readouterr().err == ""
