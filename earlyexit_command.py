@@ -244,8 +244,8 @@ def optimize_arguments(parser: argparse.ArgumentParser) -> None:
     wanted.add_argument("--speedup", type=float, help="smallest ratio of the original detector's time to the result's")
     wanted.add_argument("--ms", type=float, help="largest mean milliseconds per photo on this machine")
     runtimes = ("onnxruntime", "openvino", "eager")
-    runtime = "runtime of the timing, instead of EVAL.RUNTIME (default onnxruntime)"
-    parser.add_argument("--runtime", choices=runtimes, default="onnxruntime", help=runtime)
+    runtime = "runtime of the timing; by default EVAL.RUNTIME, or onnxruntime if that is eager"
+    parser.add_argument("--runtime", choices=runtimes, help=runtime)
     parser.add_argument("--budget-minutes", type=float, help="start no candidate after this time")
     parser.add_argument("--train", action="store_true", help="also fine-tune for smaller inputs (section FINE_TUNING)")
     parser.add_argument("--out", help="folder of the results; OUTPUT_DIR/optimize by default")
@@ -256,7 +256,9 @@ def optimize(args: argparse.Namespace) -> None:
     from earlyexit_ssd.config import load_config
     from earlyexit_ssd.pipeline.optimize import Goal, optimize
 
-    cfg = load_config(args.config, ["EVAL.RUNTIME", args.runtime, *args.overrides])
+    configured = load_config(args.config, args.overrides).EVAL.RUNTIME
+    runtime = args.runtime or ("onnxruntime" if configured == "eager" else configured)
+    cfg = load_config(args.config, [*args.overrides, "EVAL.RUNTIME", runtime])
     out = Path(args.out or Path(cfg.OUTPUT_DIR) / "optimize")
     delta = cfg.CALIBRATION.DELTA if args.delta is None else args.delta
     limits = {"ap_drop": args.ap_drop, "coco_ap_drop": args.coco_ap_drop, "delta": delta}

@@ -158,6 +158,21 @@ def test_the_configuration_has_the_default_of_delta(trained, tmp_path, monkeypat
     assert goals == [0.05, 0.2, 0.1]
 
 
+def test_the_configuration_has_the_default_of_the_runtime(trained, tmp_path, monkeypatch):
+    runtimes = []
+
+    def search(cfg, goal, out, weights):
+        runtimes.append(cfg.EVAL.RUNTIME)
+        raise EarlyExitError("enough")
+
+    monkeypatch.setattr("earlyexit_ssd.pipeline.optimize.optimize", search)
+    chosen = command(trained, tmp_path)
+    unset = [word for word in chosen if word not in ("--runtime", "eager")]
+    for words in (unset, [*unset, "EVAL.RUNTIME", "openvino"], [*chosen, "EVAL.RUNTIME", "openvino"]):
+        assert optimize.main(words) == 2
+    assert runtimes == ["onnxruntime", "openvino", "eager"]
+
+
 def test_invalid_limit_is_a_one_line_error(trained, tmp_path, capsys):
     assert optimize.main(command(trained, tmp_path / "x", "--ap-drop", "2")) == 2
     assert "ap_drop is 2, expected a number in [0, 1]" in capsys.readouterr().err
