@@ -49,7 +49,6 @@ logger = logging.getLogger(__name__)
 
 EXPORT_PHOTOS = 16  # number of photos on which the file in 32 bits is compared with the model
 RANGE_PHOTOS = 200  # largest number of photos on which ranges of activations are measured, and files are timed
-ONNX_RUNTIME_PHOTOS = 64  # of these, the number for ONNX Runtime, where measuring the ranges takes longer
 SCORE, IOU = 0.5, 0.5  # an object is found by a detection with at least this score and IoU
 DELTA = 0.05  # default share of the bootstrap draws that may lose more AP50 than is allowed
 
@@ -255,7 +254,7 @@ def _by_onnx_runtime(model: onnx.ModelProto, inputs: Sequence[dict[str, np.ndarr
         in_head = kept.heads and "head" in node.name
         return not _is_quantised(node) or in_head or bool(before & {node.name, of_function})
 
-    return quantise(model, inputs[:ONNX_RUNTIME_PHOTOS], in_float)
+    return quantise(model, inputs, in_float)
 
 
 def _by_nncf() -> Quantise:

@@ -63,8 +63,11 @@ def quantise(
     network.split_hard_swish()
     network.pad_channels()
     kept = {node.name for node in network.nodes if node.op_type not in OPERATORS or in_float(node)}
-    network.equalise(network.measure(inputs), kept)
-    statistics = network.measure(inputs)
+    network.equalise(network.measure(inputs, {node.output[0] for node in network.convolutions()}), kept)
+    read_or_written = (
+        name for node in network.nodes if node.op_type in OPERATORS for name in (*node.input, *node.output)
+    )
+    statistics = network.measure(inputs, {*read_or_written} - {*network.weights, ""})
     network.correct_biases(statistics, kept)
     return _quantise_static(network, inputs[0], statistics, kept)
 
@@ -174,15 +177,13 @@ class Network:
                     return set()
         return tensors
 
-    def measure(self, inputs: Sequence[Mapping[str, np.ndarray]]) -> dict[str, Statistics]:
-        """Return a dict: tensor [1, C, H, W] that a node in `OPERATORS` reads or writes -> its statistics."""
-        names = {name for node in self.nodes if node.op_type in OPERATORS for name in (*node.input, *node.output)}
-        names -= {*self.weights, *inputs[0], ""}
-        run = OnnxRuntime(self.model(sorted(names)).SerializeToString(), "the model")
+    def measure(self, inputs: Sequence[Mapping[str, np.ndarray]], names: set[str]) -> dict[str, Statistics]:
+        """Return a dict: tensor [1, C, H, W] in ``names`` -> its statistics."""
+        run = OnnxRuntime(self.model(sorted(names - {*inputs[0]})).SerializeToString(), "the model")
         rows = defaultdict(list)
         for photo in inputs:
             for name, value in {**run(photo), **photo}.items():
-                if value.ndim == 4:
+                if name in names and value.ndim == 4:
                     bounds = np.quantile(value.ravel()[:: 1 + value.size // SAMPLED], [1 - QUANTILE, QUANTILE])
                     rows[name].append([*bounds, value.max((0, 2, 3)), value.mean((0, 2, 3))])
         statistics = {}
@@ -218,6 +219,10 @@ class Network:
                 self.weights[reader.input[1]] = self.weights[reader.input[1]] * factors.reshape(shape)
             if factors_name:
                 self.weights[factors_name] = factors.reshape(1, -1, 1, 1)
+
+    def least_useful(self) -> dict[str, float]:
+        """Return a dict: input of a HardSwish -> value below which the result is 0 in every channel."""
+        return {x: float((-CLIPPED / self.weights[factors]).min()) for x, (factors, _) in self._factors.items()}
 
     def _multiplied_with(self, tensor: str, readers: Mapping[str, Sequence[onnx.NodeProto]]) -> list[onnx.NodeProto]:
         """Return the convolutions that read multiples of ``tensor``. Empty if another node reads them."""
@@ -273,6 +278,8 @@ def _quantise_static(
 
     readers, exact = network.readers(), []
     overrides = {name: _scale(values.low, values.high) for name, values in statistics.items()}
+    for name, least in network.least_useful().items():
+        overrides[name] = _scale(max(statistics[name].low, least), statistics[name].high)
     for node in network.nodes:
         if node.op_type == "HardSigmoid" and node.name not in kept and len(readers[node.input[0]]) == 1:
             attributes = {item.name: item.f for item in node.attribute}

@@ -63,7 +63,7 @@ def test_the_rewritten_model_has_the_same_outputs(activation):
     network = Network(model)
     network.split_hard_swish()
     network.pad_channels()
-    network.equalise(network.measure(photos()), set())
+    network.equalise(network.measure(photos(), {node.output[0] for node in network.convolutions()}), set())
     groups = {item.i for node in network.convolutions() for item in node.attribute if item.name == "group"}
     assert groups == {1, 32}  # 24 channels were padded
     assert "HardSwish" not in types(network.model())
@@ -140,6 +140,16 @@ def test_biases_by_hand():
     network = Network(tiny(node, w=np.array([[1.0, 0.5], [1.0, -1.0]]).reshape(2, 2, 1, 1), b=[0, 0]))
     network.correct_biases({"x_in": Statistics(0, 1, np.ones(2), np.array([3.0, 10.0]))}, set())
     np.testing.assert_allclose(weight(network, "conv", 2), [-(64 / 127 - 0.5) * 10, 0], atol=1e-6)
+
+
+def test_least_useful_value_by_hand():
+    """HardSwish(0.25 * x) is 0 below x = -12."""
+    node = helper.make_node("HardSwish", ["x_in"], ["x"], "swish")
+    network = Network(tiny(node))
+    network.split_hard_swish()
+    assert network.least_useful() == {"x_in": -3}
+    network.weights["x_factors"] = np.array([1, 0.25], np.float32).reshape(1, 2, 1, 1)
+    assert network.least_useful() == {"x_in": -12}
 
 
 def test_channels_of_an_output_are_not_padded():
