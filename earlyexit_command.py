@@ -248,6 +248,8 @@ def optimize_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--runtime", choices=runtimes, help=runtime)
     parser.add_argument("--budget-minutes", type=float, help="start no candidate after this time")
     parser.add_argument("--train", action="store_true", help="also fine-tune for smaller inputs (section FINE_TUNING)")
+    int8 = "also try the chosen detector in 8 bits (OpenVINO: pip install nncf)"
+    parser.add_argument("--int8", action="store_true", help=int8)
     parser.add_argument("--out", help="folder of the results; OUTPUT_DIR/optimize by default")
 
 
@@ -262,7 +264,8 @@ def optimize(args: argparse.Namespace) -> None:
     out = Path(args.out or Path(cfg.OUTPUT_DIR) / "optimize")
     delta = cfg.CALIBRATION.DELTA if args.delta is None else args.delta
     limits = {"ap_drop": args.ap_drop, "coco_ap_drop": args.coco_ap_drop, "delta": delta}
-    goal = Goal(**limits, speedup=args.speedup, ms=args.ms, minutes=args.budget_minutes, train=args.train)
+    tried = {"train": args.train, "int8": args.int8}
+    goal = Goal(**limits, speedup=args.speedup, ms=args.ms, minutes=args.budget_minutes, **tried)
     outcome = optimize(cfg, goal, out, args.weights)
     print(*outcome.candidates, f"\n{outcome.summary}", sep="\n")
     files = "report.html, summary.txt, optimize.json" + (", model.pth, test/" if outcome.chosen else "")

@@ -50,6 +50,7 @@ class Goal:
     minutes: float | None = None  # time after which no further candidate is started; None: no limit
     train: bool = False  # also try trained nets: fine-tuned nets, and nets of the joint phase if it is configured
     coco_ap_drop: float | None = None  # as ``ap_drop``, for COCO's AP (IoU 0.5 to 0.95); None: not limited
+    int8: bool = False  # also try the chosen candidate in 8 bits
 
     def __post_init__(self) -> None:
         _ = self.budget  # raises if ap_drop or delta is out of range

@@ -33,7 +33,7 @@ from earlyexit_ssd.console import progress
 from earlyexit_ssd.data import class_names, load_dataset
 from earlyexit_ssd.data.dataset import fingerprint, to_coco
 from earlyexit_ssd.deploy import Predictor
-from earlyexit_ssd.errors import ConfigError, EarlyExitError
+from earlyexit_ssd.errors import ConfigError, EarlyExitError, import_package
 from earlyexit_ssd.evaluation.cost import ONNX_RUNTIME, OPENVINO, PlainPath, example_input, time_in_runtime
 from earlyexit_ssd.evaluation.matches import ap_of_choice, bootstrap_choices, exit_matches, interval, photo_counts
 from earlyexit_ssd.evaluation.outputs import collect_detections
@@ -111,8 +111,8 @@ def optimize(
 
     ``out_dir`` gets model.pth, detector.onnx, test/ (the evaluation of the chosen model), optimize.json,
     candidates.png, summary.txt and report.html. If OpenVINO is the runtime, ``out_dir`` also gets detector.xml. The
-    runtime's file is in 8 bits if 8 bits hold the budget and are faster. The speed-up of 8 bits is measured from photo
-    to detections. The milliseconds in 8 bits are the milliseconds in 32 bits divided by this speed-up.
+    runtime's file is in 8 bits if ``goal.int8`` is true and 8 bits hold the budget and are faster. The speed-up of 8
+    bits is measured from photo to detections. The milliseconds in 8 bits are those in 32 bits divided by it.
 
     Args:
         weights: a trained model of this project, whose branches are tried too; None: MODEL.WEIGHTS.
@@ -122,6 +122,8 @@ def optimize(
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise EarlyExitError("optimize under torchrun: it times networks and runs in one process; start it without")
+    if goal.int8:
+        _require_8_bits(cfg.EVAL.RUNTIME)
     _warn_if_busy()
     stop_at = np.inf if goal.minutes is None else time.monotonic() + 60 * goal.minutes
     search = CandidateSearch(cfg, weights, goal, Path(out_dir))
@@ -132,7 +134,7 @@ def optimize(
         summary = _summary_without_choice(measured, goal)
     else:
         chosen = _write_model(search, chosen)
-        if cfg.EVAL.RUNTIME in FORMATS:
+        if goal.int8:
             chosen, int8 = _choose_8_bits(search, measured, chosen)
         measured = [chosen if candidate.key == chosen.key else candidate for candidate in measured]
         results = _evaluate(search)
@@ -151,6 +153,14 @@ def optimize(
         page = search_page(candidates, chosen, summary, ship, results, BASE_FILE)
         write_page(search.out / "report.html", page)
     return outcome
+
+
+def _require_8_bits(runtime: str) -> None:
+    """Raise EarlyExitError if files in 8 bits cannot be made for this runtime."""
+    if runtime not in FORMATS:
+        raise EarlyExitError(f"8 bits do not run in {runtime}; add --runtime onnxruntime or --runtime openvino")
+    if runtime == OPENVINO:
+        import_package("nncf")
 
 
 def _warn_if_busy() -> None:
@@ -236,7 +246,11 @@ class CandidateSearch:
         photos = [
             fingerprint(set_) for set_ in (load_dataset(cfg, cfg.DATA.TRAIN, labels="optional"), self.sets["CALIB"])
         ]
-        settings = with_values(cfg, NOT_IN_KEY).dump(), dataclasses.replace(goal, minutes=None), self.architecture
+        settings = (
+            with_values(cfg, NOT_IN_KEY).dump(),
+            dataclasses.replace(goal, minutes=None, int8=False),
+            self.architecture,
+        )
         text = f"{weights_hash(self.model)} {photos} {settings} {keys}"
         self.key = hashlib.sha256(text.encode()).hexdigest()
 

@@ -183,3 +183,8 @@ def test_keys_of_the_command_line_count(trained, tmp_path, capsys):
     assert "the last key 'EVAL.SCORE' has no value" in capsys.readouterr().err
     assert optimize.main([*command(trained, tmp_path / "x"), "EVAL.RUNTIME", "tensorrt"]) == 2
     assert "EVAL.RUNTIME is 'tensorrt'" in capsys.readouterr().err
+
+
+def test_8_bits_need_a_runtime_that_has_them(trained, tmp_path, capsys):
+    assert optimize.main(command(trained, tmp_path / "x", "--int8")) == 2
+    assert "8 bits do not run in eager; add --runtime onnxruntime" in capsys.readouterr().err
