@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper, numpy_helper
+from onnx import helper, numpy_helper
 
 from earlyexit_ssd.runtimes import OnnxRuntime
 
@@ -85,9 +85,12 @@ class Network:
         self.weights = {value.name: numpy_helper.to_array(value) for value in self._model.graph.initializer}
         self.nodes: list[onnx.NodeProto] = []
         self._factors: dict[str, tuple[str, str]] = {}  # input of a HardSwish -> its factors, its output
+        outputs = {value.name for value in self._model.graph.output}
         for index, node in enumerate(self._model.graph.node):
             node.name = node.name or f"node_{index}"
-            if node.op_type == "Constant":
+            if node.output[0] in outputs:  # an initializer cannot be an output
+                self.nodes.append(node)
+            elif node.op_type == "Constant":
                 self.weights[node.output[0]] = numpy_helper.to_array(node.attribute[0].t)
             elif node.op_type == "Identity" and node.input[0] in self.weights:  # the exporter's, for equal weights
                 self.weights[node.output[0]] = self.weights[node.input[0]]
@@ -99,7 +102,7 @@ class Network:
                 self.weights[node.input[place]] = self.weights[name]
 
     def model(self, outputs: Sequence[str] = ()) -> onnx.ModelProto:
-        """Return the network as a model, with additional float32 ``outputs``."""
+        """Return the network as a model, with additional ``outputs``."""
         model = copy.deepcopy(self._model)
         graph = model.graph
         del graph.node[:], graph.initializer[:], graph.value_info[:]
@@ -109,8 +112,8 @@ class Network:
             numpy_helper.from_array(value, name) for name, value in self.weights.items() if name in read
         )
         present = {value.name for value in graph.output}
-        new = [name for name in outputs if name not in present]
-        graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in new)
+        # without a type, since some are int64
+        graph.output.extend(onnx.ValueInfoProto(name=name) for name in outputs if name not in present)
         return model
 
     def readers(self) -> dict[str, list[onnx.NodeProto]]:
