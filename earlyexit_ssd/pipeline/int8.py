@@ -150,7 +150,7 @@ def export_int8(
     quantise_segment, ladder = (_by_nncf(), LADDER) if file_format == "openvino" else (_by_onnx_runtime, LADDER[1:])
     model, photos = export.exportable(model), [record.path for record in dataset.records]
     with export.replacing(path) as new_path, evaluating(model):
-        float_path = new_path.with_name(f"float32{new_path.suffix}")
+        float_path = new_path.with_name(f"{new_path.stem}_float32{new_path.suffix}")
         export.export_detector(model, float_path, file_format, photos[:EXPORT_PHOTOS])
         confidences = _confidences(float_path, runtime, photos)
         if reference is None:
@@ -165,7 +165,7 @@ def export_int8(
         inputs = [{"x_in": model.transform([image])[0].tensors.numpy()} for image in images]
         for step, kept in enumerate(ladder):
             quantised = _quantised(quantise_segment, segments, inputs, kept)
-            trial = new_path.with_name(f"trial{step}{new_path.suffix}")
+            trial = new_path.with_name(f"{new_path.stem}_trial{step}{new_path.suffix}")
             export.write_segments(model, quantised, trial, file_format)
             thresholds = _thresholds(model, confidences, _confidences(trial, runtime, photos))
             predictors = Predictor(float_path, runtime), Predictor(trial, runtime, thresholds=thresholds)

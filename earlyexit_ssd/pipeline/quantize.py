@@ -205,7 +205,8 @@ class Network:
         readers = self.readers()
         for node in self.convolutions():
             (x,), following = node.output, readers[node.output[0]]
-            factors_name, y = self._factors.get(x, (None, ""))  # HardSwish
+            # a HardSwish is two nodes, Scale and Mul
+            factors_name, y = self._factors.get(x, (None, "")) if len(following) == 2 else (None, "")
             if [reader.op_type for reader in following] == ["Relu"]:
                 y = following[0].output[0]
             convolutions = self._multiplied_with(y, readers)
@@ -293,7 +294,8 @@ def _quantise_static(
     with tempfile.TemporaryDirectory() as folder:
         paths = Path(folder, "float32.onnx"), Path(folder, "int8.onnx")
         onnx.save(network.model(), paths[0])
-        logging.disable(logging.WARNING)  # advice to fuse BatchNorm, which is fused already
+        disabled = logging.root.manager.disable
+        logging.disable(max(disabled, logging.WARNING))  # advice to fuse BatchNorm, which is fused already
         try:
             quantize_static(
                 *paths,
@@ -307,7 +309,7 @@ def _quantise_static(
                 extra_options={"TensorQuantOverrides": overrides},
             )
         finally:
-            logging.disable(logging.NOTSET)
+            logging.disable(disabled)
         return _without(exact, onnx.load(paths[1]))
 
 
