@@ -84,7 +84,7 @@ class Network:
         self._model = copy.deepcopy(model)
         self.weights = {value.name: numpy_helper.to_array(value) for value in self._model.graph.initializer}
         self.nodes: list[onnx.NodeProto] = []
-        self._factors: dict[str, tuple[str, str]] = {}  # input of a HardSwish -> its factors, its output
+        self._factors: dict[str, tuple[str, str]] = {}  # tensor that only a HardSwish reads -> its factors, output
         outputs = {value.name for value in self._model.graph.output}
         for index, node in enumerate(self._model.graph.node):
             node.name = node.name or f"node_{index}"
@@ -131,14 +131,16 @@ class Network:
 
     def split_hard_swish(self) -> None:
         """Replace each HardSwish(x) by x * HardSigmoid(x * factors). The factors are 1 before `equalise`."""
-        nodes = []
+        nodes, readers = [], self.readers()
         for node in self.nodes:
             if node.op_type != "HardSwish":
                 nodes.append(node)
                 continue
             (x,), (y,) = node.input, node.output
             factors, scaled, gate = (f"{y}_{suffix}" for suffix in ("factors", "scaled", "gate"))
-            self.weights[factors], self._factors[x] = np.ones((1, 1, 1, 1), np.float32), (factors, y)
+            self.weights[factors] = np.ones((1, 1, 1, 1), np.float32)
+            if len(readers[x]) == 1:
+                self._factors[x] = factors, y
             nodes += [
                 helper.make_node("Mul", [x, factors], [scaled], f"{node.name}/Scale"),
                 helper.make_node("HardSigmoid", [scaled], [gate], f"{node.name}/HardSigmoid", alpha=1 / 6, beta=0.5),
@@ -205,8 +207,7 @@ class Network:
         readers = self.readers()
         for node in self.convolutions():
             (x,), following = node.output, readers[node.output[0]]
-            # a HardSwish is two nodes, Scale and Mul
-            factors_name, y = self._factors.get(x, (None, "")) if len(following) == 2 else (None, "")
+            factors_name, y = self._factors.get(x, (None, ""))  # HardSwish
             if [reader.op_type for reader in following] == ["Relu"]:
                 y = following[0].output[0]
             convolutions = self._multiplied_with(y, readers)
@@ -225,7 +226,7 @@ class Network:
                 self.weights[factors_name] = factors.reshape(1, -1, 1, 1)
 
     def least_useful(self) -> dict[str, float]:
-        """Return a dict: input of a HardSwish -> value below which the result is 0 in every channel."""
+        """Return a dict: tensor that only a HardSwish reads -> value below which the result is 0 in all channels."""
         return {x: float((-CLIPPED / self.weights[factors]).min()) for x, (factors, _) in self._factors.items()}
 
     def _multiplied_with(self, tensor: str, readers: Mapping[str, Sequence[onnx.NodeProto]]) -> list[onnx.NodeProto]:
