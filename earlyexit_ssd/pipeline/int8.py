@@ -150,7 +150,7 @@ def export_int8(
     quantise_segment, ladder = (_by_nncf(), LADDER) if file_format == "openvino" else (_by_onnx_runtime, LADDER[1:])
     model, photos = export.exportable(model), [record.path for record in dataset.records]
     with export.replacing(path) as new_path, evaluating(model):
-        float_path = new_path.with_name(f"float32{new_path.suffix}")
+        float_path = new_path.with_name(f"{new_path.stem}_float32{new_path.suffix}")
         export.export_detector(model, float_path, file_format, photos[:EXPORT_PHOTOS])
         confidences = _confidences(float_path, runtime, photos)
         if reference is None:
@@ -165,7 +165,7 @@ def export_int8(
         inputs = [{"x_in": model.transform([image])[0].tensors.numpy()} for image in images]
         for step, kept in enumerate(ladder):
             quantised = _quantised(quantise_segment, segments, inputs, kept)
-            trial = new_path.with_name(f"trial{step}{new_path.suffix}")
+            trial = new_path.with_name(f"{new_path.stem}_trial{step}{new_path.suffix}")
             export.write_segments(model, quantised, trial, file_format)
             thresholds = _thresholds(model, confidences, _confidences(trial, runtime, photos))
             predictors = Predictor(float_path, runtime), Predictor(trial, runtime, thresholds=thresholds)
@@ -232,7 +232,9 @@ def _quantised(
     segments_int8 = []
     for segment in progress(segments, desc="8 bits"):
         try:
-            quantised = quantise_segment(segment.model, inputs, kept)
+            read = {value.name for value in segment.model.graph.input}  # a branch may ignore the context
+            rows = [{name: value for name, value in photo.items() if name in read} for photo in inputs]
+            quantised = quantise_segment(segment.model, rows, kept)
         except Exception as error:
             raise EarlyExitError(f"{segment.name} cannot be quantised ({one_line(str(error))[:200]})") from error
         segments_int8.append(dataclasses.replace(segment, model=quantised))
@@ -243,14 +245,13 @@ def _quantised(
 
 
 def _by_onnx_runtime(model: onnx.ModelProto, inputs: Sequence[dict[str, np.ndarray]], kept: Kept) -> onnx.ModelProto:
-    next_convolution = _first_convolutions(model, kept.convolutions + 1)[kept.convolutions :]
-    names = [node.name for node in model.graph.node]
-    before = {*names[: names.index(next_convolution[0])]} if next_convolution else set()
+    names, convolutions = [node.name for node in model.graph.node], _first_convolutions(model, kept.convolutions + 1)
+    if len(convolutions) > kept.convolutions:
+        del names[names.index(convolutions[-1]) :]
+    before = {*names} if convolutions else set()
 
     def in_float(node: onnx.NodeProto) -> bool:
-        of_function, _, _ = node.name.rpartition(
-            "/"
-        )  # `quantise` splits a HardSwish; the parts have names below its name
+        of_function, _, _ = node.name.rpartition("/")  # `quantise` splits a HardSwish; its parts have names below its
         in_head = kept.heads and "head" in node.name
         return not _is_quantised(node) or in_head or bool(before & {node.name, of_function})
 

@@ -501,7 +501,7 @@ def _choose_8_bits(
     if int8 is not None or not chosen.exits or not nets:
         return chosen, int8
     (net,) = nets
-    _write_model(search, net)
+    net = _write_model(search, net)  # with milliseconds of now, like those of ``chosen``
     int8 = _in_8_bits(search, net)
     if int8 is None or int8.ms >= chosen.ms:
         return _write_model(search, chosen), None

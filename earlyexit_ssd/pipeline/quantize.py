@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper, numpy_helper
+from onnx import helper, numpy_helper
 
 from earlyexit_ssd.runtimes import OnnxRuntime
 
@@ -84,10 +84,13 @@ class Network:
         self._model = copy.deepcopy(model)
         self.weights = {value.name: numpy_helper.to_array(value) for value in self._model.graph.initializer}
         self.nodes: list[onnx.NodeProto] = []
-        self._factors: dict[str, tuple[str, str]] = {}  # input of a HardSwish -> its factors, its output
+        self._factors: dict[str, tuple[str, str]] = {}  # tensor that only a HardSwish reads -> its factors, output
+        outputs = {value.name for value in self._model.graph.output}
         for index, node in enumerate(self._model.graph.node):
             node.name = node.name or f"node_{index}"
-            if node.op_type == "Constant":
+            if node.output[0] in outputs:  # an initializer cannot be an output
+                self.nodes.append(node)
+            elif node.op_type == "Constant":
                 self.weights[node.output[0]] = numpy_helper.to_array(node.attribute[0].t)
             elif node.op_type == "Identity" and node.input[0] in self.weights:  # the exporter's, for equal weights
                 self.weights[node.output[0]] = self.weights[node.input[0]]
@@ -99,7 +102,7 @@ class Network:
                 self.weights[node.input[place]] = self.weights[name]
 
     def model(self, outputs: Sequence[str] = ()) -> onnx.ModelProto:
-        """Return the network as a model, with additional float32 ``outputs``."""
+        """Return the network as a model, with additional ``outputs``."""
         model = copy.deepcopy(self._model)
         graph = model.graph
         del graph.node[:], graph.initializer[:], graph.value_info[:]
@@ -109,8 +112,8 @@ class Network:
             numpy_helper.from_array(value, name) for name, value in self.weights.items() if name in read
         )
         present = {value.name for value in graph.output}
-        new = [name for name in outputs if name not in present]
-        graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in new)
+        # without a type, since some are int64
+        graph.output.extend(onnx.ValueInfoProto(name=name) for name in outputs if name not in present)
         return model
 
     def readers(self) -> dict[str, list[onnx.NodeProto]]:
@@ -128,14 +131,16 @@ class Network:
 
     def split_hard_swish(self) -> None:
         """Replace each HardSwish(x) by x * HardSigmoid(x * factors). The factors are 1 before `equalise`."""
-        nodes = []
+        nodes, readers = [], self.readers()
         for node in self.nodes:
             if node.op_type != "HardSwish":
                 nodes.append(node)
                 continue
             (x,), (y,) = node.input, node.output
             factors, scaled, gate = (f"{y}_{suffix}" for suffix in ("factors", "scaled", "gate"))
-            self.weights[factors], self._factors[x] = np.ones((1, 1, 1, 1), np.float32), (factors, y)
+            self.weights[factors] = np.ones((1, 1, 1, 1), np.float32)
+            if len(readers[x]) == 1:
+                self._factors[x] = factors, y
             nodes += [
                 helper.make_node("Mul", [x, factors], [scaled], f"{node.name}/Scale"),
                 helper.make_node("HardSigmoid", [scaled], [gate], f"{node.name}/HardSigmoid", alpha=1 / 6, beta=0.5),
@@ -221,7 +226,7 @@ class Network:
                 self.weights[factors_name] = factors.reshape(1, -1, 1, 1)
 
     def least_useful(self) -> dict[str, float]:
-        """Return a dict: input of a HardSwish -> value below which the result is 0 in every channel."""
+        """Return a dict: tensor that only a HardSwish reads -> value below which the result is 0 in all channels."""
         return {x: float((-CLIPPED / self.weights[factors]).min()) for x, (factors, _) in self._factors.items()}
 
     def _multiplied_with(self, tensor: str, readers: Mapping[str, Sequence[onnx.NodeProto]]) -> list[onnx.NodeProto]:
@@ -290,7 +295,8 @@ def _quantise_static(
     with tempfile.TemporaryDirectory() as folder:
         paths = Path(folder, "float32.onnx"), Path(folder, "int8.onnx")
         onnx.save(network.model(), paths[0])
-        logging.disable(logging.WARNING)  # advice to fuse BatchNorm, which is fused already
+        disabled = logging.root.manager.disable
+        logging.disable(max(disabled, logging.WARNING))  # advice to fuse BatchNorm, which is fused already
         try:
             quantize_static(
                 *paths,
@@ -304,7 +310,7 @@ def _quantise_static(
                 extra_options={"TensorQuantOverrides": overrides},
             )
         finally:
-            logging.disable(logging.NOTSET)
+            logging.disable(disabled)
         return _without(exact, onnx.load(paths[1]))
 
 

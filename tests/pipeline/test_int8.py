@@ -19,13 +19,16 @@ from earlyexit_ssd import ExitRouter
 from earlyexit_ssd.config import CLOSED
 from earlyexit_ssd.deploy import Predictor
 from earlyexit_ssd.deploy.benchmark import Ratio
+from earlyexit_ssd.deploy.graph import Segment
 from earlyexit_ssd.drift import Reference
 from earlyexit_ssd.errors import DataError, EarlyExitError
 from earlyexit_ssd.pipeline import int8
 from earlyexit_ssd.pipeline.int8 import (
     Kept,
     _by_nncf,
+    _by_onnx_runtime,
     _is_quantised,
+    _quantised,
     _thresholds,
     export_int8,
     matching_threshold,
@@ -98,8 +101,7 @@ def test_a_file_for_openvino_is_quantised_by_nncf(folder, model, traced_once, tm
     assert os.environ["NNCF_CI"]  # no telemetry
 
 
-def test_nncf_leaves_the_named_layers_in_32_bits():
-    pytest.importorskip("nncf", reason="needs nncf: pip install nncf")
+def three_convolutions() -> onnx.ModelProto:
     nodes = [
         helper.make_node("Conv", ["x_in", "w"], ["y"], "/features/0/Conv"),
         helper.make_node("Conv", ["y", "v"], ["z"], "/features/1/Conv"),
@@ -108,12 +110,35 @@ def test_nncf_leaves_the_named_layers_in_32_bits():
     values = [helper.make_tensor_value_info(name, 1, [1, 3, 8, 8]) for name in ("x_in", "x")]
     weights = [onnx.numpy_helper.from_array(np.eye(3, dtype=np.float32).reshape(3, 3, 1, 1), name) for name in "wvu"]
     graph = helper.make_graph(nodes, "tiny", values[:1], values[1:], weights)
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    inputs = [{"x_in": np.random.default_rng(seed).normal(size=(1, 3, 8, 8)).astype(np.float32)} for seed in range(2)]
-    quantised = _by_nncf()(model, inputs, Kept(1, True))
-    rounded = {node.output[0] for node in quantised.graph.node if node.op_type == "DequantizeLinear"}
-    kept = [node.name for node in quantised.graph.node if node.op_type == "Conv" and node.input[1] not in rounded]
-    assert kept == ["/features/0/Conv", "/head/Conv"]
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+NOISE = [{"x_in": np.random.default_rng(seed).normal(size=(1, 3, 8, 8)).astype(np.float32)} for seed in range(2)]
+
+
+@pytest.mark.parametrize(
+    ("runtime", "kept", "names"),
+    [
+        ("OpenVINO", Kept(1, True), ["/features/0/Conv", "/head/Conv"]),
+        ("ONNX Runtime", Kept(1, True), ["/features/0/Conv", "/head/Conv"]),
+        ("ONNX Runtime", Kept(3, False), ["/features/0/Conv", "/features/1/Conv", "/head/Conv"]),
+        ("ONNX Runtime", Kept(9, False), ["/features/0/Conv", "/features/1/Conv", "/head/Conv"]),  # there are three
+    ],
+)
+def test_the_named_layers_stay_in_32_bits(runtime, kept, names, tmp_path):
+    if runtime == "OpenVINO":
+        pytest.importorskip("nncf", reason="needs nncf: pip install nncf")
+    quantise_segment = _by_nncf() if runtime == "OpenVINO" else _by_onnx_runtime
+    onnx.save(quantise_segment(three_convolutions(), NOISE, kept), tmp_path / "model.onnx")
+    assert in_float(tmp_path / "model.onnx") == names
+
+
+def test_a_segment_gets_only_the_inputs_that_it_reads():
+    """A copied branch ignores the context of a light one."""
+    photos = [{**photo, "context_in": np.ones((1, 2, 4, 4), np.float32)} for photo in NOISE]
+    segment = Segment(0, "full", False, three_convolutions(), full=True)
+    (quantised,) = _quantised(_by_onnx_runtime, [segment], photos, Kept(0, False))
+    assert "QuantizeLinear" in {node.op_type for node in quantised.model.graph.node}
 
 
 def test_a_file_without_open_exits_has_no_certificate(folder, model, tmp_path, monkeypatch):
@@ -148,6 +173,15 @@ def test_a_slow_or_inaccurate_file_is_not_written(
     with pytest.raises(EarlyExitError, match=message):
         export_int8(model, tmp_path / "detector.onnx", "onnx", dataset, ap_drop, coco_ap_drop=-1.0)
     assert not list(tmp_path.iterdir())
+
+
+def test_staged_files_may_have_the_name_of_a_trial(folder, model, traced_once, tmp_path, monkeypatch):
+    monkeypatch.setattr(int8, "speed_of", lambda *_: Ratio(1.4, 1.3, 1.5))
+    monkeypatch.setattr(int8, "_quantised", lambda quantise_segment, segments, inputs, kept: segments)
+    dataset = photos_to_quantise_on(folder, None, model.classes)
+    for name in ("float32", "trial0"):
+        export_int8(model, tmp_path / name, "staged", dataset, ap_drop=1.0)
+        assert Predictor(tmp_path / name).thresholds["exit8"] is not None
 
 
 def test_photos_without_an_object_are_refused(folder, model, tmp_path, monkeypatch):

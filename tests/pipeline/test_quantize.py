@@ -1,6 +1,7 @@
 """A model in 8 bits gives nearly the outputs in 32 bits, and the rewriting before it changes nothing."""
 
 import io
+import logging
 from functools import partial
 
 import numpy as np
@@ -178,3 +179,50 @@ def test_a_hard_sigmoid_whose_input_is_read_elsewhere_stays():
     quantised = quantise(model, rows, lambda node: False)
     assert "HardSigmoid" in types(quantised)
     np.testing.assert_allclose(output(quantised, rows[0]), output(model, rows[0]), atol=0.15)
+
+
+def test_the_input_of_a_hard_swish_may_be_read_elsewhere():
+    """Its channels then keep their ranges."""
+    nodes = [
+        helper.make_node("Conv", ["x_in", "w", "b"], ["y"], "conv"),
+        helper.make_node("HardSwish", ["y"], ["h"], "first"),
+        helper.make_node("Conv", ["h", "v"], ["z"], "pointwise"),
+        helper.make_node("HardSwish", ["y"], ["g"], "second"),
+        helper.make_node("Conv", ["g", "v"], ["u"], "other"),
+        helper.make_node("Add", ["z", "u"], ["x"], "add"),
+    ]
+    weights = {"w": np.diag([1.0, 100.0]).reshape(2, 2, 1, 1), "b": [3, 3], "v": np.ones((2, 2, 1, 1))}
+    model, rows = tiny(*nodes, **weights), [{"x_in": photo["x_in"][:, :2, :2, :2]} for photo in photos()]
+    network = Network(model)
+    network.split_hard_swish()
+    network.equalise(network.measure(rows, {node.output[0] for node in network.convolutions()}), set())
+    np.testing.assert_allclose(output(network.model(), rows[0]), output(model, rows[0]), rtol=1e-5)
+    assert network.least_useful() == {}
+
+
+def test_an_output_may_be_constant_and_a_node_may_compute_whole_numbers():
+    nodes = [
+        helper.make_node("Constant", [], ["logits"], "logits", value=numpy_helper.from_array(np.float32([-30, 0]))),
+        helper.make_node("Identity", ["b"], ["boxes"], "boxes"),
+        helper.make_node("Shape", ["x_in"], ["shape"], "shape"),
+        helper.make_node("Mul", ["shape", "shape"], ["squares"], "squares"),
+        helper.make_node("Conv", ["x_in", "w", "b"], ["x"], "conv"),
+    ]
+    model, rows = tiny(*nodes, w=np.eye(2).reshape(2, 2, 1, 1), b=[1, 2]), [{"x_in": np.ones((1, 2, 2, 2), np.float32)}]
+    types = {"logits": TensorProto.FLOAT, "boxes": TensorProto.FLOAT, "squares": TensorProto.INT64}
+    model.graph.output.extend(helper.make_tensor_value_info(name, type_, None) for name, type_ in types.items())
+    found = OnnxRuntime(quantise(model, rows, lambda node: False).SerializeToString(), "test")(rows[0])
+    assert found["logits"].tolist() == [-30, 0] and found["squares"].tolist() == [1, 4, 4, 4]
+    np.testing.assert_allclose(found["boxes"], [1, 2])
+    np.testing.assert_allclose(found["x"][0, :, 0, 0], [2, 3], atol=0.02)
+
+
+def test_the_level_of_logging_is_restored(monkeypatch):
+    monkeypatch.setattr("onnxruntime.quantization.quantize_static", lambda *_, **__: 1 / 0)
+    logging.disable(logging.INFO)
+    try:
+        with pytest.raises(ZeroDivisionError):
+            quantise(block(RELU), photos(1), lambda node: False)
+        assert logging.root.manager.disable == logging.INFO
+    finally:
+        logging.disable(logging.NOTSET)
