@@ -198,6 +198,8 @@ def photos_to_quantise_on(
     for path, expected in flags:
         if path and not os.path.exists(path):
             raise DataError(f"{path}: it does not exist; {expected}")
+    if not os.path.isdir(folder):
+        raise DataError(f"{folder}: it is no folder; --photos takes one folder of photos with --int8")
     paths = [os.path.abspath(annotations) if annotations else "", os.path.abspath(folder)]
     cfg = with_values(get_cfg(), {"DATA.DATASETS": [("--photos", *paths)]})  # the name is for messages
     classes = [name for name in dict.fromkeys(classes) if name != "N/A"]  # output for an unused id of COCO

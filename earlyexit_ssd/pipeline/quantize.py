@@ -201,8 +201,8 @@ class Network:
         """Give the channels of tensors between convolutions similar ranges.
 
         A convolution's output x before Relu or HardSwish is divided by a factor per channel. The convolutions that read
-        the result are multiplied by it. The factors are multiples of 1 / `LEVELS`, so they are exact in 8 bits.
-        Convolutions and activations in ``kept`` do not change.
+        the result are multiplied by it. The factors are multiples of 1 / `LEVELS`, so they are exact in 8 bits. The
+        outputs of convolutions and activations in ``kept`` are not divided.
         """
         readers = self.readers()
         for node in self.convolutions():

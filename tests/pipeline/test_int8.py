@@ -213,6 +213,11 @@ def test_labels_are_those_of_the_detectors_classes(folder, tmp_path):
         photos_to_quantise_on(folder, tmp_path / "truth.json", ("cat",))
 
 
+def test_a_photo_in_place_of_a_folder_is_refused(folder):
+    with pytest.raises(DataError, match="0.png: it is no folder; --photos takes one folder"):
+        photos_to_quantise_on(folder / "0.png", None, ("dog",))
+
+
 def test_threshold_in_8_bits_by_hand():
     before, after = np.array([0.1, 0.5, 0.9]), np.array([0.15, 0.55, 0.75])
     assert matching_threshold(0.6, before, after) == pytest.approx(0.65)
