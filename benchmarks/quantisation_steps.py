@@ -22,7 +22,7 @@ from earlyexit_ssd.data.dataset import as_tensor
 from earlyexit_ssd.deploy.benchmark import ratio
 from earlyexit_ssd.images import read_image
 from earlyexit_ssd.modeling.trunk import evaluating
-from earlyexit_ssd.pipeline import export
+from earlyexit_ssd.pipeline import export, quantize
 from earlyexit_ssd.pipeline.int8 import Kept, _by_nncf, _by_onnx_runtime
 from earlyexit_ssd.pipeline.quantize import Network
 from earlyexit_ssd.runtimes import OnnxRuntime
@@ -57,6 +57,7 @@ def main(args: argparse.Namespace) -> None:
         "the same without padded channels": partial(without, "pad_channels", ours),
         "the same without equal ranges": partial(without, "equalise", ours),
         "the same without corrected biases": partial(without, "correct_biases", ours),
+        "the same without the limit of pairs of weights": partial(saturating, ours),
         "the same, heads in 32 bits too": partial(ours, Kept(3, True)),
     }
     floats = OnnxRuntime(segment.model.SerializeToString(), "32 bits")
@@ -113,6 +114,11 @@ def alone(model: onnx.ModelProto, inputs: Inputs) -> onnx.ModelProto:
 
 def without(step: str, ours: Callable[[Kept], onnx.ModelProto]) -> onnx.ModelProto:
     with mock.patch.object(Network, step, lambda *_: None):
+        return ours(FIRST)
+
+
+def saturating(ours: Callable[[Kept], onnx.ModelProto]) -> onnx.ModelProto:
+    with mock.patch.object(quantize, "LARGEST_PAIR", 254):
         return ours(FIRST)
 
 

@@ -9,7 +9,8 @@ rewritten. Up to rounding in 32 bits its outputs stay the same:
 3. The channels of a tensor get similar ranges. The factors move into the convolutions before and after the tensor
    (Nagel et al. 2019, "Data-free quantization through weight equalization and bias correction", section 4.1).
 
-Then biases are corrected by the mean error that rounding the weights causes (the same paper, section 4.2).
+Then biases are corrected by the mean error that rounding the weights causes (the same paper, section 4.2). Scales of
+weights are chosen so that sums do not saturate on processors without VNNI (`_weight_scales`).
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ LEVELS = 255  # steps of an 8-bit number
 LEAST_STEPS = 8  # smallest factor of a channel in equalisation, in steps of 1 / `LEVELS`
 QUANTILE = 0.9999  # share of a photo's values that are below the upper end of a tensor's range
 SAMPLED = 50_000  # about how many values of a photo's tensor these quantiles are of
+LARGEST_PAIR = 127  # steps; with rounding at most 128, and 128 * 255 < 2**15
 CLIPPED = 3.0  # HardSigmoid is constant below -3 and above 3
 
 
@@ -262,11 +264,25 @@ def _groups(convolution: onnx.NodeProto) -> int:
     return next((item.i for item in convolution.attribute if item.name == "group"), 1)
 
 
+def _weight_scales(weight: np.ndarray) -> np.ndarray:
+    """Return the scales [O] of a weight [O, I, H, W] in int8, symmetric.
+
+    Without VNNI, matrix kernels on x86 add the products of two neighbouring weights and activations in 16 bits. So
+    that this sum does not saturate, two neighbours are at most `LARGEST_PAIR` together. Then processors compute the
+    same. The kernels of depthwise convolutions (I = 1) have no such sums.
+    """
+    if weight.shape[1] == 1:
+        return np.abs(weight).max((1, 2, 3)).clip(1e-12) / 127
+    rows = weight.transpose(0, 2, 3, 1).reshape(len(weight), -1)  # the kernels' order: channels last
+    rows = np.pad(rows, [(0, 0), (0, rows.shape[1] % 2)])
+    pairs = np.abs(rows[:, ::2] + rows[:, 1::2]).max(1) / LARGEST_PAIR
+    return np.maximum(np.abs(rows).max(1) / 127, pairs).clip(1e-12)
+
+
 def _rounded(weight: np.ndarray) -> np.ndarray:
-    """Return a weight [O, I, H, W] rounded to the values of int8, symmetrically, with one scale per output channel."""
-    scale = np.abs(weight).max((1, 2, 3), keepdims=True) / 127
-    scale[scale == 0] = 1
-    return np.round(weight / scale) * scale
+    """Return a weight [O, I, H, W] rounded to the values of int8."""
+    scales = _weight_scales(weight).reshape(-1, 1, 1, 1)
+    return np.round(weight / scales) * scales
 
 
 def _quantise_static(
@@ -292,6 +308,12 @@ def _quantise_static(
             # 8 bits span the inputs between which HardSigmoid rises, so input and output are the same integers
             overrides |= {node.input[0]: _scale(-beta / alpha, (1 - beta) / alpha), node.output[0]: _scale(0, 1)}
             exact.append(node.name)
+    for node in network.convolutions():
+        if node.name not in kept:
+            overrides[node.input[1]] = [
+                {"axis": 0, "scale": np.array(scale, np.float32), "zero_point": np.array(0, np.int8)}
+                for scale in _weight_scales(network.weights[node.input[1]])
+            ]
     with tempfile.TemporaryDirectory() as folder:
         paths = Path(folder, "float32.onnx"), Path(folder, "int8.onnx")
         onnx.save(network.model(), paths[0])

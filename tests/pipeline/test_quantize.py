@@ -12,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 from torchvision.models.mobilenetv3 import InvertedResidual, InvertedResidualConfig
 
-from earlyexit_ssd.pipeline.quantize import LEVELS, Network, Statistics, _scale, quantise
+from earlyexit_ssd.pipeline.quantize import LEVELS, Network, Statistics, _scale, _weight_scales, quantise
 from earlyexit_ssd.runtimes import OnnxRuntime
 
 RELU, HARD_SWISH = "RE", "HS"
@@ -136,11 +136,41 @@ def test_factors_by_hand():
 
 
 def test_biases_by_hand():
-    """127 steps of 1 / 127 are exact; 0.5 becomes 64 / 127, which adds (64 / 127 - 0.5) * 10 to the mean output."""
+    """The scale of the row [1, 0.5] is 1.5 / 127, so 1 becomes 85 steps and 0.5 becomes 42."""
     node = helper.make_node("Conv", ["x_in", "w", "b"], ["x"], "conv")
     network = Network(tiny(node, w=np.array([[1.0, 0.5], [1.0, -1.0]]).reshape(2, 2, 1, 1), b=[0, 0]))
     network.correct_biases({"x_in": Statistics(0, 1, np.ones(2), np.array([3.0, 10.0]))}, set())
-    np.testing.assert_allclose(weight(network, "conv", 2), [-(64 / 127 - 0.5) * 10, 0], atol=1e-6)
+    expected = -(85 * 1.5 / 127 - 1) * 3 - (42 * 1.5 / 127 - 0.5) * 10
+    np.testing.assert_allclose(weight(network, "conv", 2), [expected, 0], atol=1e-6)
+
+
+def test_weight_scales_by_hand():
+    """Neighbours are channels of one position, so 3 and 4 are added below, and so are 2 and 2; 5 and -5 cancel out."""
+    rows = np.array([[[[1.0, 2.0]], [[0.0, 2.0]]], [[[3.0, 0.0]], [[4.0, 0.0]]], [[[5.0, 0.0]], [[-5.0, 0.0]]]])
+    np.testing.assert_allclose(_weight_scales(rows), np.array([4, 7, 5]) / 127)
+    odd = np.array([1.0, 1.0, 9.0]).reshape(1, 3, 1, 1)  # the last weight has no neighbour
+    np.testing.assert_allclose(_weight_scales(odd), [9 / 127])
+    depthwise = np.array([[3.0, 4.0], [0.0, 0.0]]).reshape(2, 1, 1, 2)
+    np.testing.assert_allclose(_weight_scales(depthwise), [4 / 127, 0], atol=1e-13)
+
+
+def test_large_equal_weights_do_not_saturate():
+    """Without VNNI, sums of two products saturate above 2**15, if weights use all of int8."""
+    node = helper.make_node("Conv", ["x_in", "w", "b"], ["x"], "conv")
+    model = tiny(node, channels=64, w=np.ones((64, 64, 1, 1)), b=np.zeros(64))
+    photo = {"x_in": np.full((1, 64, 2, 2), 1.0, np.float32)}
+    quantised = quantise(model, [photo], lambda _: False)
+    np.testing.assert_allclose(output(quantised, photo), 64, rtol=0.01)
+    steps = next(numpy_helper.to_array(value) for value in quantised.graph.initializer if len(value.dims) == 4)
+    assert 255 * steps.reshape(64, 32, 2).astype(int).sum(2).max() < 2**15
+
+
+def test_a_filter_of_zeros_keeps_its_bias():
+    node = helper.make_node("Conv", ["x_in", "w", "b"], ["x"], "conv")
+    model = tiny(node, w=np.array([[1.0, 0.0], [0.0, 0.0]]).reshape(2, 2, 1, 1), b=[0, 5])
+    photo = {"x_in": np.full((1, 2, 2, 2), 3.0, np.float32)}
+    found = output(quantise(model, [photo], lambda _: False), photo)
+    np.testing.assert_allclose(found[0, :, 0, 0], [3, 5], rtol=0.01)
 
 
 def test_least_useful_value_by_hand():
