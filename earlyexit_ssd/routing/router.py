@@ -64,7 +64,7 @@ class ExitRouter(nn.Module):
         self.certificate: Any = None
         self.num_exits, self.hybrid = num_exits, hybrid
         self._set_policy(policy, parameters)
-        self.temperature_bounds = tuple(temperature_bounds)
+        self.temperature_bounds = tuple(map(float, temperature_bounds))
         if len(self.temperature_bounds) != 2 or not 0 < self.temperature_bounds[0] < self.temperature_bounds[1]:
             raise EarlyExitError(f"temperature_bounds {self.temperature_bounds}: expected 0 < low < high")
         self.register_buffer("thresholds", _per_exit("thresholds", thresholds, num_exits, 0.0, 1.0))
