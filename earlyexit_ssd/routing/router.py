@@ -112,7 +112,7 @@ class ExitRouter(nn.Module):
         if logits is signals.logits:  # a policy may change its input in place, but detections need the original
             logits = logits.clone()
         confidence = self._policy(ExitSignals(logits, likeliest.tap, likeliest.empty), exit_index)
-        if confidence.dim() != 1:
+        if confidence.shape != (len(logits),):
             raise EarlyExitError(
                 f"routing policy '{self.policy}' returns {list(confidence.shape)}, expected one number per image, [N]"
             )
