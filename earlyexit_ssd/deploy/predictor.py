@@ -124,7 +124,7 @@ class Predictor:
         self._fixed_score_thresh = "score_thresh" not in self._network.inputs
         try:
             self._read_metadata(self._network.metadata)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
             reason = f"{type(error).__name__}: {error}"
             raise EarlyExitError(f"{path}: not a file of earlyexit export ({reason}); export the model again") from None
         self.path, self.runtime, self.threads = path, runtime, threads
@@ -309,10 +309,13 @@ class _Staged:
             if not segments:
                 raise ValueError("segments is empty")
             self._stages = [(int(segment["exit_index"]), bool(segment["empty"])) for segment in segments]
+            indices = [-1, *(index for index, _ in self._stages)]
+            if indices != sorted(set(indices)) or indices[-1] != len(json.loads(self.metadata["exit_names"])) - 1:
+                raise ValueError(f"exit_index {indices[1:]} does not fit exit_names")
             files = [*(segment["file"] for segment in segments), manifest["detections"]]
             if any(Path(file).name != file for file in files):
                 raise ValueError("a file outside the folder")
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             reason = f"{type(error).__name__}: {error}"
             raise EarlyExitError(
                 f"{folder}: its {MANIFEST} cannot be used ({reason}); write the folder with earlyexit export --format "

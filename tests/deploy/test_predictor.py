@@ -266,8 +266,17 @@ def test_an_unusable_file_is_an_error_of_one_line(onnx_file, staged_folder, tmp_
         ({"detections": "other.onnx"}, "other.onnx: ONNX Runtime cannot load it"),
         ({"segments": 3}, "manifest.json cannot be used"),
         ({"segments": []}, r"manifest.json cannot be used \(ValueError: segments is empty\)"),
-        ({"metadata": []}, "not a file of earlyexit export"),
-        ({"metadata": {"format": "earlyexit_ssd detector/9"}}, "the format is 'earlyexit_ssd detector/9'"),
+        ({"metadata": []}, "manifest.json cannot be used"),
+        ({"metadata": {"exit_names": '["full"]'}}, r"exit_index \[0, 1, 2\] does not fit exit_names"),
+        (
+            {"metadata": {"format": "earlyexit_ssd detector/9", "exit_names": '["exit8", "exit12", "full"]'}},
+            "the format is 'earlyexit_ssd detector/9'",
+        ),
+        (
+            {"metadata": {"format": "earlyexit_ssd detector/1", "exit_names": "[1, 2, 3]", "classes": "[" * 100_000}},
+            "not a file of earlyexit export",
+        ),
+        ({"metadata": {"exit_names": "[" * 100_000}}, "manifest.json cannot be used"),
     ],
 )
 def test_a_damaged_folder_is_an_error_of_one_line(staged_folder, tmp_path, change, message):
