@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -16,6 +17,7 @@ import numpy as np
 
 from earlyexit_ssd.drift import Drift, DriftRecord
 from earlyexit_ssd.errors import EarlyExitError, import_package, nearest, shown
+from earlyexit_ssd.files import sha256
 from earlyexit_ssd.runtimes import OnnxRuntime, OpenVino
 
 FORMAT = "earlyexit_ssd detector/1"
@@ -182,6 +184,13 @@ class Predictor:
         before the first photo.
         """
         return self._drift_record and self._drift_record.drift()
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the files and of the exits' thresholds, which identifies the detector."""
+        files = [self.path, self.path.with_suffix(".bin")] if self.path.suffix == ".xml" else [self.path]
+        files = sorted(self.path.glob("[!.]*")) if self.path.is_dir() else files
+        return hashlib.sha256(repr([*map(sha256, files), self.thresholds]).encode()).hexdigest()
 
     def warm_up(self) -> None:
         """Run a blank photo twice, routed and through the full path, since the first calls are slower."""

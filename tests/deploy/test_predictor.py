@@ -124,6 +124,15 @@ def certified(staged_folder, tmp_path):
     return write
 
 
+def test_digest_is_of_files_and_thresholds(onnx_file, staged_folder, tmp_path, predictor):
+    copied = shutil.copy(onnx_file, tmp_path / "other.onnx")
+    assert Predictor(copied).digest == predictor.digest != Predictor(copied, thresholds={"exit8": 0.0}).digest
+    folder = shutil.copytree(staged_folder, tmp_path / "staged")
+    assert Predictor(folder).digest == Predictor(staged_folder).digest
+    (folder / "manifest.json").write_text((folder / "manifest.json").read_text() + " ")
+    assert Predictor(folder).digest != Predictor(staged_folder).digest
+
+
 def test_drift_from_the_certificate(certified, photos, predictor):
     full = next(photo for photo in photos if predictor(photo).exit_name == "full")
     folder = certified([2] * 50)
