@@ -220,7 +220,7 @@ def typed(expected: Any, value: Any, name: str) -> Any:
     accepted, description = _SCALARS[expected]
     fits = isinstance(value, accepted) and (expected is bool or not isinstance(value, bool))
     _require(fits and (expected is not float or math.isfinite(value)), name, value, description)
-    return value
+    return value.item() if hasattr(value, "item") else value  # numpy's scalars would make a model file unreadable
 
 
 _SCALARS: dict[type, tuple[type, str]] = {

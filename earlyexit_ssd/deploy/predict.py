@@ -287,7 +287,7 @@ def _video(path: Path, fps: float, size: tuple[int, int]) -> Iterator[Callable[[
     """Yield a function that adds a picture to the MP4 ``path``. Pictures are resized to ``size`` (width, height)."""
     cv2, frames = opencv(), 0
     with atomic_path(path) as temporary:
-        writer = cv2.VideoWriter(str(temporary), cv2.VideoWriter_fourcc(*"mp4v"), fps, size)
+        writer = cv2.VideoWriter(str(temporary.absolute()), cv2.VideoWriter_fourcc(*"mp4v"), fps, size)
         if not writer.isOpened():
             raise CannotWrite(f"{path}: the video cannot be written; make room or name another folder")
 
@@ -301,7 +301,7 @@ def _video(path: Path, fps: float, size: tuple[int, int]) -> Iterator[Callable[[
             yield write
         finally:
             writer.release()
-        video = cv2.VideoCapture(str(temporary))
+        video = cv2.VideoCapture(str(temporary.absolute()))
         written = int(video.get(cv2.CAP_PROP_FRAME_COUNT))
         video.release()
         if written < frames:  # OpenCV does not report a full disk

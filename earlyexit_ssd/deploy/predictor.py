@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -16,6 +17,7 @@ import numpy as np
 
 from earlyexit_ssd.drift import Drift, DriftRecord
 from earlyexit_ssd.errors import EarlyExitError, import_package, nearest, shown
+from earlyexit_ssd.files import sha256
 from earlyexit_ssd.runtimes import OnnxRuntime, OpenVino
 
 FORMAT = "earlyexit_ssd detector/1"
@@ -124,7 +126,7 @@ class Predictor:
         self._fixed_score_thresh = "score_thresh" not in self._network.inputs
         try:
             self._read_metadata(self._network.metadata)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
             reason = f"{type(error).__name__}: {error}"
             raise EarlyExitError(f"{path}: not a file of earlyexit export ({reason}); export the model again") from None
         self.path, self.runtime, self.threads = path, runtime, threads
@@ -182,6 +184,13 @@ class Predictor:
         before the first photo.
         """
         return self._drift_record and self._drift_record.drift()
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the files and of the exits' thresholds, which identifies the detector."""
+        files = [self.path, self.path.with_suffix(".bin")] if self.path.suffix == ".xml" else [self.path]
+        files = sorted(self.path.glob("[!.]*")) if self.path.is_dir() else files
+        return hashlib.sha256(repr([*map(sha256, files), self.thresholds]).encode()).hexdigest()
 
     def warm_up(self) -> None:
         """Run a blank photo twice, routed and through the full path, since the first calls are slower."""
@@ -309,10 +318,13 @@ class _Staged:
             if not segments:
                 raise ValueError("segments is empty")
             self._stages = [(int(segment["exit_index"]), bool(segment["empty"])) for segment in segments]
+            indices = [-1, *(index for index, _ in self._stages)]
+            if indices != sorted(set(indices)) or indices[-1] != len(json.loads(self.metadata["exit_names"])) - 1:
+                raise ValueError(f"exit_index {indices[1:]} does not fit exit_names")
             files = [*(segment["file"] for segment in segments), manifest["detections"]]
             if any(Path(file).name != file for file in files):
                 raise ValueError("a file outside the folder")
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             reason = f"{type(error).__name__}: {error}"
             raise EarlyExitError(
                 f"{folder}: its {MANIFEST} cannot be used ({reason}); write the folder with earlyexit export --format "

@@ -116,6 +116,7 @@ def opencv() -> ModuleType:
 def _read_video(source: Source, stride: int) -> Iterator[Frame | DataError]:
     cv2 = opencv()
     live, address = source.kind == "live", int(source.name) if source.name.isdecimal() else source.name
+    address = address if live else os.path.abspath(source.name)  # OpenCV takes the "12" of 12:30.mp4 for a protocol
     if not live and not os.path.isfile(source.name):
         yield DataError(f"{source.title}: no such video; check the path")
         return

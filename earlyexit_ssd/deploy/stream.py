@@ -142,6 +142,7 @@ class StreamRule:
         classes: classes of the detector.
         figures: figures of the calibration; None for a rule without calibration.
         stride: the rule holds if every ``stride``-th frame is used.
+        detector: ``digest`` of the detector; None: not known.
     """
 
     threshold: Annotated[float, 0, 255]
@@ -150,6 +151,7 @@ class StreamRule:
     classes: tuple[str, ...]
     figures: StreamFigures | None = None
     stride: Annotated[int, 1, 2**31] = 1
+    detector: str | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -172,8 +174,8 @@ def load_stream_rule(path: str | os.PathLike[str]) -> StreamRule:
 class TemporalExit:
     """A detector with a temporal exit. Call it with the frames of one camera, in order.
 
-    ``detector`` is a `Predictor`, or a function with the same call. Raise EarlyExitError if the rule is for other
-    classes, or for another score threshold than ``score`` (None: any).
+    ``detector`` is a `Predictor`, or a function with the same call. Raise EarlyExitError if the rule is for another
+    detector, or for another score threshold than ``score`` (None: any).
     """
 
     def __init__(
@@ -184,6 +186,11 @@ class TemporalExit:
             raise EarlyExitError(
                 f"the stream rule is for the classes {', '.join(rule.classes)[:80]}, the detector has "
                 f"{', '.join(classes)[:80]}; calibrate a rule for this detector"
+            )
+        if rule.detector is not None and (digest := getattr(detector, "digest", rule.detector)) != rule.detector:
+            raise EarlyExitError(
+                f"the stream rule is for the detector with the SHA-256 {rule.detector:.12}, this one has {digest:.12}; "
+                "calibrate a rule for this detector"
             )
         if score is not None and score != rule.score:
             raise EarlyExitError(
@@ -229,12 +236,13 @@ class Recording:
     answers: list[Answer] = field(default_factory=list)
     ms: float = 0.0  # mean milliseconds of a detection
     ms_compared: float = 0.0  # mean milliseconds of a thumbnail and its comparison
+    detector: str | None = None  # ``digest`` of the detector
     _same: dict[tuple[int, int], bool] = field(default_factory=dict, repr=False)  # results of `same_answer`
 
     @classmethod
     def of(cls, detector: Any, frames: Iterable[np.ndarray], score: float) -> Recording:
         """Run a detector with ``classes`` on frames uint8 [H, W, 3] RGB."""
-        recording = cls(score, tuple(detector.classes))
+        recording = cls(score, tuple(detector.classes), detector=getattr(detector, "digest", None))
         for image in progress(frames, desc="record", unit="frame"):
             detections = detector(image)
             start = time.perf_counter()
@@ -379,6 +387,7 @@ def calibrate_stream(
         score=recording.score,
         most_repeats=most_repeats,
         classes=recording.classes,
+        detector=recording.detector,
         figures=recording.figures(passed[-1], most_repeats, share, delta, block),
     )
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 
 from earlyexit_ssd.config import CLOSED
+from earlyexit_ssd.config.check import C4_LAYER
 from earlyexit_ssd.evaluation.cost import RUNTIME_TITLES
 from earlyexit_ssd.evaluation.results import ExitResult, Finding, Results, RivalResult, RoutedResult, Target, Verdict
 from earlyexit_ssd.routing.policies import reads_taps
@@ -91,21 +92,22 @@ def check_exit_accuracy(results: Results) -> Iterator[Finding]:
         yield Finding("the early exits are empty: only photos that seem to show nothing leave there")
         return
     ap50, deepest = used[0].ap50, used[-1].ap50
-    first = f"{used[0].name}: AP50 {ap50:.3f}"
+    first, train = f"{used[0].name}: AP50 {ap50:.3f}", "it needs more training"
+    fix = "move it deeper" if (used[0].layer or 0) < C4_LAYER - 1 else train
     if results.context.taken_over and full:
         first += f" is {ap50 / full:.1%} of the full path's {full:.3f}"
-        limit, deep_enough = f"{FIRST_EXIT_SHARE:.0%}", ap50 >= FIRST_EXIT_SHARE * full
-        judgement = f"{limit} or more: accurate enough" if deep_enough else f"under {limit}: move it deeper"
-        yield Finding(f"{first}, {judgement}", veto=not deep_enough)
-    elif ap50 < MOVE_DEEPER_AP50:
-        yield Finding(f"{first} is under {MOVE_DEEPER_AP50:.2f}: move it deeper", veto=True)
+        limit, too_low = f"{FIRST_EXIT_SHARE:.0%}", ap50 < FIRST_EXIT_SHARE * full
+        judgement = f"under {limit}: {fix}" if too_low else f"{limit} or more: accurate enough"
+        yield Finding(f"{first}, {judgement}", veto=too_low)
+    elif too_low := ap50 < MOVE_DEEPER_AP50:
+        yield Finding(f"{first} is under {MOVE_DEEPER_AP50:.2f}: {fix}", veto=True)
     elif ap50 > ENOUGH_AP50:
         yield Finding(f"{first} is above {ENOUGH_AP50:.2f}: accurate enough")
     else:
         yield Finding(f"{first} is between {MOVE_DEEPER_AP50:.2f} and {ENOUGH_AP50:.2f}: borderline")
-    if full and deepest < DEEPEST_SHARE * full:
+    if full and deepest < DEEPEST_SHARE * full and not (too_low and len(used) == 1):  # one veto per exit
         share = f"{used[-1].name}: AP50 {deepest:.3f} is {deepest / full:.1%} of the full path's {full:.3f}"
-        yield Finding(f"{share}, under {DEEPEST_SHARE:.0%}: it needs more training", veto=True)
+        yield Finding(f"{share}, under {DEEPEST_SHARE:.0%}: {train}", veto=True)
 
 
 def check_exits_below_full(results: Results) -> Iterator[Finding]:

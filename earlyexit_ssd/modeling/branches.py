@@ -126,8 +126,9 @@ class Exit:
     pixels: int | None = None
 
     def __post_init__(self) -> None:
-        typed(int, self.layer, "layer")
-        typed(Annotated[int, 32, LARGEST_SIDE] | None, self.pixels, "a glance's side")
+        object.__setattr__(self, "layer", typed(int, self.layer, "layer"))
+        pixels = typed(Annotated[int, 32, LARGEST_SIDE] | None, self.pixels, "a glance's side")
+        object.__setattr__(self, "pixels", pixels)
         if self.pixels is not None and self.branch != "empty":
             raise EarlyExitError(f"a glance has the branch '{self.branch!s:.60}', expected 'empty'")
         accepted, values = arguments_of(self.branch), {}

@@ -15,7 +15,14 @@ import torch
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.modeling import validate
 from earlyexit_ssd.modeling.branches import describe_exits, exit_keywords
-from earlyexit_ssd.modeling.checkpoint import ModelInfo, ShippedWeights, load_model, save_model, weights_path
+from earlyexit_ssd.modeling.checkpoint import (
+    ModelInfo,
+    ShippedWeights,
+    load_model,
+    save_model,
+    weights_hash,
+    weights_path,
+)
 from earlyexit_ssd.modeling.detector import POST_PROCESSING, EarlyExitDetector
 from earlyexit_ssd.modeling.outputs import Router, RouterSettings
 from earlyexit_ssd.modeling.retrofit import COCO_CLASSES, Architecture
@@ -152,7 +159,8 @@ class Pretrained(EarlyExitDetector):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write weights, architecture, classes, post-processing and routing to one file, for :meth:`from_pretrained`
-        and the tools' ``--weights``. The router's certificate is included if the router is unchanged since calibration.
+        and the tools' ``--weights``. The router's certificate is included if router and weights are unchanged since
+        calibration.
 
         Raises:
             EarlyExitError: the model was fused, its layers were replaced, or its router is not one of this project.
@@ -163,7 +171,8 @@ class Pretrained(EarlyExitDetector):
                 "save, and assign it again after from_pretrained"
             )
         info = {"router": None if self.router is None else self.router.to_dict(), "forced": self.forced}
-        if certificate := current_certificate(self.router):
+        certificate = current_certificate(self.router)
+        if certificate is not None and certificate.weights_sha256 == weights_hash(self):
             info["certificate"] = certificate.to_dict()
         save_model(path, self, info=info)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import os
@@ -23,6 +24,7 @@ from earlyexit_ssd.errors import EarlyExitError, shown
 from earlyexit_ssd.evaluation.onnx import FORMATS, OnnxDetector
 from earlyexit_ssd.files import sha256
 from earlyexit_ssd.modeling import EarlyExitSSDLite
+from earlyexit_ssd.modeling.checkpoint import weights_hash
 from earlyexit_ssd.pipeline.build import open_model, open_router
 from earlyexit_ssd.pipeline.export import open_any
 from earlyexit_ssd.report.pictures import Example, detection_grid
@@ -48,6 +50,12 @@ class TorchPredictor:
         index = int(detections.get("exit_index", self.model.num_early_exits))
         confidence = float(detections.get("exit_confidence", math.nan))
         return Detections.of(self, (boxes, labels, scores), index, confidence, start)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the weights and of the routing, which identifies the detector."""
+        routing = getattr(self.model.router, "to_dict", lambda: None)()
+        return hashlib.sha256(f"{weights_hash(self.model)} {routing}".encode()).hexdigest()
 
     def warm_up(self) -> None:
         """Run the model once on a black photo, because the first call is slower than later calls."""

@@ -133,7 +133,7 @@ def get_policy(name: str, parameters: Any = None) -> Policy:
         if parameters is not None:
             raise EarlyExitError(f"routing policy '{name}' takes no parameters; leave them out")
         return policy
-    if not parameters:
+    if parameters is None or parameters == []:
         raise EarlyExitError(
             f"routing policy '{name}' needs parameters; tools/calibrate.py fits them and writes a certificate"
         )

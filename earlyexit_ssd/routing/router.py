@@ -64,7 +64,7 @@ class ExitRouter(nn.Module):
         self.certificate: Any = None
         self.num_exits, self.hybrid = num_exits, hybrid
         self._set_policy(policy, parameters)
-        self.temperature_bounds = tuple(temperature_bounds)
+        self.temperature_bounds = tuple(map(float, temperature_bounds))
         if len(self.temperature_bounds) != 2 or not 0 < self.temperature_bounds[0] < self.temperature_bounds[1]:
             raise EarlyExitError(f"temperature_bounds {self.temperature_bounds}: expected 0 < low < high")
         self.register_buffer("thresholds", _per_exit("thresholds", thresholds, num_exits, 0.0, 1.0))
@@ -112,7 +112,7 @@ class ExitRouter(nn.Module):
         if logits is signals.logits:  # a policy may change its input in place, but detections need the original
             logits = logits.clone()
         confidence = self._policy(ExitSignals(logits, likeliest.tap, likeliest.empty), exit_index)
-        if confidence.dim() != 1:
+        if confidence.shape != (len(logits),):
             raise EarlyExitError(
                 f"routing policy '{self.policy}' returns {list(confidence.shape)}, expected one number per image, [N]"
             )

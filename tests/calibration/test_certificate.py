@@ -97,6 +97,14 @@ def test_model_file_has_the_certificate_of_an_unchanged_router(certificate, mode
     assert EarlyExitSSDLite.from_pretrained(tmp_path / "other.pth").router.certificate is None
 
 
+def test_model_file_of_changed_weights_has_the_routing_without_the_certificate(certificate, model, tmp_path):
+    model.router = certificate.router_for(model)
+    model.score_thresh = 0.4  # the hash covers it
+    model.save(tmp_path / "model.pth")
+    router = EarlyExitSSDLite.from_pretrained(tmp_path / "model.pth").router
+    assert router.certificate is None and router.to_dict() == model.router.to_dict()
+
+
 def test_hash_covers_what_has_no_weights():
     """They are not in the state dict."""
     chair = Architecture(("chair",), image_size=64, width=0.25, head_outputs=4, folded_rows=(2,), exits=())

@@ -124,6 +124,15 @@ def certified(staged_folder, tmp_path):
     return write
 
 
+def test_digest_is_of_files_and_thresholds(onnx_file, staged_folder, tmp_path, predictor):
+    copied = shutil.copy(onnx_file, tmp_path / "other.onnx")
+    assert Predictor(copied).digest == predictor.digest != Predictor(copied, thresholds={"exit8": 0.0}).digest
+    folder = shutil.copytree(staged_folder, tmp_path / "staged")
+    assert Predictor(folder).digest == Predictor(staged_folder).digest
+    (folder / "manifest.json").write_text((folder / "manifest.json").read_text() + " ")
+    assert Predictor(folder).digest != Predictor(staged_folder).digest
+
+
 def test_drift_from_the_certificate(certified, photos, predictor):
     full = next(photo for photo in photos if predictor(photo).exit_name == "full")
     folder = certified([2] * 50)
@@ -266,8 +275,17 @@ def test_an_unusable_file_is_an_error_of_one_line(onnx_file, staged_folder, tmp_
         ({"detections": "other.onnx"}, "other.onnx: ONNX Runtime cannot load it"),
         ({"segments": 3}, "manifest.json cannot be used"),
         ({"segments": []}, r"manifest.json cannot be used \(ValueError: segments is empty\)"),
-        ({"metadata": []}, "not a file of earlyexit export"),
-        ({"metadata": {"format": "earlyexit_ssd detector/9"}}, "the format is 'earlyexit_ssd detector/9'"),
+        ({"metadata": []}, "manifest.json cannot be used"),
+        ({"metadata": {"exit_names": '["full"]'}}, r"exit_index \[0, 1, 2\] does not fit exit_names"),
+        (
+            {"metadata": {"format": "earlyexit_ssd detector/9", "exit_names": '["exit8", "exit12", "full"]'}},
+            "the format is 'earlyexit_ssd detector/9'",
+        ),
+        (
+            {"metadata": {"format": "earlyexit_ssd detector/1", "exit_names": "[1, 2, 3]", "classes": "[" * 100_000}},
+            "not a file of earlyexit export",
+        ),
+        ({"metadata": {"exit_names": "[" * 100_000}}, "manifest.json cannot be used"),
     ],
 )
 def test_a_damaged_folder_is_an_error_of_one_line(staged_folder, tmp_path, change, message):

@@ -54,6 +54,17 @@ def test_a_photo_is_a_frame_and_a_broken_photo_an_error(folder):
     assert isinstance(error, DataError) and "notes.txt: not a readable photo" in str(error)
 
 
+def test_a_name_with_a_colon_is_a_file_and_no_protocol(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cv2 = pytest.importorskip("cv2")
+    writer = cv2.VideoWriter(str(tmp_path / "street.mp4"), cv2.VideoWriter_fourcc(*"mp4v"), 10, (96, 64))
+    writer.write(scene())
+    writer.release()
+    (tmp_path / "street.mp4").rename("01T12:30:00.mp4")
+    (frame,) = read_frames(Source("01T12:30:00.mp4", "video"))
+    assert frame.image.shape == (64, 96, 3)
+
+
 def video(folder) -> Source:
     return Source(str(folder / "street.mp4"), "video")
 

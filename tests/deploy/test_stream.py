@@ -269,6 +269,14 @@ def test_a_rule_is_saved_and_loaded(tmp_path):
 def test_a_rule_of_another_detector_or_score():
     with pytest.raises(EarlyExitError, match="for the classes cat, the detector has lamp, ball"):
         TemporalExit(RedBox(), dataclasses.replace(RULE, classes=("cat",)))
+    detector = RedBox()
+    detector.digest = "ab" * 32
+    rule = calibrate_stream(detector, comings(20), 0.05, None, block=40)
+    TemporalExit(detector, rule)
+    TemporalExit(lambda image: detector(image), rule)  # without a digest nothing is known
+    detector.digest = "cd" * 32
+    with pytest.raises(EarlyExitError, match="the SHA-256 abababababab, this one has cdcdcdcdcdcd"):
+        TemporalExit(detector, rule)
     with pytest.raises(EarlyExitError, match="for a score threshold of 0.5, not 0.3"):
         TemporalExit(RedBox(), RULE, 0.3)
 

@@ -293,6 +293,16 @@ def test_the_first_exit_on_an_unchanged_checkpoint_is_compared_with_the_full_pat
     assert not judge({**metrics, "context": {}}).ship  # otherwise it must reach 0.30
 
 
+@pytest.mark.parametrize(("layer", "fix"), [(11, "move it deeper"), (12, "it needs more training")])
+@pytest.mark.parametrize(
+    ("taken_over", "limit"), [(True, "of the full path's 0.720, under 75%"), (False, "under 0.30")]
+)
+def test_an_exit_gets_one_veto_and_the_last_place_no_advice_to_move(layer, fix, taken_over, limit):
+    changes = {"routed_thresholds": [2.0, 0.5], "exit12_AP50": 0.2, "exit12_layer": layer}
+    found = vetoes(judge(changed({"context": {"taken_over": taken_over}}, **changes)))
+    assert len(found) == 1 and found[0].startswith("exit12: AP50 0.200 is ") and found[0].endswith(f"{limit}: {fix}")
+
+
 FOUND = {"boxes": 2400, "score_mean": 0.2, "score_std": 0.25, "outside_share": 0.01}
 
 

@@ -7,12 +7,13 @@ import io
 import json
 import pickle
 
+import numpy as np
 import pytest
 import torch
 
 from earlyexit_ssd import EarlyExitSSDLite_Weights, ExitRouter
 from earlyexit_ssd.errors import EarlyExitError
-from earlyexit_ssd.modeling import Architecture, load_model, save_model
+from earlyexit_ssd.modeling import Architecture, Exit, load_model, save_model
 from earlyexit_ssd.modeling import checkpoint as weights
 from earlyexit_ssd.modeling.checkpoint import find_weights, half_file, half_state, read_description, weights_path
 from earlyexit_ssd.modeling.retrofit import read_weights
@@ -30,6 +31,18 @@ def test_saved_model_is_loaded(tmp_path, images):
     assert (described, info) == (architecture, {"note": 1})
     assert_equal(loaded.exit_outputs(images).heads, model.exit_outputs(images).heads)
     assert [path.name for path in tmp_path.iterdir()] == ["model.pth"]
+
+
+def test_settings_from_numpy_are_saved_as_plain_numbers(tmp_path):
+    """The file could not be read with them."""
+    layer, score, classes = np.int64(8), np.float64(0.3), tuple(np.array(["cup", "cat"]))
+    exits = (Exit(layer, "empty", pixels=np.int64(32)), Exit(layer))
+    model = Architecture(classes, image_size=96, width=0.25, exits=exits, nms_thresh=score).build()
+    model.score_thresh, model.router = score, ExitRouter(2, temperature_bounds=np.array([0.5, 3.0]))
+    model.save(tmp_path / "model.pth")
+    loaded = type(model).from_pretrained(tmp_path / "model.pth")
+    assert (loaded.classes, loaded.exit_names) == (classes, ("glance32", "exit8", "full"))
+    assert (loaded.score_thresh, loaded.nms_thresh, loaded.router.temperature_bounds) == (0.3, 0.3, (0.5, 3.0))
 
 
 @pytest.mark.parametrize(

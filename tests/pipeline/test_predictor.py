@@ -43,6 +43,13 @@ def test_without_a_router_all_photos_take_the_full_path():
     assert (found.exit_index, found.exit_name, found.exit_confidence) == (2, "full", None)
 
 
+def test_digest_is_of_weights_and_routing():
+    first = routed(0.0, 1.0)
+    assert first.digest == routed(0.0, 1.0).digest != routed(1.0, 0.0).digest
+    first.model.head.requires_grad_(False).classification_head.module_list[0][1].bias.add_(1)
+    assert first.digest != routed(0.0, 1.0).digest
+
+
 def test_pictures_of_one_exit_and_of_all():
     predictor = routed(0.0, 0.0)
     found = predictor(PHOTO)

@@ -25,6 +25,7 @@ from earlyexit_ssd.routing.policies import (
     LOGIT_EPS,
     NUM_STATISTICS,
     BalancedAmbiguity,
+    FittedPolicy,
     ForeseenEmptiness,
     GainModel,
     LearnedGain,
@@ -107,6 +108,18 @@ def test_an_image_of_certain_background_leaves(name):
 def test_invalid_names_parameters_and_registrations(function, arguments, message):
     with pytest.raises(EarlyExitError, match=message):
         function(*arguments)
+
+
+def test_the_number_0_is_a_fitted_parameter(monkeypatch):
+    monkeypatch.setattr(policies, "POLICIES", copy(policies.POLICIES))
+
+    @register_policy("of_a_test")
+    class Offset(FittedPolicy):
+        def __init__(self, parameters):
+            super().__init__()
+            self.offset = parameters
+
+    assert get_policy("of_a_test", 0.0).offset == 0
 
 
 WRONG_PARAMETERS = {

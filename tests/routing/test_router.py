@@ -152,9 +152,12 @@ def test_a_policy_may_work_in_place(own_policy, boxes):
         assert logits.eq(1).all()
 
 
-def test_a_policy_returns_one_number_per_image(own_policy):
-    router = own_policy(lambda logits: logits.amax(-1))
-    with pytest.raises(EarlyExitError, match=r"'of_a_test' returns \[2, 3\], expected one number per image"):
+@pytest.mark.parametrize(
+    ("wrong", "shape"), [(lambda logits: logits.amax(-1), r"\[2, 3\]"), (lambda logits: logits.amax()[None], r"\[1\]")]
+)
+def test_a_policy_returns_one_number_per_image(own_policy, wrong, shape):
+    router = own_policy(wrong)
+    with pytest.raises(EarlyExitError, match=rf"'of_a_test' returns {shape}, expected one number per image"):
         router.confidence(ExitSignals(torch.ones(2, 3, 4)), 0)
 
 
