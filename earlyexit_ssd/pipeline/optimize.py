@@ -155,7 +155,7 @@ def optimize(
     write_text(search.out / "summary.txt", summary + "\n")
     write_image(search.out / "candidates.png", candidates_chart(candidates, chosen, cfg.EVAL.RUNTIME))
     with never_failing(search.out / "report.html"):
-        page = search_page(candidates, chosen, summary, ship, results, BASE_FILE)
+        page = search_page(candidates, chosen, summary, ship, results, test)
         write_page(search.out / "report.html", page)
     return outcome
 
