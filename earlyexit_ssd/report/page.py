@@ -114,10 +114,13 @@ class Page:
 
 @contextlib.contextmanager
 def never_failing(path: Path) -> Iterator[None]:
-    """Log an exception while the page at ``path`` is made as a warning, so that the job keeps its other results."""
+    """Log an exception while the page at ``path`` is made as a warning, so that the job keeps its other results. Remove
+    the page of an earlier job, which has other figures."""
     try:
         yield
     except Exception as error:
+        with contextlib.suppress(OSError):
+            path.unlink()
         logger.warning("%s is not written (%s: %s); all other results are", path, type(error).__name__, error)
 
 

@@ -177,8 +177,10 @@ def test_training_page_numbers_epochs_across_phases_and_names_the_failed_checks(
 
 
 def test_error_in_a_page_is_a_warning(tmp_path, caplog):
+    (tmp_path / "report.html").write_text("of an earlier job")
     with never_failing(tmp_path / "report.html"):
         raise KeyError("thumbnail")
+    assert not (tmp_path / "report.html").exists()
     assert "report.html is not written (KeyError: 'thumbnail'); all other results are" in caplog.text
 
 
