@@ -95,13 +95,13 @@ def _split(cfg: CfgNode, name: str) -> Split:
     datasets = [read_dataset(cfg, dataset) for dataset in cfg.DATA[name]]
     classes = tuple(cfg.DATA.CLASSES) or (union_of_classes(datasets) if name == "TRAIN" else class_names(cfg))
     problems, records = Problems(cfg.DATA.ON_BAD), select_classes(datasets, classes)
-    if name == "TRAIN":
+    labelled = all(dataset.labelled for dataset in datasets)
+    if name == "TRAIN" and labelled:
         records = limit_negatives(records, cfg.DATA.NEGATIVE_SHARE, cfg.SEED)
     records = check_photos(limit_photos(records, cfg.DATA.LIMIT, cfg.SEED), problems)
     problems.log(name)
     paths = [record.path for record in records]
     hashes = [sha256(path) for path in progress(paths, f"read {name}")]
-    labelled = all(dataset.labelled for dataset in datasets)
     return Split(name, classes, records, labelled, hashes, PerceptualHashes.read(paths))
 
 
