@@ -464,8 +464,8 @@ def benchmark(args: argparse.Namespace) -> None:
     rows = benchmark(contestants, photos, threads, args.batch, args.rounds, args.score)
     settings = {"detectors": args.detectors, "photos": len(photos), "rounds": args.rounds, "score": args.score}
     rows_as_dicts = [asdict(row) for row in rows]
+    print(table(rows))  # before the file, which may turn out not to be writable
     write_json(args.out, {"machine": machine_before, "settings": settings, "rows": rows_as_dicts})
-    print(table(rows))
     versions = ", ".join(f"{name} {number}" for name, number in machine_before["versions"].items())
     print(f"{machine_before['processor']}, {machine_before['cores']} cores, {machine_before['system']}; {versions}")
     load = machine_before["load"]

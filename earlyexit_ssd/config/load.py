@@ -63,6 +63,7 @@ def load_config(path: str | os.PathLike[str] | None = None, overrides: Sequence[
         _merge(cfg, tree, "command line")
     if cfg.OUTPUT_DIR == "auto":
         cfg.OUTPUT_DIR = f"output/{path.stem if path else 'defaults'}"
+    cfg.OUTPUT_DIR = os.path.expanduser(cfg.OUTPUT_DIR)  # a literal ~ would be made as a folder
     try:
         check_config(cfg)
     except ConfigError as error:
@@ -143,4 +144,6 @@ def _parse(text: str) -> Any:
         value = parse_yaml(text)
     except ValueError:
         return text
+    if "#" in text and text[0] not in "'\"" and (value is None or isinstance(value, str)):
+        return text  # such as a path; it is no comment
     return "" if value is None else value

@@ -378,7 +378,7 @@ def load_dataset(
             fix += ", or LOSS.SUPERVISION teacher without a joint phase"
         raise DataError(f"data set '{unlabelled[0]}' is a folder of photos without labels, expected boxes; {fix}")
     records = select_classes(raws, classes, train)
-    if train:
+    if train and not unlabelled:  # unlabelled photos may show objects
         records = limit_negatives(records, data.NEGATIVE_SHARE, cfg.SEED)
     records = limit_photos(records, data.LIMIT, cfg.SEED)
     problems = Problems(data.ON_BAD)

@@ -23,11 +23,11 @@ from earlyexit_ssd.data.checks import check_photos
 from earlyexit_ssd.data.dataset import read_dataset
 from earlyexit_ssd.data.problems import Problems
 from earlyexit_ssd.data.records import Record as PhotoRecord
-from earlyexit_ssd.data.records import limit_photos, select_classes, union_of_classes
+from earlyexit_ssd.data.records import limit_negatives, limit_photos, select_classes, union_of_classes
 from earlyexit_ssd.data.repeats import PerceptualHashes
 from earlyexit_ssd.doctor.data import DATA_CHECKS, DataEvidence, Split, Summary, summarise
 from earlyexit_ssd.doctor.findings import Diagnosis, Finding, diagnose
-from earlyexit_ssd.doctor.model import MODEL_CHECKS, ExitOutput, ModelEvidence
+from earlyexit_ssd.doctor.model import ENOUGH_PHOTOS, MODEL_CHECKS, ExitOutput, ModelEvidence
 from earlyexit_ssd.engine import Hook, Trainer, read_log
 from earlyexit_ssd.engine.processes import is_main
 from earlyexit_ssd.errors import DataError, EarlyExitError
@@ -91,15 +91,17 @@ def doctor_data(cfg: CfgNode) -> Report:
 
 
 def _split(cfg: CfgNode, name: str) -> Split:
-    """Read the split ``name``, leave out unusable photos, and log how many."""
+    """Read the photos of the split ``name`` that a training would use, and log how many are unusable."""
     datasets = [read_dataset(cfg, dataset) for dataset in cfg.DATA[name]]
     classes = tuple(cfg.DATA.CLASSES) or (union_of_classes(datasets) if name == "TRAIN" else class_names(cfg))
-    problems = Problems("repair")
-    records = check_photos(select_classes(datasets, classes), problems)
+    problems, records = Problems(cfg.DATA.ON_BAD), select_classes(datasets, classes)
+    labelled = all(dataset.labelled for dataset in datasets)
+    if name == "TRAIN" and labelled:
+        records = limit_negatives(records, cfg.DATA.NEGATIVE_SHARE, cfg.SEED)
+    records = check_photos(limit_photos(records, cfg.DATA.LIMIT, cfg.SEED), problems)
     problems.log(name)
     paths = [record.path for record in records]
     hashes = [sha256(path) for path in progress(paths, f"read {name}")]
-    labelled = all(dataset.labelled for dataset in datasets)
     return Split(name, classes, records, labelled, hashes, PerceptualHashes.read(paths))
 
 
@@ -159,12 +161,13 @@ def collect_evidence(
     matches = exit_matches(to_coco(dataset), detections)
     choices = [np.full(matches.photos, index) for index in range(len(detections))]
     *early, full = bootstrap_choices(matches, choices, seed=cfg.SEED)
+    enough = sum(record.has_targets for record in dataset.records) >= ENOUGH_PHOTOS  # else the interval is too narrow
     ap50, above_full = {}, {}
     for index, name in enumerate(model.exit_names):
         if index < len(early) and model.empty[index]:
             continue
         ap50[name] = ap_of_choice(matches, choices[index], ap50_only=True).AP50
-        difference = interval(early[index].AP50 - full.AP50) if index < len(early) else None
+        difference = interval(early[index].AP50 - full.AP50) if enough and index < len(early) else None
         above_full |= {name: difference[0]} if difference else {}
     temperatures = zip(model.exit_names, router.temperatures.tolist(), strict=False)
     return ModelEvidence(

@@ -38,7 +38,7 @@ from earlyexit_ssd.evaluation.cost import ONNX_RUNTIME, OPENVINO, PlainPath, exa
 from earlyexit_ssd.evaluation.matches import ap_of_choice, bootstrap_choices, exit_matches, interval, photo_counts
 from earlyexit_ssd.evaluation.outputs import collect_detections
 from earlyexit_ssd.evaluation.results import Record, Results
-from earlyexit_ssd.files import locked_folder, locks_folder, write_image, write_json, write_text
+from earlyexit_ssd.files import locked_folder, locks_folder, write_image, write_json, write_text, writing
 from earlyexit_ssd.modeling import COCO_CLASSES, Architecture, load_model, save_model
 from earlyexit_ssd.modeling.checkpoint import ModelInfo, weights_hash
 from earlyexit_ssd.modeling.heads import find_competing_rows, slice_rows
@@ -80,6 +80,7 @@ logger = logging.getLogger(__name__)
 
 FORMATS: dict[str, Format] = {ONNX_RUNTIME: "onnx", OPENVINO: "openvino"}  # runtime -> format of its files
 
+MODEL_FILES = ("model.pth", "detector.onnx", "detector.xml", "detector.bin")  # the last two with OpenVINO
 EXPORT_PHOTOS = 16  # photos of the calib split on which the exported file is compared with the model
 GLANCE_COST = 0.15
 """Approximate cost of a glance as a share of the detector's time. Every photo has this cost, so a glance can save time
@@ -124,11 +125,15 @@ def optimize(
         raise EarlyExitError("optimize under torchrun: it times networks and runs in one process; start it without")
     if goal.int8:
         _require_8_bits(cfg.EVAL.RUNTIME)
+    given, out = weights or cfg.MODEL.WEIGHTS, Path(out_dir)
+    if os.path.realpath(given) in [os.path.realpath(out / name) for name in (*MODEL_FILES, BASE_FILE)]:
+        raise EarlyExitError(f"{given}: the search would replace these weights by its result; name another --out")
     _warn_if_busy()
     stop_at = np.inf if goal.minutes is None else time.monotonic() + 60 * goal.minutes
-    search = CandidateSearch(cfg, weights, goal, Path(out_dir))
+    search = CandidateSearch(cfg, weights, goal, out)
     measured, rivals = _measure_candidates(search, stop_at), search.rivals()
     chosen = choose_candidate(measured, goal)
+    _set_aside(out, MODEL_FILES[0 if chosen is None else 4 if cfg.EVAL.RUNTIME == OPENVINO else 2 :])
     results, test, ship, int8 = None, None, False, None
     if chosen is None:
         summary = _summary_without_choice(measured, goal)
@@ -150,9 +155,18 @@ def optimize(
     write_text(search.out / "summary.txt", summary + "\n")
     write_image(search.out / "candidates.png", candidates_chart(candidates, chosen, cfg.EVAL.RUNTIME))
     with never_failing(search.out / "report.html"):
-        page = search_page(candidates, chosen, summary, ship, results, BASE_FILE)
+        page = search_page(candidates, chosen, summary, ship, results, test)
         write_page(search.out / "report.html", page)
     return outcome
+
+
+def _set_aside(folder: Path, names: Sequence[str]) -> None:
+    """Rename files of an earlier search that this search does not write, so that they are not taken for its result."""
+    for name in names:
+        if (folder / name).exists():
+            with writing(folder / name):
+                os.replace(folder / name, folder / f"former_{name}")
+            logger.warning("%s is of an earlier search: renamed to former_%s", folder / name, name)
 
 
 def _require_8_bits(runtime: str) -> None:

@@ -19,7 +19,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import plotly.offline
 
@@ -114,10 +114,13 @@ class Page:
 
 @contextlib.contextmanager
 def never_failing(path: Path) -> Iterator[None]:
-    """Log an exception while the page at ``path`` is made as a warning, so that the job keeps its other results."""
+    """Log an exception while the page at ``path`` is made as a warning, so that the job keeps its other results. Remove
+    the page of an earlier job, which has other figures."""
     try:
         yield
     except Exception as error:
+        with contextlib.suppress(OSError):
+            path.unlink()
         logger.warning("%s is not written (%s: %s); all other results are", path, type(error).__name__, error)
 
 
@@ -224,18 +227,17 @@ def _evaluation_tiles(results: Results) -> list[Tile]:
     return [
         Tile("speed-up", "-" if speedup is None else f"{speedup:.2f}×", time_note, faster),
         Tile("AP50 routed", figure(routed.ap50), ap50_note),
-        _objects_tile(routed, full, "the full path"),
+        _objects_tile(routed, routed.number("true_positives"), full.number("true_positives"), "the full path"),
         Tile("photos leave early", share(sum(early.values())), early_note),
         _target_tile(results),
     ]
 
 
-def _objects_tile(routed: DetectorResult, other: DetectorResult, name: str) -> Tile:
-    """Return the tile of the objects that the routed detector finds, compared with the ``other`` detector."""
-    found, missed = routed.number("true_positives"), routed.number("false_negatives")
-    objects = figure(None if found is None else found + missed, 0)
-    note = f"of {objects}; {name} finds {figure(other.number('true_positives'), 0)}"
-    return Tile("objects found", figure(found, 0), note)
+def _objects_tile(routed: DetectorResult, found: float | None, other: float | None, name: str) -> Tile:
+    """Return the tile of the ``found`` objects, compared with those that the detector ``name`` finds (``other``)."""
+    positives, missed = routed.number("true_positives"), routed.number("false_negatives")
+    objects = figure(None if positives is None else positives + missed, 0)
+    return Tile("objects found", figure(found, 0), f"of {objects}; {name} finds {figure(other, 0)}")
 
 
 def _target_tile(results: Results) -> Tile:
@@ -401,18 +403,30 @@ def training_page(section: Section, gates: Sequence[dict[str, Any]], photos: str
 # A search.
 
 
+class TestFigures(Protocol):
+    """Figures of a search, see `earlyexit_ssd.pipeline.candidates.TestFigures`."""
+
+    AP50: float
+    AP50_base: float
+    objects_found: int
+    objects_found_base: int
+    ms: float
+    ms_base: float
+    speedup: float
+
+
 def search_page(
     candidates: Sequence[Candidate],
     chosen: Candidate | None,
     summary: str,
     ship: bool,
     results: Results | None,
-    base: str = "",
+    test: TestFigures | None = None,
 ) -> Page:
     """Return the page of a search of `earlyexit_ssd.pipeline.optimize`.
 
-    The first sentence of ``summary`` is the verdict. ``results`` are the chosen candidate's results on the test photos.
-    Their rival with the source ``base`` is the user's own detector.
+    The first sentence of ``summary`` is the verdict. ``results`` are the chosen model's results on the test photos.
+    ``test`` compares what is to be shipped, which may be in 8 bits, with the user's own detector.
     """
     table, points = [("candidate", "AP50 (calib)", "ms", "")], []
     for candidate in candidates:
@@ -428,7 +442,7 @@ def search_page(
         title=f"Search over {len(candidates)} candidates. Chart and table: calib photos.{tested}",
         verdict=f"{verdict[:1].upper()}{verdict[1:].rstrip('.')}{': ' + chosen.name if chosen and ship else ''}.",
         good=ship,
-        tiles=_search_tiles(results, base) if results else (),
+        tiles=_search_tiles(results, test) if results else (),
         findings=(Finding(rest),) if rest else (),
         table=table,
         points=points,
@@ -437,13 +451,12 @@ def search_page(
     )
 
 
-def _search_tiles(results: Results, base: str) -> tuple[Tile, ...]:
+def _search_tiles(results: Results, test: TestFigures) -> tuple[Tile, ...]:
     """Return the tiles of an evaluation, compared with the user's own detector."""
-    routed, own = results.routed, next(rival for rival in results.rivals if rival.source == base)
-    speedup, times = own.ms / routed.ms, f"{figure(routed.ms, 1)} ms, your detector {figure(own.ms, 1)}"
+    times = f"{figure(test.ms, 1)} ms, your detector {figure(test.ms_base, 1)}"
     return (
-        Tile("speed-up", f"{speedup:.2f}×", times, speedup > 1),
-        Tile("AP50", figure(routed.ap50), f"your detector {figure(own.ap50)}"),
-        _objects_tile(routed, own, "your detector"),
+        Tile("speed-up", f"{test.speedup:.2f}×", times, test.speedup > 1),
+        Tile("AP50", figure(test.AP50), f"your detector {figure(test.AP50_base)}"),
+        _objects_tile(results.routed, test.objects_found, test.objects_found_base, "your detector"),
         *_evaluation_tiles(results)[3:],  # the first three compare with the full path
     )

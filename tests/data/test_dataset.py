@@ -31,6 +31,7 @@ from earlyexit_ssd.data.dataset import (
 from earlyexit_ssd.data.records import Annotation, Record
 from earlyexit_ssd.data.transforms import build_transforms
 from earlyexit_ssd.errors import DataError
+from tests.data.conftest import write_photo
 
 CHAIR = Annotation((5, 6, 25.5, 36), 1, area=500.0)
 CROWD = Annotation((30, 10, 40, 20), 2, ignore=True)
@@ -510,6 +511,10 @@ def test_negative_share_and_limit(make_coco):
     cfg.DATA.NEGATIVE_SHARE = 0.5
     assert len(load_dataset(cfg, "tiny", train=True)) == 2, "a photo with only a difficult chair is a negative"
     assert len(load_dataset(cfg, "tiny")) == 13, "evaluation keeps all negatives"
+    cfg.DATA.DATASETS += (("more", "", "more"),)
+    write_photo(Path(cfg.DATA.ROOT, "more", "a.png"), (30, 30))
+    joined = load_dataset(cfg, ("tiny", "more"), train=True, labels="replaced")
+    assert len(joined) == 14, "a photo without labels may show objects"
     cfg.DATA.LIMIT = 2
     first = [record.image_id for record in load_dataset(cfg, "tiny").records]
     assert len(first) == 2

@@ -11,14 +11,16 @@ import pytest
 import torch
 from PIL import Image
 
+from earlyexit_ssd.config import load_config
 from earlyexit_ssd.data import Annotation, Record
 from earlyexit_ssd.data.dataset import DetectionDataset
 from earlyexit_ssd.doctor.findings import check, diagnose
 from earlyexit_ssd.doctor.model import ModelEvidence
-from earlyexit_ssd.files import write_image, write_text
+from earlyexit_ssd.errors import DataError
+from earlyexit_ssd.files import write_image, write_json, write_text
 from earlyexit_ssd.modeling.ssdlite import earlyexit_ssdlite320_mobilenet_v3_large
 from earlyexit_ssd.modeling.trunk import evaluating
-from earlyexit_ssd.pipeline.doctor import Report, Watch, batch_evidence, chosen_photos, run_evidence
+from earlyexit_ssd.pipeline.doctor import Report, Watch, _split, batch_evidence, chosen_photos, run_evidence
 from earlyexit_ssd.routing import ExitRouter
 
 
@@ -100,6 +102,28 @@ def test_crowds_and_difficult_objects_do_not_count_as_objects(photos, model):
     with evaluating(model):
         _, evidence = batch_evidence(model, list(images), targets)
     assert [boxes.tolist() for boxes in evidence.objects] == [[], [[8.0, 8.0, 60.0, 70.0]]]
+
+
+def test_photos_are_those_that_a_training_uses(tmp_path):
+    images = [{"id": n, "file_name": f"{n}.png", "width": 96, "height": 96} for n in range(6)]
+    for image in images:
+        pixels = Image.effect_noise((96, 96), 50 + image["id"])
+        write_image(tmp_path / "photos" / image["file_name"], pixels.convert("RGB") if image["id"] else pixels)
+    boxes = [{"id": n, "image_id": n, "category_id": 1, "bbox": [8, 8, 40, 40]} for n in range(3)]
+    tree = {"images": images, "annotations": boxes, "categories": [{"id": 1, "name": "cat"}]}
+    write_json(tmp_path / "boxes.json", tree)
+
+    def photos(*settings: str) -> list[int]:
+        sets = ["DATA.ROOT", str(tmp_path), "DATA.DATASETS", "[[a, boxes.json, photos], [b, '', photos]]"]
+        cfg = load_config(None, [*sets, "DATA.TRAIN", "a", "DATA.CALIB", "b", *settings])
+        return [len(_split(cfg, name).records) for name in ("TRAIN", "CALIB")]
+
+    assert photos() == [6, 6]
+    assert photos("DATA.LIMIT", "4") == [4, 4]
+    assert photos("DATA.NEGATIVE_SHARE", "0.25") == [4, 6]
+    assert photos("DATA.ON_BAD", "skip") == [5, 5]
+    with pytest.raises(DataError, match="grey photo"):
+        photos("DATA.ON_BAD", "refuse")
 
 
 def trainer_at(step: int) -> SimpleNamespace:

@@ -9,6 +9,7 @@ import json
 import os
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -145,10 +146,14 @@ def test_target_tile_compares_the_target_with_the_interval(with_rivals, kind, va
 
 
 def test_search_is_compared_with_the_user_s_own_detector(with_rivals):
-    with_rivals["rivals"][0] |= {"source": "base.pth", "ms": 3 * with_rivals["routed"]["ms"], "AP50": 0.75}
-    page = search_page((), None, "ship it. reasons", True, Results.from_json(with_rivals), "base.pth")
+    """With the figures in 8 bits, if these are to be shipped, and not with those of the model."""
+    objects = {"objects_found": 7, "objects_found_base": 9}
+    test = SimpleNamespace(AP50=0.5, AP50_base=0.75, ms=2.0, ms_base=6.0, speedup=3.0, **objects)
+    page = search_page((), None, "ship it. reasons", True, Results.from_json(with_rivals), test)
     tiles = tiles_of(page)
-    assert tiles["speed-up"].value == "3.00×" and tiles["AP50"].note == "your detector 0.750"
+    assert (tiles["speed-up"].value, tiles["speed-up"].note) == ("3.00×", "2.0 ms, your detector 6.0")
+    assert (tiles["AP50"].value, tiles["AP50"].note) == ("0.500", "your detector 0.750")
+    assert tiles["objects found"].value == "7" and tiles["objects found"].note.endswith("; your detector finds 9")
     assert tiles["photos leave early"].value == "75.0 %" and page.good
 
 
@@ -172,8 +177,10 @@ def test_training_page_numbers_epochs_across_phases_and_names_the_failed_checks(
 
 
 def test_error_in_a_page_is_a_warning(tmp_path, caplog):
+    (tmp_path / "report.html").write_text("of an earlier job")
     with never_failing(tmp_path / "report.html"):
         raise KeyError("thumbnail")
+    assert not (tmp_path / "report.html").exists()
     assert "report.html is not written (KeyError: 'thumbnail'); all other results are" in caplog.text
 
 

@@ -39,6 +39,12 @@ def test_figures_are_written_and_printed(tmp_path, onnx_file, staged_folder, pho
     assert "threads 1, batch 1, 5 photos as they come, 5 calls" in printed and str(out) in printed
 
 
+def test_figures_are_printed_although_the_file_cannot_be_written(tmp_path, onnx_file, photo_folder, capsys):  # noqa: F811
+    assert main([str(onnx_file), "--photos", str(photo_folder), "--out", str(tmp_path), *QUICK, "--most", "2"]) == 2
+    printed = capsys.readouterr()
+    assert "detector.onnx" in printed.out and "cannot be written" in printed.err
+
+
 def test_missing_model_file_is_named_in_the_error():
     with pytest.raises(EarlyExitError, match=r"none\.pth"):
         TorchModel("none.pth").open(1, 0.5)

@@ -7,6 +7,7 @@ from earlyexit_ssd import EarlyExitSSDLite
 from earlyexit_ssd.config import load_config
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.evaluation.cost import Timing
+from earlyexit_ssd.files import write_text
 from earlyexit_ssd.modeling import load_model
 from earlyexit_ssd.pipeline.optimize import CandidateSearch, Goal
 from tools import optimize
@@ -52,6 +53,7 @@ def detects(monkeypatch):
 
 def test_stopped_search_resumes_and_writes_its_results(trained, tmp_path, capsys, detects):
     out = tmp_path / "found"
+    write_text(out / "detector.xml", "of an earlier search in OpenVINO")
     assert optimize.main([*command(trained, out, "--ap-drop", "1.0", "--budget-minutes", "0.0001"), *FAST]) == 0
     stopped = json.loads((out / "candidates.json").read_text())
     assert len(stopped["candidates"]) == 1  # the time was over at once
@@ -67,6 +69,7 @@ def test_stopped_search_resumes_and_writes_its_results(trained, tmp_path, capsys
     assert found["test"]["photos"] == 8
     printed = capsys.readouterr().out
     assert found["summary"] in printed and found["summary"] == (out / "summary.txt").read_text().strip()
+    assert not (out / "detector.xml").exists() and (out / "detector.onnx").is_file()
     assert (out / "candidates.png").stat().st_size > 0
     assert (out / "report.html").is_file() and (out / "test" / "report.html").is_file()
     model, architecture, info = load_model(out / "model.pth")
@@ -137,12 +140,24 @@ def test_joint_phase_is_a_candidate(trained, tmp_path, monkeypatch, detects, wit
 def test_original_detector_is_kept_if_no_candidate_holds(trained, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("earlyexit_ssd.pipeline.optimize.choose_candidate", lambda *_: None)
     out = tmp_path / "nothing"
+    out.mkdir()
+    for name in ("model.pth", "detector.xml"):
+        (out / name).write_text("earlier")
     limits = ["--budget-minutes", "0.0001", "--coco-ap-drop", "0.1"]
     assert optimize.main([*command(trained, out, *limits), *FAST]) == 0
     printed = capsys.readouterr().out
     assert "ship the detector as it is" in printed and "(report.html, summary.txt, optimize.json)" in printed
     found = json.loads((out / "optimize.json").read_text())
     assert found["ship"] is False and found["base"]["AP_lost_bound"] == 0
+    assert not (out / "model.pth").exists() and not (out / "detector.xml").exists()
+    assert (out / "former_model.pth").read_text() == "earlier"
+
+
+def test_a_search_does_not_replace_the_weights_that_it_starts_from(trained, capsys):
+    weights = trained[0] / "run" / "model.pth"
+    before = weights.read_bytes()
+    assert optimize.main(command(trained, weights.parent)) == 2
+    assert "would replace these weights" in capsys.readouterr().err and weights.read_bytes() == before
 
 
 def test_the_configuration_has_the_default_of_delta(trained, tmp_path, monkeypatch):
