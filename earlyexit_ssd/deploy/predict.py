@@ -118,9 +118,11 @@ def predict(
     paths = output_paths(sources, out) if "pictures" in save else [None] * len(sources)
     with contextlib.ExitStack() as files:
         loop = _Loop(detect, _Tables(files, Path(out), save, detector.classes, score), score, show, draw)
+        kind = ""
         for source, path in zip(sources, paths, strict=True):
-            if source.kind != "photo" and rule is not None:
+            if rule is not None and (source.kind, kind) != ("photo", "photo"):  # photos may be frames of one camera
                 detect.reset()
+            kind = source.kind
             yield from loop.run(source, path, stride, most_frames)
             if loop.stopped:
                 break

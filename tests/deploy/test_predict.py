@@ -145,6 +145,13 @@ def test_a_temporal_exit_is_reset_before_each_video(tmp_path, video, fake_video)
     assert {row["ball"] for row in rows(tmp_path / "out" / "counts.csv")} == {"1"}
 
 
+def test_a_temporal_exit_is_reset_before_photos_that_follow_a_video(tmp_path, video, fake_video):
+    detector, photos = RedBox(), [photo(tmp_path / "a.png"), photo(tmp_path / "b.png")]
+    fake_video([scene(30)] * 20, total=10)
+    list(predict(detector, [video, *photos], tmp_path / "out", save=[], rule=RULE, most_frames=10))
+    assert detector.calls == 2  # the second photo repeats the first
+
+
 def interrupted():
     yield from [scene(x) for x in range(5)]
     raise KeyboardInterrupt
