@@ -100,7 +100,7 @@ class OpenVino:
 
     def __init__(self, path: Path, threads: int = 1) -> None:
         openvino = import_package("openvino")
-        with _in_one_line(path, "OpenVINO cannot load it", "write it with earlyexit export"):
+        with _in_one_line(path, "OpenVINO cannot load it", "write it with earlyexit export --format openvino"):
             model = openvino.Core().read_model(path)
             self.metadata = _openvino_metadata(model)
             # read names before compilation, which may move names of removed nodes to inputs and outputs
