@@ -51,7 +51,7 @@ def detects(monkeypatch):
 
 
 def test_stopped_search_resumes_and_writes_its_results(trained, tmp_path, capsys, detects):
-    out = tmp_path / "found"
+    out = tmp_path / "what was found"
     assert optimize.main([*command(trained, out, "--ap-drop", "1.0", "--budget-minutes", "0.0001"), *FAST]) == 0
     stopped = json.loads((out / "candidates.json").read_text())
     assert len(stopped["candidates"]) == 1  # the time was over at once
@@ -66,6 +66,7 @@ def test_stopped_search_resumes_and_writes_its_results(trained, tmp_path, capsys
     assert chosen["speedup"] == max(item["speedup"] for item in with_open_exits if item["holds"])
     assert found["test"]["photos"] == 8
     printed = capsys.readouterr().out
+    assert f"run it: earlyexit predict --weights '{out}/detector.onnx' PHOTO" in printed
     assert found["summary"] in printed and found["summary"] == (out / "summary.txt").read_text().strip()
     assert (out / "candidates.png").stat().st_size > 0
     assert (out / "report.html").is_file() and (out / "test" / "report.html").is_file()
