@@ -364,6 +364,8 @@ def _calibrate_stream(args: argparse.Namespace, detector: object, sources: list)
 
     if not args.stream:
         raise EarlyExitError("--calibrate-stream writes a rule: name its file with --stream, such as rule.json")
+    if args.frames is None and any(source.kind == "live" for source in sources):
+        raise EarlyExitError("--calibrate-stream on a camera needs --frames: the number of frames to record")
     try:
         delta = None if args.delta == "none" else float(args.delta or "0.05")
     except ValueError:
