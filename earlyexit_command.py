@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from shlex import quote
 
 SHIPPED = sorted(path.stem for path in (Path(__file__).parent / "earlyexit_ssd" / "weights").glob("*.json"))
 DEFAULT_WEIGHTS = "voc_animals"
@@ -271,8 +272,9 @@ def optimize(args: argparse.Namespace) -> None:
     files = "report.html, summary.txt, optimize.json" + (", model.pth, test/" if outcome.chosen else "")
     print(f"\nresults: {out}/ ({files})")
     if outcome.chosen is not None:
-        file = "detector.xml --runtime openvino" if cfg.EVAL.RUNTIME == "openvino" else "detector.onnx"
-        print(f"run it: earlyexit predict --weights {out}/{file} PHOTO")
+        openvino = cfg.EVAL.RUNTIME == "openvino"
+        file, option = ("detector.xml", " --runtime openvino") if openvino else ("detector.onnx", "")
+        print(f"run it: earlyexit predict --weights {quote(f'{out}/{file}')}{option} PHOTO")
 
 
 def predict_arguments(parser: argparse.ArgumentParser) -> None:
@@ -362,6 +364,8 @@ def _calibrate_stream(args: argparse.Namespace, detector: object, sources: list)
 
     if not args.stream:
         raise EarlyExitError("--calibrate-stream writes a rule: name its file with --stream, such as rule.json")
+    if args.frames is None and any(source.kind == "live" for source in sources):
+        raise EarlyExitError("--calibrate-stream on a camera needs --frames: the number of frames to record")
     try:
         delta = None if args.delta == "none" else float(args.delta or "0.05")
     except ValueError:
@@ -382,7 +386,8 @@ def _calibrate_stream(args: argparse.Namespace, detector: object, sources: list)
 
 
 def export_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help=f"model.pth of a run, or shipped weights: {', '.join(SHIPPED)}")
+    models = f"model.pth of a run, torchvision checkpoint, or shipped weights: {', '.join(SHIPPED)}"
+    parser.add_argument("model", help=models)
     parser.add_argument("--out", required=True, help="file (.onnx, .xml) to write, or folder with --format staged")
     parser.add_argument("--format", default="onnx", choices=("onnx", "staged", "openvino"), help="onnx by default")
     parser.add_argument("--photos", nargs="+", default=[], help="photos of the comparison; rendered by default")

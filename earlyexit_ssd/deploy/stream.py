@@ -9,11 +9,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import logging
 import math
 import os
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from textwrap import shorten
 from typing import Annotated, Any
 
 import numpy as np
@@ -25,6 +27,8 @@ from earlyexit_ssd.deploy.predictor import Detections
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.files import write_json
 from earlyexit_ssd.plain import build, check_fields, read_json
+
+logger = logging.getLogger(__name__)
 
 REPEATED = "repeated"  # ``exit_name`` of repeated detections; their ``exit_index`` is -1
 CELLS = 32  # about the number of cells along the longer side of a thumbnail
@@ -184,8 +188,8 @@ class TemporalExit:
         classes = tuple(getattr(detector, "classes", rule.classes))
         if classes != rule.classes:
             raise EarlyExitError(
-                f"the stream rule is for the classes {', '.join(rule.classes)[:80]}, the detector has "
-                f"{', '.join(classes)[:80]}; calibrate a rule for this detector"
+                f"the stream rule is for the classes {shorten(', '.join(rule.classes), 80)}, the detector has "
+                f"{shorten(', '.join(classes), 80)}; calibrate a rule for this detector"
             )
         if rule.detector is not None and (digest := getattr(detector, "digest", rule.detector)) != rule.detector:
             raise EarlyExitError(
@@ -366,6 +370,11 @@ def calibrate_stream(
             raise EarlyExitError(f"{name} is {value}, expected a number in (0, 1), such as 0.05")
     if block < 1 or most_repeats < 0:
         raise EarlyExitError(f"block is {block} and most_repeats {most_repeats}, expected at least 1 and 0")
+    if delta is not None:
+        least = photos_needed(np.zeros(1), share, delta, functools.partial(betting_p_value, delta=delta))
+        if least is not None:
+            text = "a guarantee of %.1f %% takes at least %d frames (%d blocks)"
+            logger.info(text, 100 * share, least * block, least)
     recording = frames if isinstance(frames, Recording) else Recording.of(detector, frames, score)
     if not len(recording):
         raise EarlyExitError("no frame to calibrate on; name a video, a camera or a folder of frames")

@@ -213,7 +213,8 @@ def test_blocks_are_whole():
     assert block_means(np.ones(3), 4).size == 0
 
 
-def test_the_error_for_too_few_frames_has_the_number_needed():
+def test_the_error_for_too_few_frames_has_the_number_needed(caplog):
+    caplog.set_level("INFO")
     message = (
         r"400 frames are 10 blocks of 40, too few to guarantee 5\.0% at delta 0\.05; about (\d+) blocks .*delta none"
     )
@@ -221,6 +222,7 @@ def test_the_error_for_too_few_frames_has_the_number_needed():
         calibrate_stream(RedBox(), comings(10, every=100), 0.05, 0.05, block=40)
     needed = int(re.search(message, str(error.value))[1])
     assert 60 < needed < 120
+    assert caplog.messages[0] == f"a guarantee of 5.0 % takes at least {40 * needed} frames ({needed} blocks)"
     assert calibrate_stream(RedBox(), comings(needed, every=1000), 0.05, 0.05, block=40).figures.bound <= 0.05
 
 
@@ -277,6 +279,8 @@ def test_a_rule_of_another_detector_or_score():
     detector.digest = "cd" * 32
     with pytest.raises(EarlyExitError, match="the SHA-256 abababababab, this one has cdcdcdcdcdcd"):
         TemporalExit(detector, rule)
+    with pytest.raises(EarlyExitError, match=r"for the classes cup, (cup, )+\[...\], the detector has lamp, ball;"):
+        TemporalExit(RedBox(), dataclasses.replace(RULE, classes=("cup",) * 50))
     with pytest.raises(EarlyExitError, match="for a score threshold of 0.5, not 0.3"):
         TemporalExit(RedBox(), RULE, 0.3)
 

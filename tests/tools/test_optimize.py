@@ -52,7 +52,7 @@ def detects(monkeypatch):
 
 
 def test_stopped_search_resumes_and_writes_its_results(trained, tmp_path, capsys, detects):
-    out = tmp_path / "found"
+    out = tmp_path / "what was found"
     write_text(out / "detector.xml", "of an earlier search in OpenVINO")
     assert optimize.main([*command(trained, out, "--ap-drop", "1.0", "--budget-minutes", "0.0001"), *FAST]) == 0
     stopped = json.loads((out / "candidates.json").read_text())
@@ -68,6 +68,7 @@ def test_stopped_search_resumes_and_writes_its_results(trained, tmp_path, capsys
     assert chosen["speedup"] == max(item["speedup"] for item in with_open_exits if item["holds"])
     assert found["test"]["photos"] == 8
     printed = capsys.readouterr().out
+    assert f"run it: earlyexit predict --weights '{out}/detector.onnx' PHOTO" in printed
     assert found["summary"] in printed and found["summary"] == (out / "summary.txt").read_text().strip()
     assert not (out / "detector.xml").exists() and (out / "detector.onnx").is_file()
     assert (out / "candidates.png").stat().st_size > 0

@@ -50,6 +50,7 @@ def test_bad_photos_are_skipped(photos, tmp_path, capsys):
         (["--save", "jason"], "--save 'jason': expected some of pictures, json, csv, counts, or none"),
         (["--stream", "none.json"], "none.json: no such stream rule; write a rule with earlyexit predict"),
         (["--calibrate-stream", "0.1"], "name its file with --stream"),
+        (["0", "--calibrate-stream", "0.1", "--stream", "a.json"], "on a camera needs --frames: the number of frames"),
         (["--calibrate-stream", "0.1", "--stream", f"{__file__}/a.json"], "cannot be a folder of results"),
         (["--most-repeats", "3"], "--most-repeats is for --calibrate-stream; leave it out"),
         (["--threads", "0"], "--threads 0: expected at least 1"),
