@@ -215,9 +215,9 @@ def calibrate_arguments(parser: argparse.ArgumentParser) -> None:
 def calibrate(args: argparse.Namespace) -> None:
     """Calibrate the routing of a trained detector for a speed-up, a loss of AP50 or a risk; write a certificate."""
     from earlyexit_ssd.config import load_config
-    from earlyexit_ssd.data.repeats import parse_block
+    from earlyexit_ssd.data.duplicates import parse_block
     from earlyexit_ssd.errors import EarlyExitError
-    from earlyexit_ssd.pipeline.calibrate import Target, calibrate
+    from earlyexit_ssd.pipeline.calibrate import CalibrationTarget, calibrate
 
     cfg = load_config(args.config, args.overrides)
     out = Path(args.out or Path(cfg.OUTPUT_DIR) / "calibration")
@@ -228,7 +228,7 @@ def calibrate(args: argparse.Namespace) -> None:
         raise EarlyExitError("--delta is for --risk and --ap-drop; leave it out with --speedup")
     block = None if args.block is None else parse_block(args.block, args.fps)
     delta = cfg.CALIBRATION.DELTA if args.delta is None else args.delta
-    target = Target(kind, getattr(args, kind), delta, block, args.learned)
+    target = CalibrationTarget(kind, getattr(args, kind), delta, block, args.learned)
     if calibrate(cfg, args.weights or Path(cfg.OUTPUT_DIR) / "model.pth", target, out):
         print((out / "calibration.txt").read_text(encoding="utf-8"))
         print(f"results: {out}/ (report.html, model.pth with this routing, certificate.json, calibration.txt)")
@@ -491,10 +491,10 @@ def _contestant(argument: str) -> object:
     if not kind and is_exported(path):
         return ExportedFile(path)
     try:
-        from earlyexit_ssd.pipeline.predictor import Rival, TorchModel
+        from earlyexit_ssd.pipeline.predictor import RivalFile, TorchModel
     except ImportError as error:
         raise EarlyExitError(f"{argument} needs PyTorch ({error}); name files of earlyexit export") from None
-    return Rival(path, kind) if kind not in ("", "compile") else TorchModel(path, compiled=bool(kind))
+    return RivalFile(path, kind) if kind not in ("", "compile") else TorchModel(path, compiled=bool(kind))
 
 
 def doctor_arguments(parser: argparse.ArgumentParser) -> None:

@@ -25,7 +25,7 @@ from earlyexit_ssd.console import progress, run_tool
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.files import locks_folder, write_json
 from earlyexit_ssd.pipeline.build import require_policy, trained_temperatures
-from earlyexit_ssd.pipeline.calibrate import Target
+from earlyexit_ssd.pipeline.calibrate import CalibrationTarget
 from earlyexit_ssd.pipeline.replay import fit_router, measure_cost_model, open_model_on_splits, require_deciding
 
 EPSILONS = (0.01, 0.02, 0.05)
@@ -121,7 +121,7 @@ def check_guarantee(
     if splits < 1:
         raise EarlyExitError(f"--splits is {splits}, expected at least 1")
     for epsilon in EPSILONS:
-        Target("risk", epsilon, delta)  # raises if the values are impossible
+        CalibrationTarget("risk", epsilon, delta)  # raises if the values are impossible
     require_policy(cfg)
     both, by_labels = ("CALIB", "TEST"), cfg.CALIBRATION.REFERENCE == "labels"
     needs_labels = both if by_labels else ("CALIB",)

@@ -23,12 +23,12 @@ from earlyexit_ssd.deploy.benchmark import ratio
 from earlyexit_ssd.images import read_image
 from earlyexit_ssd.modeling.trunk import evaluating
 from earlyexit_ssd.pipeline import export, quantize
-from earlyexit_ssd.pipeline.int8 import Kept, _by_nncf, _by_onnx_runtime
+from earlyexit_ssd.pipeline.int8 import FloatLayers, _by_nncf, _by_onnx_runtime
 from earlyexit_ssd.pipeline.quantize import Network
 from earlyexit_ssd.runtimes import OnnxRuntime
 
 LEAST = 0.02  # least score in 32 or 8 bits of the default boxes that count
-FIRST = Kept(3, False)
+FIRST = FloatLayers(3, False)
 Inputs = list[dict[str, np.ndarray]]
 
 
@@ -51,14 +51,14 @@ def main(args: argparse.Namespace) -> None:
     ours = partial(_by_onnx_runtime, segment.model, inputs)
     rows: dict[str, Callable[[], onnx.ModelProto]] = {
         "ONNX Runtime's quantiser alone": partial(alone, segment.model, inputs),
-        "NNCF": partial(_by_nncf(), segment.model, inputs, Kept(0, False)),
-        "all steps": partial(ours, Kept(0, False)),
+        "NNCF": partial(_by_nncf(), segment.model, inputs, FloatLayers(0, False)),
+        "all steps": partial(ours, FloatLayers(0, False)),
         "all steps, first three convolutions in 32 bits": partial(ours, FIRST),
         "the same without padded channels": partial(without, "pad_channels", ours),
         "the same without equal ranges": partial(without, "equalise", ours),
         "the same without corrected biases": partial(without, "correct_biases", ours),
         "the same without the limit of pairs of weights": partial(saturating, ours),
-        "the same, heads in 32 bits too": partial(ours, Kept(3, True)),
+        "the same, heads in 32 bits too": partial(ours, FloatLayers(3, True)),
     }
     floats = OnnxRuntime(segment.model.SerializeToString(), "32 bits")
     print(f"{len(inputs)} photos for the ranges, {len(tests)} for time and error, one thread, ONNX Runtime\n")
@@ -112,12 +112,12 @@ def alone(model: onnx.ModelProto, inputs: Inputs) -> onnx.ModelProto:
         return onnx.load(paths[2])
 
 
-def without(step: str, ours: Callable[[Kept], onnx.ModelProto]) -> onnx.ModelProto:
+def without(step: str, ours: Callable[[FloatLayers], onnx.ModelProto]) -> onnx.ModelProto:
     with mock.patch.object(Network, step, lambda *_: None):
         return ours(FIRST)
 
 
-def saturating(ours: Callable[[Kept], onnx.ModelProto]) -> onnx.ModelProto:
+def saturating(ours: Callable[[FloatLayers], onnx.ModelProto]) -> onnx.ModelProto:
     with mock.patch.object(quantize, "LARGEST_PAIR", 254):
         return ours(FIRST)
 

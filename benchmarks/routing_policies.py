@@ -51,7 +51,7 @@ from earlyexit_ssd.pipeline.replay import (
     require_deciding,
     temperatures_of,
 )
-from earlyexit_ssd.report.pictures import PLAIN, draw_charts
+from earlyexit_ssd.report.pictures import GREY, draw_charts
 from earlyexit_ssd.report.tables import figure
 from earlyexit_ssd.routing import ExitRouter
 from earlyexit_ssd.routing.policies import POLICIES, reads_taps
@@ -786,12 +786,12 @@ def routing_chart(results: Mapping[str, Any]) -> Image.Image:
             _draw_line(axes, policy["budgets"], color=color, marker="o", markersize=4, linewidth=1.2, label=name)
         for (key, name), style in zip(COIN_AND_ORACLES.items(), (":", "--", "-."), strict=True):
             entries = [entry[key] for entry in policies[results["best"]]["budgets"]]
-            _draw_line(axes, entries, color=PLAIN, linestyle=style, label=name)
+            _draw_line(axes, entries, color=GREY, linestyle=style, label=name)
         for entry in results["exits"]:
             if entry["AP50"] is not None:
-                axes.plot(entry["cost"], entry["AP50"], color=PLAIN, marker="s", linestyle="")
+                axes.plot(entry["cost"], entry["AP50"], color=GREY, marker="s", linestyle="")
                 axes.annotate(entry["name"], (entry["cost"], entry["AP50"]), (5, -10), textcoords="offset points")
-        axes.axvline(cost_model["plain"], color=PLAIN, linewidth=0.8)
+        axes.axvline(cost_model["plain"], color=GREY, linewidth=0.8)
         axes.set_xlabel(f"mean cost per photo, {cost_model['unit']} (line: without exits)")
         axes.set_ylabel("AP50")
         axes.legend(frameon=False, fontsize=8)

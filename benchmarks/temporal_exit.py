@@ -19,8 +19,8 @@ from earlyexit_ssd.console import run_tool
 from earlyexit_ssd.deploy import Detections, Predictor
 from earlyexit_ssd.deploy.predict import images_of, open_predictor
 from earlyexit_ssd.deploy.sources import find_sources
-from earlyexit_ssd.deploy.stream import MOST_REPEATS, Recording, StreamRule, calibrate_stream
-from earlyexit_ssd.errors import EarlyExitError, nearest
+from earlyexit_ssd.deploy.stream import MOST_REPEATS, StreamRecording, StreamRule, calibrate_stream
+from earlyexit_ssd.errors import EarlyExitError, suggest
 
 EXAMPLES = """
 examples:
@@ -39,7 +39,7 @@ class OnlyClasses:
         for name in names:
             if name not in predictor.classes:
                 raise EarlyExitError(
-                    f"--classes has {name!r}, expected classes of the detector{nearest(name, predictor.classes)}"
+                    f"--classes has {name!r}, expected classes of the detector{suggest(name, predictor.classes)}"
                 )
         self.predictor, self.classes = predictor, tuple(names or predictor.classes)
         self.labels = [predictor.classes.index(name) + 1 for name in self.classes]
@@ -68,7 +68,7 @@ class Row:
         return f"| {self.frames} | {' | '.join(cells)} | {self.events} |"
 
 
-def report(recording: Recording, rule: StreamRule, block: int) -> Row:
+def report(recording: StreamRecording, rule: StreamRule, block: int) -> Row:
     """Return the figures of ``rule`` on a recording. The bootstrap resamples blocks of ``block`` frames."""
     computed, changed = recording.apply_rule(rule.threshold, rule.most_repeats)
     figures = recording.figures(rule.threshold, rule.most_repeats, 0.5, None, block)
@@ -112,7 +112,7 @@ def main(arguments: list[str] | None = None) -> int:
     def job() -> None:
         detector = OnlyClasses(open_predictor(args.weights, "onnxruntime", 1, args.score), args.classes)
         for source in find_sources(args.videos):
-            recording = Recording.of(detector, images_of([source]), args.score)
+            recording = StreamRecording.of(detector, images_of([source]), args.score)
             half = len(recording) // 2
             first, second = recording.part(0, half), recording.part(half, len(recording))
             rule = calibrate_stream(detector, first, args.share, args.delta, args.block, args.score, args.most_repeats)

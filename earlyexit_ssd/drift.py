@@ -45,8 +45,8 @@ def nearest_sample(values: np.ndarray, quantiles: np.ndarray, count: int) -> np.
     It replaces the calibration's sample, of which only the quantiles are stored. Each element is the quantile of
     ``values`` at its rank, clipped to the stored quantiles before and after it. Let D be the Kolmogorov-Smirnov
     distance of the calibration's sample to ``values``. The distance of the returned sample is at most
-    max(D, 1 / (2 count)). So the test's p-value is conservative, also with ties. If blocks count as one, ``count`` is
-    smaller than that sample, and several quantiles may have the same rank. The element is then clipped to these.
+    max(D, 1 / (2 count)). So the test's p-value is conservative, also with ties. If a block of frames counts as one,
+    ``count`` is the number of blocks. Then an element may have the rank of several quantiles, and is clipped to these.
     """
     ranks, stored = np.arange(count), _ranks(count)
     low = quantiles[np.searchsorted(stored, ranks, side="right") - 1]
@@ -56,7 +56,7 @@ def nearest_sample(values: np.ndarray, quantiles: np.ndarray, count: int) -> np.
 
 
 @dataclass(frozen=True)
-class Reference:
+class DriftReference:
     """Exits and confidences of the calibration photos, as the certificate stores them. Impossible values raise
     EarlyExitError."""
 
@@ -86,7 +86,9 @@ class Reference:
                     raise EarlyExitError(f"confidences of {name} have {value}, expected numbers >= {before}")
 
     @classmethod
-    def from_decisions(cls, exit_names: Sequence[str], exit_index: Values, confidences: Sequence[Values]) -> Reference:
+    def from_decisions(
+        cls, exit_names: Sequence[str], exit_index: Values, confidences: Sequence[Values]
+    ) -> DriftReference:
         """Build the reference from the exit of each photo, int [n], and the confidences of all photos at each early
         exit, [n] each. Only the confidences at a photo's own exit are used."""
         taken = _exits(exit_index, exit_names)
@@ -105,7 +107,7 @@ class Reference:
 
     @property
     def num_tests(self) -> int:
-        """Number of tests: one of the share of each exit, and one of the confidences at each early exit."""
+        """Number of tests of `_tests`: one of each exit's share, and one of the confidences at each early exit."""
         return 2 * len(self.exit_names) - 1
 
 
@@ -158,8 +160,8 @@ class _Test(NamedTuple):
     warning: str  # for the user, if the p-value is small
 
 
-def _tests(reference: Reference, taken: np.ndarray, confidence: np.ndarray, block: int = 1) -> list[_Test]:
-    """Test the exit whose share has changed most, and the confidences at each early exit.
+def _tests(reference: DriftReference, taken: np.ndarray, confidence: np.ndarray, block: int = 1) -> list[_Test]:
+    """Test the shares of all exits, of which the smallest p-value is returned, and the confidences at each early exit.
 
     ``taken`` and ``confidence`` [n] are the exits of the photos and their confidences there. ``block`` calibration
     photos count as one, because neighbouring frames are alike.
@@ -208,7 +210,7 @@ class DriftMonitor:
     """
 
     @suggest_keywords
-    def __init__(self, reference: Reference, window: int = WINDOW, alpha: float = ALPHA) -> None:
+    def __init__(self, reference: DriftReference, window: int = WINDOW, alpha: float = ALPHA) -> None:
         if type(window) is not int or window < 1:
             raise EarlyExitError(f"window {window}: expected a whole number of photos, at least 1")
         if not 0 < alpha < 1:
@@ -287,7 +289,7 @@ class _Target(TypedDict, total=False):
 
 
 class _Certificate(TypedDict):
-    drift: Reference
+    drift: DriftReference
     target: _Target
 
 
@@ -300,7 +302,7 @@ class DriftRecord:
     It is for a single comparison. With many comparisons a false alarm is more likely.
     """
 
-    def __init__(self, reference: Reference, block: int = 1) -> None:
+    def __init__(self, reference: DriftReference, block: int = 1) -> None:
         self.reference, self.block = reference, block
         self._kept: deque[tuple[int, float]] = deque(maxlen=MAX_FRAMES)
         self._frames, self._lock = 0, threading.Lock()

@@ -75,7 +75,7 @@ def shown(value: Any, max_length: int = 100) -> str:
     return text if len(text) <= max_length else f"{text[: max_length - 3]}..."
 
 
-def nearest(name: str, valid: Iterable[str]) -> str:
+def suggest(name: str, valid: Iterable[str]) -> str:
     """Return ``" (did you mean 'x'?)"`` with the valid name that is most similar to ``name``, or an empty string."""
     by_lower_case = {candidate.lower(): candidate for candidate in valid}
     matches = difflib.get_close_matches(name.lower()[:100], by_lower_case, n=1, cutoff=0.6)
@@ -109,5 +109,5 @@ def check_keywords(function: Callable, keywords: Iterable[str], valid: list[str]
     """Raise ``TypeError`` if a keyword argument of ``function`` is not in ``valid``."""
     for name in keywords:
         if name not in valid:
-            hint = nearest(name, valid) or f"; it takes {', '.join(valid)}"
+            hint = suggest(name, valid) or f"; it takes {', '.join(valid)}"
             raise TypeError(f"{function.__qualname__} got an unknown keyword argument '{name}'{hint}")

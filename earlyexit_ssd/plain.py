@@ -24,7 +24,7 @@ try:
 except ImportError:  # an installation without PyTorch reads JSON only
     yaml = None
 
-from earlyexit_ssd.errors import EarlyExitError, nearest, shown
+from earlyexit_ssd.errors import EarlyExitError, shown, suggest
 
 T = TypeVar("T")
 
@@ -175,7 +175,7 @@ def build(cls: type[T], values: Any, name: str = "") -> T:
         required = cls.__required_keys__
     else:
         for key in (key for key in values if key not in hints):
-            raise EarlyExitError(f"{place}the key {shown(key)} is unknown{nearest(key, hints)}")
+            raise EarlyExitError(f"{place}the key {shown(key)} is unknown{suggest(key, hints)}")
         fields = dataclasses.fields(cls)
         required = {field.name for field in fields if field.default is field.default_factory is dataclasses.MISSING}
     for key in sorted(required - values.keys()):
@@ -206,7 +206,7 @@ def typed(expected: Any, value: Any, name: str) -> Any:
             return None
         members = [member for member in arguments if member is not type(None)]
         dicts = (member for member in members if isinstance(value, dict) and get_origin(member) is dict)
-        return typed(next(dicts, members[0]), value, name)
+        return typed(next(dicts, members[0]), value, name)  # other values must have the first member's type
     if origin is Literal:
         _require(isinstance(value, str) and value in arguments, name, value, f"one of {', '.join(arguments)}")
         return value

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TypeVar
 
-from earlyexit_ssd.errors import EarlyExitError, nearest, shown
+from earlyexit_ssd.errors import EarlyExitError, shown, suggest
 
 T = TypeVar("T")
 
@@ -29,5 +29,5 @@ class Registry(dict[str, T]):
         """Return the object of ``name``. Raise EarlyExitError with the nearest name if there is none."""
         if not isinstance(name, str) or name not in self:
             names = f"{', '.join(self)}, or a name that an imported module registers"
-            raise EarlyExitError(f"{self.kind} is {name!r:.60}, expected one of {names}{nearest(str(name), self)}")
+            raise EarlyExitError(f"{self.kind} is {name!r:.60}, expected one of {names}{suggest(str(name), self)}")
         return self[name]

@@ -17,7 +17,7 @@ from scipy.stats import fisher_exact, ks_2samp
 from earlyexit_ssd.drift import (
     DriftMonitor,
     DriftRecord,
-    Reference,
+    DriftReference,
     fisher_p_value,
     ks_test,
     nearest_sample,
@@ -38,7 +38,7 @@ def decisions(seed, photos, shares=(0.42, 0.38, 0.2), power=1.0):
 
 
 def reference_of(exit_index, confidence):
-    return Reference.from_decisions(NAMES, exit_index, [confidence, confidence])
+    return DriftReference.from_decisions(NAMES, exit_index, [confidence, confidence])
 
 
 @pytest.fixture
@@ -46,9 +46,9 @@ def reference():
     return reference_of(*decisions(0, 1000))
 
 
-def two_exits(left: int, photos: int, confidence: float = 0.75) -> Reference:
+def two_exits(left: int, photos: int, confidence: float = 0.75) -> DriftReference:
     exits = [0] * left + [1] * (photos - left)
-    return Reference.from_decisions(("exit8", "full"), exits, [np.full(photos, confidence)])
+    return DriftReference.from_decisions(("exit8", "full"), exits, [np.full(photos, confidence)])
 
 
 def warnings_of(monitor, exit_index, confidence, batch=50):
@@ -96,14 +96,14 @@ def test_blocks_are_spread_over_the_quantiles():
 
 
 def test_reference_by_hand():
-    reference = Reference.from_decisions(NAMES, [0, 0, 1, 2], [[0.9, 0.8, NAN, 0.7], [NAN, 0.1, 0.6, 0.2]])
+    reference = DriftReference.from_decisions(NAMES, [0, 0, 1, 2], [[0.9, 0.8, NAN, 0.7], [NAN, 0.1, 0.6, 0.2]])
     assert (reference.photos, reference.exit_names, reference.exit_counts) == (4, NAMES, (2, 1, 1))
     # Half of the two values are at most 0.8, so levels 0 to 1/2 are 0.8.
     assert reference.confidences == ((0.8,) * 11 + (0.9,) * 10, (0.6,) * 21)
     # With 20 photos, each level is a whole number of photos.
     values = np.arange(1, 21) / 32
-    assert Reference.from_decisions(("exit8", "full"), [0] * 20, [values]).confidences == ((1 / 32, *values),)
-    assert Reference.from_decisions(NAMES, [2, 2], [[0.1, 0.2], [0.3, 0.2]]).confidences == ((), ())
+    assert DriftReference.from_decisions(("exit8", "full"), [0] * 20, [values]).confidences == ((1 / 32, *values),)
+    assert DriftReference.from_decisions(NAMES, [2, 2], [[0.1, 0.2], [0.3, 0.2]]).confidences == ((), ())
 
 
 GOOD = {
@@ -138,9 +138,9 @@ GOOD = {
     ],
 )
 def test_reference_in_json_is_checked(values, message):
-    assert json.loads(json.dumps(asdict(build(Reference, GOOD, "drift")))) == GOOD
+    assert json.loads(json.dumps(asdict(build(DriftReference, GOOD, "drift")))) == GOOD
     with pytest.raises(EarlyExitError, match=message):
-        build(Reference, {**GOOD, **values}, "drift")
+        build(DriftReference, {**GOOD, **values}, "drift")
 
 
 @pytest.mark.parametrize(
@@ -155,7 +155,7 @@ def test_reference_in_json_is_checked(values, message):
 )
 def test_invalid_calibration_decisions(exit_index, confidences, message):
     with pytest.raises(EarlyExitError, match=message):
-        Reference.from_decisions(NAMES, exit_index, confidences)
+        DriftReference.from_decisions(NAMES, exit_index, confidences)
 
 
 # Monitor.
@@ -239,7 +239,7 @@ def test_small_windows(reference, window):
 
 @pytest.mark.filterwarnings("error")  # numpy divides by no photos in silence otherwise
 def test_exit_without_calibration_photos():
-    reference = Reference.from_decisions(NAMES, [0, 2] * 200, [np.linspace(0.5, 1, 400)] * 2)
+    reference = DriftReference.from_decisions(NAMES, [0, 2] * 200, [np.linspace(0.5, 1, 400)] * 2)
     assert reference.exit_counts == (200, 0, 200)
     (warning,) = DriftMonitor(reference).update([1, 2] * 100, [0.9] * 200)
     assert warning.startswith("drift: exit")
@@ -247,7 +247,7 @@ def test_exit_without_calibration_photos():
 
 
 def test_full_path_alone():
-    reference = Reference.from_decisions(NAMES, [2] * 300, [np.zeros(300)] * 2)
+    reference = DriftReference.from_decisions(NAMES, [2] * 300, [np.zeros(300)] * 2)
     monitor = DriftMonitor(reference)
     assert monitor.update([2] * 200, [NAN] * 200) == []  # the confidence at the full path is not looked at
     assert monitor.update([0] * 100, [0.9] * 100)[0].startswith("drift: exit8 took 50 % of the last 200 photos, 0 % in")

@@ -32,7 +32,7 @@ from earlyexit_ssd.calibration.certificate import Certificate, load_certificate
 from earlyexit_ssd.config import load_config
 from earlyexit_ssd.data import load_dataset, to_coco
 from earlyexit_ssd.data.problems import MODES
-from earlyexit_ssd.drift import Reference
+from earlyexit_ssd.drift import DriftReference
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.evaluation.onnx import OnnxDetector, count_onnx_mmacs
 from earlyexit_ssd.modeling import Architecture, retrofit
@@ -406,7 +406,7 @@ def models() -> Models:
         "weights_sha256": weights_hash(model),
         "photos_sha256": ["ab" * 8, "cd" * 8],
         "photo_list_sha256": "ef",
-        "drift": asdict(Reference.from_decisions(("exit8", "full"), [0, 0, 1], [[0.9, 0.7, 0.2]])),
+        "drift": asdict(DriftReference.from_decisions(("exit8", "full"), [0, 0, 1], [[0.9, 0.7, 0.2]])),
         "versions": {"torch": torch.__version__},
     }
     return Models(model, content, reference, json.loads(json.dumps(certificate)))

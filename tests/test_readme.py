@@ -11,7 +11,7 @@ from PIL import Image
 
 from earlyexit_ssd.config import get_cfg, load_config
 from earlyexit_ssd.data import load_dataset
-from earlyexit_ssd.data.records import FORMATS
+from earlyexit_ssd.data.records import DATA_FORMATS
 from earlyexit_ssd.evaluation.metrics import METRICS
 from earlyexit_ssd.evaluation.results import Results
 from earlyexit_ssd.evaluation.verdict import judge
@@ -109,7 +109,7 @@ def test_python_example_of_the_readme_runs(capsys):
 @pytest.fixture
 def extensions():
     """Run the examples of docs/extending.md, and unregister them after the test. Return the names that they define."""
-    kept = [(registry, dict(registry)) for registry in (POLICIES, FORMATS, BRANCHES, METRICS)]
+    kept = [(registry, dict(registry)) for registry in (POLICIES, DATA_FORMATS, BRANCHES, METRICS)]
     names: dict = {}
     first, *examples = re.findall(r"^```python\n(.*?)^```", EXTENDING, re.M | re.S)
     compile(first, "extending.md", "exec")  # it imports the user's module

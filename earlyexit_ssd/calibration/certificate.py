@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from earlyexit_ssd.config import CLOSED
-from earlyexit_ssd.drift import Reference
+from earlyexit_ssd.drift import DriftReference
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.files import write_json
 from earlyexit_ssd.modeling.checkpoint import weights_hash
@@ -79,7 +79,7 @@ class CertifiedCosts:
     measured: dict[str, Any] | None = None  # for milliseconds: runtime, threads, runs and machine
 
 
-def plain_part(part: CertifiedTarget | Measured | CertifiedCosts | Reference) -> dict[str, Any]:
+def plain_part(part: CertifiedTarget | Measured | CertifiedCosts | DriftReference) -> dict[str, Any]:
     """Return the part as a dict for JSON, without the fields that are None. Only an unknown AP50 stays, as null."""
     nullable = ("AP50", "AP50_full")
     return {key: value for key, value in dataclasses.asdict(part).items() if value is not None or key in nullable}
@@ -94,11 +94,9 @@ class Certificate:
     measured: Measured
     cost_model: CertifiedCosts
     weights_sha256: str  # see `weights_hash`
-    photos_sha256: tuple[
-        str, ...
-    ]  # first 16 hexadecimal digits of the SHA-256 of each calibration photo's file, sorted
+    photos_sha256: tuple[str, ...]  # first 16 digits of the SHA-256 of each calibration photo's file, sorted
     photo_list_sha256: str  # SHA-256 of these digits, joined
-    drift: Reference  # exits and confidences of the calibration photos, for a `DriftMonitor`
+    drift: DriftReference  # exits and confidences of the calibration photos, for a `DriftMonitor`
     versions: dict[str, str]
 
     @property

@@ -9,16 +9,16 @@ from typing import Any
 
 from fvcore.common.config import CfgNode
 
-from earlyexit_ssd.errors import ConfigError, nearest, shown
+from earlyexit_ssd.errors import ConfigError, shown, suggest
 
 PHASES = ("baseline", "exits", "joint")
 CLOSED = 2.0  # a threshold that no confidence reaches
 C4_LAYER = 13  # the expansion of this layer is the first feature map of the full path's head
 PHASE_SECTIONS = {"baseline": "BASELINE", "exits": "EXITS_PHASE", "joint": "JOINT", "fine_tuning": "FINE_TUNING"}
-LAST_LAYER = 16
-TAIL_BLOCKS = 2
+LAST_LAYER = 16  # of MobileNetV3's trunk
+TAIL_BLOCKS = 2  # residual blocks after `C4_LAYER`: layers 14 and 15
 LARGEST_SIDE, MAX_WIDTH, MAX_CHANNELS = 4096, 4, 4096
-FOLDS = ("exact", "compact", "rows")
+FOLD_CHOICES = ("exact", "compact", "rows")
 RIVAL_FORMATS = ("yolox", "boxes", "nanodet", "picodet")
 LOSS_CHOICES = {
     "classification": ("mined", "focal"),
@@ -30,7 +30,7 @@ CHOICES = {
     "PHASES": PHASES,
     "DATA.ON_BAD": ("repair", "refuse", "skip"),
     "DATA.AUGMENTATION": ("ssdlite", "ssd", "flip", "none"),
-    "MODEL.FOLD": FOLDS,
+    "MODEL.FOLD": FOLD_CHOICES,
     **{f"LOSS.{key.upper()}": choices for key, choices in LOSS_CHOICES.items()},
     "JOINT.TEACHER": LOSS_CHOICES["teacher"],
     "CALIBRATION.TARGET": ("", "ap_drop", "risk", "speedup"),
@@ -45,7 +45,7 @@ CHOICES = {
 
 
 def _of_phases(keys: str) -> str:
-    """``"EMA"`` -> ``"BASELINE.EMA EXITS_PHASE.EMA JOINT.EMA"``."""
+    """``"EMA"`` -> ``"BASELINE.EMA EXITS_PHASE.EMA JOINT.EMA FINE_TUNING.EMA"``."""
     return " ".join(f"{phase}.{key}" for phase in PHASE_SECTIONS.values() for key in keys.split())
 
 
@@ -180,7 +180,7 @@ def check_config(cfg: CfgNode) -> None:
         for value in values if isinstance(values, tuple) else (values,):
             if value not in choices:
                 listed = ", ".join(map(repr, choices))
-                raise ConfigError(f"{key} is {shown(value)}, expected one of {listed}{nearest(str(value), choices)}")
+                raise ConfigError(f"{key} is {shown(value)}, expected one of {listed}{suggest(str(value), choices)}")
     context = {"exits": num_exits(cfg), "layers": list(cfg.EXITS.LAYERS), "bounds": cfg.ROUTING.TEMPERATURE_BOUNDS}
     for rules in (_OF_EACH_VALUE, _OF_THE_WHOLE):
         for key, expected, holds in ((key, *rule) for keys, *rule in rules for key in keys.split()):

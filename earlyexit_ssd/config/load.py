@@ -15,7 +15,7 @@ from typing import Any
 from fvcore.common.config import CfgNode
 
 from earlyexit_ssd.config.check import check_config
-from earlyexit_ssd.errors import ConfigError, nearest, shown
+from earlyexit_ssd.errors import ConfigError, shown, suggest
 from earlyexit_ssd.plain import parse_yaml, read_yaml
 
 DEFAULTS = Path(__file__).with_name("defaults.yaml")
@@ -96,7 +96,7 @@ def _read_chain(path: Path, above: tuple[str, ...] = ()) -> list[tuple[Path, dic
 def _merge(node: CfgNode, tree: Mapping, source: str, above: str = "") -> None:
     for key, value in tree.items():
         if key not in node:
-            hint = nearest(str(key), node) or f"; {above.rstrip('.') or 'the top level'} has {', '.join(node)}"
+            hint = suggest(str(key), node) or f"; {above.rstrip('.') or 'the top level'} has {', '.join(node)}"
             raise ConfigError(f"{source}: unknown key {above}{key}{hint}")
         if isinstance(node[key], CfgNode) and isinstance(value, Mapping):
             _merge(node[key], value, source, f"{above}{key}.")

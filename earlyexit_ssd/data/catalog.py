@@ -12,21 +12,21 @@ from fvcore.common.config import CfgNode
 
 from earlyexit_ssd.data import coco, folder, voc, yolo  # noqa: F401 - the imports register their formats
 from earlyexit_ssd.data.problems import Problems
-from earlyexit_ssd.data.records import FORMATS, RawDataset
+from earlyexit_ssd.data.records import DATA_FORMATS, RawDataset
 from earlyexit_ssd.data.shapes import SPLITS, ensure_synthetic
-from earlyexit_ssd.errors import ConfigError, DataError, nearest, shown
+from earlyexit_ssd.errors import ConfigError, DataError, shown, suggest
 from earlyexit_ssd.files import PathLike, lock
 from earlyexit_ssd.registry import Registry
 
 ROOT_VARIABLE = "EARLYEXIT_SSD_DATASETS"
 
-Loader = Callable[[Path, CfgNode, Problems], RawDataset]
+DatasetLoader = Callable[[Path, CfgNode, Problems], RawDataset]
 """Function (root folder of the data sets, node ``DATA`` of the configuration, problems) -> data set."""
 
-_LOADERS: Registry[Loader] = Registry("data set")
+_LOADERS: Registry[DatasetLoader] = Registry("data set")
 
 
-def register(name: str, loader: Loader) -> None:
+def register(name: str, loader: DatasetLoader) -> None:
     """Register the loader of a data set. Raise EarlyExitError if the name is registered already."""
     _LOADERS.register(name, loader)
 
@@ -44,9 +44,9 @@ def register_voc(name: str, devkit: PathLike, split: str) -> None:
 def _load_entry(
     name: str, annotations: PathLike, photos: PathLike, root: Path, data: CfgNode, problems: Problems
 ) -> RawDataset:
-    """Read an entry (name, annotations, photos or split) of ``DATA.DATASETS``. See `Loader` for the other arguments."""
+    """Read an entry (name, annotations, photos or split) of ``DATA.DATASETS``. Other arguments: see `DatasetLoader`."""
     path = root / annotations
-    reader = next(f for f in reversed(FORMATS.values()) if f.recognises(str(annotations), path))
+    reader = next(f for f in reversed(DATA_FORMATS.values()) if f.recognises(str(annotations), path))
     if annotations:
         _require(name, path)
     if not reader.names_split:
@@ -62,19 +62,19 @@ def _require(name: str, path: Path, alternative: str = "correct DATA.DATASETS") 
         raise DataError(f"{os.path.abspath(path)}: data set {name!r} not found; {fix}, or {alternative}")
 
 
-def get(name: str) -> Loader:
+def get(name: str) -> DatasetLoader:
     """Return the loader of a registered data set. Raise ConfigError with the nearest name if there is none."""
     if name not in _LOADERS:
-        hint = nearest(name, _LOADERS) or f"; registered: {', '.join(sorted(_LOADERS))}"
+        hint = suggest(name, _LOADERS) or f"; registered: {', '.join(sorted(_LOADERS))}"
         fix = "add it to DATA.DATASETS, or register it with earlyexit_ssd.data.register_coco"
         raise ConfigError(f"no data set is named {name!r}{hint}; {fix}")
     return _LOADERS[name]
 
 
-def find(name: str, data: CfgNode) -> Loader:
+def find(name: str, data: CfgNode) -> DatasetLoader:
     """Return the loader of a data set of ``DATA.DATASETS`` or, if the name is not there, of the catalog. Read no file.
     Raise ConfigError if the name is unknown, or ``DATA.DATASETS`` are not triples with different names."""
-    loaders: dict[str, Loader] = {}
+    loaders: dict[str, DatasetLoader] = {}
     for entry in data.DATASETS:
         if not (isinstance(entry, tuple | list) and len(entry) == 3 and all(isinstance(t, str) for t in entry)):
             expected = "triples (name, annotations, photos or split)"

@@ -352,9 +352,9 @@ def load_dataset(
         names: names of data sets in the catalog or in ``DATA.DATASETS``.
         train: limit the photos without objects, augment, and leave out objects to ignore.
         labels: which labels the data sets must have. ``required``: all photos are annotated, and there is an object.
-            ``annotated``: all photos are annotated. ``replaced``: if all photos are annotated, there must be an object;
-            otherwise the caller replaces the labels by the full path's detections. ``optional``: no condition. The
-            default is ``required`` in training, otherwise ``annotated``.
+            ``annotated``: all photos are annotated. ``replaced``: as ``required``, or some photos are not annotated;
+            then the caller replaces all labels by the full path's detections. ``optional``: no condition. The default
+            is ``required`` in training, otherwise ``annotated``.
 
     Raises:
         ConfigError: a data set is unknown.

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from earlyexit_ssd.data.problems import REPAIRS
-from earlyexit_ssd.errors import DataError, nearest, one_line
+from earlyexit_ssd.errors import DataError, one_line, suggest
 from earlyexit_ssd.registry import Registry
 
 logger = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ Reader = Callable[..., RawDataset]
 
 
 @dataclass(frozen=True)
-class Format:
+class DataFormat:
     """An annotation format of the entries (name, annotations, photos or split) of ``DATA.DATASETS``."""
 
     recognises: Callable[[str, Path], bool]  # gets the annotations as written in the entry, and their full path
@@ -73,17 +73,17 @@ class Format:
     read: Reader
 
 
-FORMATS: Registry[Format] = Registry("data format")
+DATA_FORMATS: Registry[DataFormat] = Registry("data format")
 
 
 def register_format(
     name: str, recognises: Callable[[str, Path], bool], names_split: bool = False, **repairs: str
 ) -> Callable[[Reader], Reader]:
-    """Return a decorator that registers a reader as `Format` ``name``. The last registered format that recognises an
-    entry reads it. ``repairs`` are added to `problems.REPAIRS`: kind of problem (with _ for a space) -> its repair."""
+    """Return a decorator that registers a reader as `DataFormat` ``name``. The last registered format that recognises
+    an entry reads it. ``repairs`` are added to `problems.REPAIRS`: kind of problem (_ for a space) -> its repair."""
 
     def register(read: Reader) -> Reader:
-        FORMATS.register(name, Format(recognises, names_split, read))
+        DATA_FORMATS.register(name, DataFormat(recognises, names_split, read))
         REPAIRS.update({kind.replace("_", " "): repair for kind, repair in repairs.items()})
         return read
 
@@ -146,7 +146,7 @@ def _check_classes(raws: Sequence[RawDataset], classes: Sequence[str], train: bo
     for name in classes:
         if canonical(name) not in available_canonical and not may_be_missing:
             names, listed = ", ".join(raw.name for raw in raws), ", ".join(available[:20]) or "none"
-            hint = nearest(name, available)
+            hint = suggest(name, available)
             raise DataError(
                 f"DATA.CLASSES or the model has {name!r}, which is not a class of {names}{hint}; classes: {listed}"
             )

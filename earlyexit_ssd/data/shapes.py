@@ -80,29 +80,29 @@ def paint(things: list[Furniture], camera: Camera, canvas: np.ndarray, light: Li
     the chair is visible.
     """
     (lamp, ambient), chairs = light, [thing.chair for thing in things]
-    # Paint from far to near. For circles that do not meet, distance**2 - radius**2 gives a correct order.
+    # Pieces are painted from far to near. For circles that do not meet, distance**2 - radius**2 gives a correct order.
     order = np.argsort([t.radius**2 - math.dist((t.x, t.y), camera.eye[:2]) ** 2 - 1e6 * t.flat for t in things])
     labels = (np.cumsum(chairs) * chairs).tolist()
-    rank = np.repeat(np.arange(len(things)), [len(things[place].parts) for place in order])
+    position = np.repeat(np.arange(len(things)), [len(things[index].parts) for index in order])
     parts, corners = (np.concatenate([getattr(things[k], name) for k in order]) for name in ("parts", "corners"))
     faces, middles = corners[:, _FACES], corners.mean(axis=1)
     normals = np.cross(faces[:, :, 1] - faces[:, :, 0], faces[:, :, 3] - faces[:, :, 0])
     normals /= np.linalg.norm(normals, axis=-1, keepdims=True) + 1e-9
     to_lamp = (lamp - middles) / np.linalg.norm(lamp - middles, axis=1, keepdims=True)
-    lit = np.maximum((normals * to_lamp[:, None]).sum(axis=-1), 0) * (1.2 - ambient) + ambient
-    shown = ((camera.eye - faces[:, :, 0]) * normals).sum(axis=-1) > 0
+    brightness = np.maximum((normals * to_lamp[:, None]).sum(axis=-1), 0) * (1.2 - ambient) + ambient
+    facing = ((camera.eye - faces[:, :, 0]) * normals).sum(axis=-1) > 0  # the camera
     # Within a piece paint from low to high: the camera is above all seats and boards, so objects on them hide them.
-    by_height = np.lexsort((-np.linalg.norm(middles - camera.eye, axis=1), parts[:, 2], rank))
-    row, face = np.nonzero(shown[by_height])
+    by_height = np.lexsort((-np.linalg.norm(middles - camera.eye, axis=1), parts[:, 2], position))
+    row, face = np.nonzero(facing[by_height])
     row = by_height[row]
-    outlines = (camera.project(faces[row, face])[0] * (SCALE * 16) - 8).astype(np.int32)
-    tones = np.clip(parts[row, 7:] * lit[row, face][:, None] * 255, 0, 255).tolist()
-    ends, full_area = np.searchsorted(rank[row], np.arange(len(things) + 1)), [0] * (max(labels) + 1)
-    for place, start, end in zip(order, ends, ends[1:], strict=False):
+    outlines = (camera.project(faces[row, face])[0] * (SCALE * 16) - 8).astype(np.int32)  # in 1/16 pixels
+    tones = np.clip(parts[row, 7:] * brightness[row, face][:, None] * 255, 0, 255).tolist()
+    ends, full_area = np.searchsorted(position[row], np.arange(len(things) + 1)), [0] * (max(labels) + 1)
+    for index, start, end in zip(order, ends, ends[1:], strict=False):
         for outline, tone in zip(outlines[start:end], tones[start:end], strict=True):
-            cv2.fillConvexPoly(canvas, outline, (*tone, labels[place]), shift=4)
-        if chairs[place]:
-            full_area[labels[place]] = np.count_nonzero(canvas[..., 3] == labels[place])
+            cv2.fillConvexPoly(canvas, outline, (*tone, labels[index]), shift=4)
+        if chairs[index]:
+            full_area[labels[index]] = np.count_nonzero(canvas[..., 3] == labels[index])
     boxes: list[Box | None] = []
     for label, pixels in enumerate(full_area[1:], 1):
         mask = (canvas[..., 3] == label).astype(np.uint8)
@@ -120,15 +120,15 @@ def _colour(rng: Generator) -> np.ndarray:
 
 
 def _board(rng: Generator, w: float, d: float, h: float) -> tuple[list, np.ndarray]:
-    """Return the parts of a seat or table at height ``h`` with its legs, and the colour of the board."""
+    """Return the parts of a seat or table at height ``h`` with legs of width t, and the colour of the board."""
     t, thick, frame, cover = rng.uniform(0.025, 0.05) * (1 + w / 3), rng.uniform(0.03, 0.08), _colour(rng), _colour(rng)
-    cover, h, low = frame if rng.random() < 0.4 else cover, h - thick, rng.uniform(0.2, 0.7) * h
+    cover, h, rung = frame if rng.random() < 0.4 else cover, h - thick, rng.uniform(0.2, 0.7) * h
     if rng.random() < 0.2:  # a column on a cross
         sizes = (0.7 * w, 1.4 * t, t), (1.4 * t, 0.7 * d, t), (1.5 * t, 1.5 * t, h)
         legs = [part(0, 0, z, size, frame) for z, size in zip((0, 0, 0.01), sizes, strict=True)]
     else:
         legs = [part(x * (w - t) / 2, y * (d - t) / 2, 0, (t, t, h), frame) for x in (-1, 1) for y in (-1, 1)]
-        legs += [part(x * (w - t) / 2, 0, low, (t / 2, d - t, t / 2), frame) for x in (-1, 1) if low < 0.4 * h]
+        legs += [part(x * (w - t) / 2, 0, rung, (t / 2, d - t, t / 2), frame) for x in (-1, 1) if rung < 0.4 * h]
     return [*legs, part(0, 0, h, (w, d, thick), cover)], cover
 
 

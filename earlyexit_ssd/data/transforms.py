@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torchvision.ops import box_iou
 
-from earlyexit_ssd.errors import ConfigError, nearest
+from earlyexit_ssd.errors import ConfigError, suggest
 
 Window = tuple[int, int, int, int]  # of whole pixels; the transforms state its format
 
@@ -148,6 +148,6 @@ def build_transforms(preset: str) -> Augmentation | None:
     ssd = [*colours, A.ChannelShuffle(p=0.5), RandomZoomOut(p=0.5), crop, flip]
     presets = {"flip": [flip], "ssdlite": [crop, flip], "ssd": ssd}
     if preset not in presets:
-        expected = f"expected one of none, {', '.join(presets)}{nearest(preset, presets)}"
+        expected = f"expected one of none, {', '.join(presets)}{suggest(preset, presets)}"
         raise ConfigError(f"DATA.AUGMENTATION is {preset!r:.60}, {expected}")
     return Augmentation(presets[preset])

@@ -126,9 +126,9 @@ class _XmlReader:
     normalized: list[tuple[str, int]] = field(default_factory=list)  # normalized boxes: message, image id
     photos: Callable[[Path], list[Path]] = field(default_factory=lambda: _file_index(PHOTO_SUFFIXES))
 
-    def read(self, name: str, sources: Sequence[tuple[int, str, Path]], benchmark: Sequence[str] = ()) -> RawDataset:
+    def read(self, name: str, sources: Sequence[tuple[int, str, Path]], standard: Sequence[str] = ()) -> RawDataset:
         """Read ``sources``: image id, name relative to ``annotations`` without suffix, and XML file of each photo.
-        ``benchmark`` are the classes of the data set if it has no other classes."""
+        ``standard`` are the classes of the data set if it has no other classes."""
         photos: list[tuple[Record, list[_Object]]] = []
         seen: set[Path] = set()
         for image_id, stem, source in sources:
@@ -153,7 +153,7 @@ class _XmlReader:
         names = sorted({class_name for _, objects in photos for _, class_name, _, _ in objects})
         check_names(names, self.annotations, self.problems)
         present = {ALIASES.get(class_name, class_name) for class_name in names}
-        classes = tuple(benchmark if present and present <= set(benchmark) else sorted(present))
+        classes = tuple(standard if present and present <= set(standard) else sorted(present))
         labels = {class_name: classes.index(ALIASES.get(class_name, class_name)) + 1 for class_name in names}
         records = tuple(
             record.with_annotations(

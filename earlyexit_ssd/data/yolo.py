@@ -12,7 +12,7 @@ from earlyexit_ssd.data.checks import check_names, check_unit
 from earlyexit_ssd.data.folder import photo_path, read_list, report_outside
 from earlyexit_ssd.data.problems import Problems
 from earlyexit_ssd.data.records import Annotation, RawDataset, Record, register_format
-from earlyexit_ssd.errors import DataError, nearest, shown
+from earlyexit_ssd.errors import DataError, shown, suggest
 from earlyexit_ssd.images import PHOTO_SUFFIXES, find_files, read_header
 from earlyexit_ssd.plain import read_bytes, read_yaml
 
@@ -97,7 +97,7 @@ def _list_photos(
         expected = "a folder of photos, a text file that lists photos, or a list of these"
         splits = [key for key in map(str, tree) if key not in ("path", "names", "nc")]
         found = f"path is {shown(base)}, {split} is {shown(value)}"
-        raise DataError(f"{description}: {found}, expected {expected}{nearest(split, splits)}")
+        raise DataError(f"{description}: {found}, expected {expected}{suggest(split, splits)}")
     photos: list[Path] = []
     for source in sources:
         name = os.path.join(base, source)

@@ -55,7 +55,7 @@ class Segment:
 
 
 @dataclass(frozen=True)
-class Contract:
+class Settings:
     """Settings of preprocessing and postprocessing, and the default thresholds."""
 
     size: tuple[int, int]  # (height, width) of the network's input in pixels
@@ -113,7 +113,7 @@ class Scope:
         self.constants += graph.initializer
         return {value.name: renamed.get(prefix + value.name, prefix + value.name) for value in model.graph.output}
 
-    def if_else(self, condition: str, types: Sequence[tuple[int, list]], then: Branch, otherwise: Branch) -> list[str]:
+    def if_else(self, condition: str, types: Sequence[tuple[int, list]], then: Side, otherwise: Side) -> list[str]:
         """Add an ``If`` whose branches have outputs of these types and shapes. Return the names of its outputs."""
         branches = {}
         for key, name, (scope, outputs) in (("then_branch", "then", then), ("else_branch", "otherwise", otherwise)):
@@ -128,56 +128,56 @@ class Scope:
 
 
 Value = tuple[str, int, list]  # name, type and shape of an output
-Branch = tuple[Scope, Sequence[str]]  # one branch of an If: its scope and the names of its outputs
+Side = tuple[Scope, Sequence[str]]  # one branch of an If: its scope and the names of its outputs
 
 
-def build_graph(segments: Sequence[Segment], contract: Contract, metadata: Mapping[str, str]) -> onnx.ModelProto:
+def build_graph(segments: Sequence[Segment], settings: Settings, metadata: Mapping[str, str]) -> onnx.ModelProto:
     """Build a model from a photo uint8 [height, width, 3] RGB to `OUTPUTS`.
 
     ``thresholds`` [exits] and ``score_thresh`` [classes] are inputs too. They have defaults, except for OpenVINO. The
     segments are from shallow to deep, the full path last. ``metadata``: keys and texts to store in the file.
     """
-    scope, size, state = _start(contract)
-    values = _add_segments(scope, segments, state, size, contract)
+    scope, size, state = _start(settings)
+    values = _add_segments(scope, segments, state, size, settings)
     outputs = {name: (value, *OUTPUTS[name]) for name, value in zip(OUTPUTS, values, strict=True)}
-    return _model(scope, outputs, ["image"], contract, metadata)
+    return _model(scope, outputs, ["image"], settings, metadata)
 
 
-def first_stage(segment: Segment, contract: Contract) -> onnx.ModelProto:
+def first_stage(segment: Segment, settings: Settings) -> onnx.ModelProto:
     """Build a model from a photo to the first segment's outputs, for a folder with one file per segment."""
-    scope, _, state = _start(contract)
+    scope, _, state = _start(settings)
     values, outputs = scope.inline(segment.model, state), {}
     for output in segment.model.graph.output:
         tensor = output.type.tensor_type
         outputs[output.name] = values[output.name], tensor.elem_type, [dim.dim_value for dim in tensor.shape.dim]
-    return _model(scope, outputs, ["image"], contract)
+    return _model(scope, outputs, ["image"], settings)
 
 
-def last_stage(contract: Contract) -> onnx.ModelProto:
+def last_stage(settings: Settings) -> onnx.ModelProto:
     """Build a model from `HEAD` and ``photo_size`` int64 [2] (height, width) to boxes, labels and scores, for a folder
     with one file per segment."""
     scope = Scope(itertools.count())
-    values = postprocess(scope, *HEAD, "photo_size", contract)
+    values = postprocess(scope, *HEAD, "photo_size", settings)
     outputs = {name: (value, *OUTPUTS[name]) for name, value in zip(OUTPUTS, values, strict=False)}
-    return _model(scope, outputs, [*HEAD, "photo_size"], contract)
+    return _model(scope, outputs, [*HEAD, "photo_size"], settings)
 
 
-def _start(contract: Contract) -> tuple[Scope, str, dict[str, str]]:
+def _start(settings: Settings) -> tuple[Scope, str, dict[str, str]]:
     """Return a scope, the name of the photo's size (height, width) in it, and the first segment's inputs."""
     scope = Scope(itertools.count())
     size = scope("Slice", scope("Shape", "image"), scope.constant([0], np.int64), scope.constant([2], np.int64))
-    return scope, size, {"x_in": preprocess(scope, size, contract)}
+    return scope, size, {"x_in": preprocess(scope, size, settings)}
 
 
 def _model(
     scope: Scope,
     outputs: Mapping[str, Value],
     inputs: Sequence[str],
-    contract: Contract,
+    settings: Settings,
     metadata: Mapping[str, str] | None = None,
 ) -> onnx.ModelProto:
     """Return the scope as a model. ``outputs`` maps names of the model's outputs to values in the scope."""
-    anchors, classes = len(contract.anchors), len(contract.score_thresh)
+    anchors, classes = len(settings.anchors), len(settings.score_thresh)
     types = {
         "image": (TensorProto.UINT8, ["height", "width", 3]),
         "photo_size": (TensorProto.INT64, [2]),
@@ -188,8 +188,8 @@ def _model(
     used = {name for node in scope.nodes for name in _names_used(node)}
     for name in ("thresholds", "score_thresh"):
         if name in used:
-            default = numpy_helper.from_array(np.asarray(getattr(contract, name), np.float32), name)
-            if not contract.openvino:  # OpenVINO would treat an input with a default as a constant
+            default = numpy_helper.from_array(np.asarray(getattr(settings, name), np.float32), name)
+            if not settings.openvino:  # OpenVINO would treat an input with a default as a constant
                 scope.constants.append(default)
             values.append(helper.make_tensor_value_info(name, default.data_type, list(default.dims)))
     graph = scope.graph("earlyexit_ssd", list(outputs.values()), values)
@@ -243,7 +243,7 @@ def expand_log_sum_exp(model: onnx.ModelProto) -> None:
 
 
 def _add_segments(
-    scope: Scope, segments: Sequence[Segment], state: Mapping[str, str], size: str, contract: Contract
+    scope: Scope, segments: Sequence[Segment], state: Mapping[str, str], size: str, settings: Settings
 ) -> list[str]:
     """Add the segments and the postprocessing to ``scope``. Return the names of all `OUTPUTS`.
 
@@ -254,8 +254,8 @@ def _add_segments(
     segment, *deeper = segments
     values = scope.inline(segment.model, state)
     if not segment.empty:
-        logits, offsets, *routing = _add_heads(scope, segments, values, contract)
-        return [*postprocess(scope, logits, offsets, size, contract), *routing]
+        logits, offsets, *routing = _add_heads(scope, segments, values, settings)
+        return [*postprocess(scope, logits, offsets, size, settings), *routing]
     condition, leave, go_on = _leaves(scope, segment, values), Scope(scope.numbers), Scope(scope.numbers)
     no_objects = []
     # not as constants, since OpenVINO loses the shape of an empty constant
@@ -264,11 +264,11 @@ def _add_segments(
         zero = helper.make_tensor("zero", elem_type, [1], [0])
         no_objects.append(leave("ConstantOfShape", shape, value=zero))
     no_objects += [leave.constant(segment.index, np.int64), leave("Squeeze", values[CONFIDENCE])]
-    rest = _add_segments(go_on, deeper, _next_inputs(values), size, contract)
+    rest = _add_segments(go_on, deeper, _next_inputs(values), size, settings)
     return scope.if_else(condition, list(OUTPUTS.values()), (leave, no_objects), (go_on, rest))
 
 
-def _add_heads(scope: Scope, segments: Sequence[Segment], values: Mapping[str, str], contract: Contract) -> list[str]:
+def _add_heads(scope: Scope, segments: Sequence[Segment], values: Mapping[str, str], settings: Settings) -> list[str]:
     """Add the deeper segments. ``values`` are the outputs of the first segment, which is in ``scope`` already.
 
     Return the names of the `HEAD`, ``exit_index`` and ``exit_confidence`` of the exit at which the photo leaves.
@@ -279,8 +279,8 @@ def _add_heads(scope: Scope, segments: Sequence[Segment], values: Mapping[str, s
     if segment.full:
         return outputs
     condition, leave, go_on = _leaves(scope, segment, values), Scope(scope.numbers), Scope(scope.numbers)
-    rest = _add_heads(go_on, deeper, go_on.inline(deeper[0].model, _next_inputs(values)), contract)
-    anchors, classes = len(contract.anchors), len(contract.score_thresh)
+    rest = _add_heads(go_on, deeper, go_on.inline(deeper[0].model, _next_inputs(values)), settings)
+    anchors, classes = len(settings.anchors), len(settings.score_thresh)
     heads = (TensorProto.FLOAT, [1, anchors, classes + 1]), (TensorProto.FLOAT, [1, anchors, 4])
     return scope.if_else(condition, [*heads, *list(OUTPUTS.values())[3:]], (leave, outputs), (go_on, rest))
 
@@ -299,42 +299,42 @@ def _next_inputs(values: Mapping[str, str]) -> dict[str, str]:
 # Preprocessing and postprocessing as in torchvision's GeneralizedRCNNTransform and SSD.postprocess_detections.
 
 
-def preprocess(scope: Scope, size: str, contract: Contract) -> str:
+def preprocess(scope: Scope, size: str, settings: Settings) -> str:
     """Resize (bilinear without antialiasing) and normalise the photo ``image``, uint8 [H, W, 3].
 
-    ``size`` is int64 [2] (H, W). The result is float32 [1, 3, *contract.size].
+    ``size`` is int64 [2] (H, W). The result is float32 [1, 3, *settings.size].
     """
-    if contract.openvino:
-        return _gather_and_resize(scope, size, contract)
+    if settings.openvino:
+        return _gather_and_resize(scope, size, settings)
     large, small = Scope(scope.numbers), Scope(scope.numbers)
     is_large = scope("Greater", scope("ReduceProd", size, keepdims=0), scope.constant(LARGE, np.int64))
-    branches = (large, [_gather_and_resize(large, size, contract)]), (small, [_convert_and_resize(small, contract)])
-    return scope.if_else(is_large, [(TensorProto.FLOAT, [1, 3, *contract.size])], *branches)[0]
+    branches = (large, [_gather_and_resize(large, size, settings)]), (small, [_convert_and_resize(small, settings)])
+    return scope.if_else(is_large, [(TensorProto.FLOAT, [1, 3, *settings.size])], *branches)[0]
 
 
-def _normalise(scope: Scope, pixels: str, contract: Contract, layout: Callable[[np.ndarray], np.ndarray]) -> str:
+def _normalise(scope: Scope, pixels: str, settings: Settings, layout: Callable[[np.ndarray], np.ndarray]) -> str:
     """Normalise pixels in 0..255. ``layout`` arranges values per channel [3] like the pixels."""
-    mean, std = np.asarray(contract.mean, np.float64), np.asarray(contract.std, np.float64)
+    mean, std = np.asarray(settings.mean, np.float64), np.asarray(settings.std, np.float64)
     scale, shift = (scope.constant(layout(values)) for values in (1 / (255 * std), -mean / std))
     return scope("Add", scope("Mul", pixels, scale), shift)
 
 
-def _convert_and_resize(scope: Scope, contract: Contract) -> str:
+def _convert_and_resize(scope: Scope, settings: Settings) -> str:
     """Convert the whole photo to floats, then resize it."""
     # uint8 is transposed faster than float32
     pixels = scope("Cast", scope("Transpose", "image", perm=[2, 0, 1]), to=TensorProto.FLOAT)
     pixels = scope("Unsqueeze", pixels, scope.constant([0], np.int64))
-    target = scope.constant([1, 3, *contract.size], np.int64)
+    target = scope.constant([1, 3, *settings.size], np.int64)
     pixels = scope("Resize", pixels, "", "", target, mode="linear", coordinate_transformation_mode="half_pixel")
-    return _normalise(scope, pixels, contract, lambda values: values.reshape(1, 3, 1, 1))
+    return _normalise(scope, pixels, settings, lambda values: values.reshape(1, 3, 1, 1))
 
 
-def _gather_and_resize(scope: Scope, size: str, contract: Contract) -> str:
+def _gather_and_resize(scope: Scope, size: str, settings: Settings) -> str:
     """Gather the four pixels around each output point, convert only these to floats, and interpolate.
 
     Arithmetic is on rows of width * 3 values, and the transposition comes last. This halves the time in OpenVINO.
     """
-    height, width = contract.size
+    height, width = settings.size
     top, bottom, y_weight = _neighbours(scope, size, 0, height)
     left, right, x_weight = _neighbours(scope, size, 1, width)
     y_weight = scope("Reshape", y_weight, scope.constant([height, 1], np.int64))
@@ -342,14 +342,14 @@ def _gather_and_resize(scope: Scope, size: str, contract: Contract) -> str:
     x_weight = scope("Expand", x_weight, scope.constant([width, 3], np.int64))
     x_weight = scope("Reshape", x_weight, scope.constant([1, width * 3], np.int64))
     row_shape, rows = scope.constant([height, width * 3], np.int64), []
-    if contract.openvino:  # OpenVINO gathers single values faster than pixels, ONNX Runtime does not
+    if settings.openvino:  # OpenVINO gathers single values faster than pixels, ONNX Runtime does not
         left, right = _value_indices(scope, left, width), _value_indices(scope, right, width)
     for indices in (top, bottom):
         row = scope("Gather", "image", indices, axis=0)
-        row = scope("Reshape", row, scope.constant([height, -1], np.int64)) if contract.openvino else row
+        row = scope("Reshape", row, scope.constant([height, -1], np.int64)) if settings.openvino else row
         sides = [scope("Reshape", scope("Gather", row, side, axis=1), row_shape) for side in (left, right)]
         rows.append(_interpolate(scope, *(scope("Cast", side, to=TensorProto.FLOAT) for side in sides), x_weight))
-    pixels = _normalise(scope, _interpolate(scope, *rows, y_weight), contract, lambda values: np.tile(values, width))
+    pixels = _normalise(scope, _interpolate(scope, *rows, y_weight), settings, lambda values: np.tile(values, width))
     pixels = scope("Reshape", pixels, scope.constant([1, height, width, 3], np.int64))
     return scope("Transpose", pixels, perm=[0, 3, 1, 2])
 
@@ -378,7 +378,7 @@ def _interpolate(scope: Scope, first: str, second: str, weight: str) -> str:
     return scope("Add", first, scope("Mul", scope("Sub", second, first), weight))
 
 
-def postprocess(scope: Scope, cls_logits: str, bbox_regression: str, size: str, contract: Contract) -> list[str]:
+def postprocess(scope: Scope, cls_logits: str, bbox_regression: str, size: str, settings: Settings) -> list[str]:
     """Add decoding and NMS per class. Return the names of boxes, labels and scores by decreasing score.
 
     Only default boxes with a score above the class's ``score_thresh`` are decoded. Per class, the ``topk_candidates``
@@ -386,63 +386,63 @@ def postprocess(scope: Scope, cls_logits: str, bbox_regression: str, size: str, 
     """
     zero = scope.constant([0], np.int64)
     probabilities = scope("Softmax", scope("Squeeze", cls_logits, zero), axis=1)
-    start_stop_axis = [scope.constant([value], np.int64) for value in (1, len(contract.score_thresh) + 1, 1)]
+    start_stop_axis = [scope.constant([value], np.int64) for value in (1, len(settings.score_thresh) + 1, 1)]
     scores = scope("Slice", probabilities, *start_stop_axis)
     # NMS drops scores of 0, so from here on 0 marks a class that is not detected at a default box
     scores = scope("Where", scope("Greater", scores, "score_thresh"), scores, scope.constant(0.0))
     candidates = scope("NonZero", scope("ReduceMax", scores, axes=[1], keepdims=0))
     candidates = scope("Reshape", candidates, scope.constant([-1], np.int64))
     scores = scope("Transpose", scope("Gather", scores, candidates, axis=0), perm=[1, 0])
-    scores = _keep_top_k(scope, scores, candidates, contract)
+    scores = _keep_top_k(scope, scores, candidates, settings)
 
     offsets = scope("Gather", scope("Squeeze", bbox_regression, zero), candidates, axis=0)
-    boxes = _decode(scope, offsets, candidates, contract)
+    boxes = _decode(scope, offsets, candidates, settings)
     selected = scope(
         "NonMaxSuppression",
         scope("Unsqueeze", boxes, zero),
         scope("Unsqueeze", scores, zero),
-        scope.constant([contract.detections_per_img], np.int64),
-        scope.constant([max(contract.nms_thresh, 1e-6)]),  # above 0, since OpenVINO also drops boxes at the threshold
+        scope.constant([settings.detections_per_img], np.int64),
+        scope.constant([max(settings.nms_thresh, 1e-6)]),  # above 0, since OpenVINO also drops boxes at the threshold
         scope.constant([0.0]),
     )
     _, classes, indices = scope.many(3, "Split", selected, axis=1)
     kept = scope("GatherND", scores, scope("Concat", classes, indices, axis=1))
-    count = scope("Min", scope("Shape", kept), scope.constant([contract.detections_per_img], np.int64))
+    count = scope("Min", scope("Shape", kept), scope.constant([settings.detections_per_img], np.int64))
     scores, order = scope.many(2, "TopK", kept, count)
     one = scope.constant([1], np.int64)
     labels = scope("Add", scope("Gather", scope("Squeeze", classes, one), order), one)
     boxes = scope("Gather", boxes, scope("Gather", scope("Squeeze", indices, one), order), axis=0)
     photo = scope("Gather", scope("Cast", size, to=TensorProto.FLOAT), scope.constant([1, 0, 1, 0], np.int64))
-    height, width = contract.size
+    height, width = settings.size
     scale = scope("Div", photo, scope.constant([width, height, width, height]))
     boxes = scope("Reshape", scope("Mul", boxes, scale), scope.constant([-1, 4], np.int64))  # OpenVINO needs the rank
     return [boxes, labels, scores]
 
 
-def _keep_top_k(scope: Scope, scores: str, candidates: str, contract: Contract) -> str:
+def _keep_top_k(scope: Scope, scores: str, candidates: str, settings: Settings) -> str:
     """Set all but the ``topk_candidates`` highest scores of each class to 0, in scores [classes, n]. Scores equal to
     the lowest of these are kept too."""
-    k = scope.constant([contract.topk_candidates], np.int64)
+    k = scope.constant([settings.topk_candidates], np.int64)
     has_more, more, fewer = scope("Greater", scope("Shape", candidates), k), Scope(scope.numbers), Scope(scope.numbers)
     values, _ = more.many(2, "TopK", scores, k, axis=1)
     lowest = more("ReduceMin", values, axes=[1], keepdims=1)
     kept = more("Where", more("GreaterOrEqual", scores, lowest), scores, more.constant(0.0))
-    types = [(TensorProto.FLOAT, [len(contract.score_thresh), "candidates"])]
+    types = [(TensorProto.FLOAT, [len(settings.score_thresh), "candidates"])]
     branches = (more, [kept]), (fewer, [scores])
     return scope.if_else(scope("Squeeze", has_more), types, *branches)[0]
 
 
-def _decode(scope: Scope, offsets: str, candidates: str, contract: Contract) -> str:
+def _decode(scope: Scope, offsets: str, candidates: str, settings: Settings) -> str:
     """Decode offsets [n, 4] to boxes xyxy in pixels of the input, clipped to it (torchvision's ``BoxCoder``)."""
-    anchors = np.asarray(contract.anchors, np.float32)
+    anchors = np.asarray(settings.anchors, np.float32)
     sides = anchors[:, 2:] - anchors[:, :2]
     centres = anchors[:, :2] + np.float32(0.5) * sides
     sides, centres = (scope("Gather", scope.constant(value), candidates, axis=0) for value in (sides, centres))
-    shift, log_ratio = scope.many(2, "Split", scope("Div", offsets, scope.constant(contract.box_weights)), axis=1)
+    shift, log_ratio = scope.many(2, "Split", scope("Div", offsets, scope.constant(settings.box_weights)), axis=1)
     centres = scope("Add", scope("Mul", shift, sides), centres)
     ratio = scope("Exp", scope("Min", log_ratio, scope.constant(LOG_LIMIT)))
     halves = scope("Mul", scope("Mul", ratio, sides), scope.constant(0.5))
     corners = scope("Concat", scope("Sub", centres, halves), scope("Add", centres, halves), axis=1)
-    height, width = contract.size
+    height, width = settings.size
     clipped = scope("Min", corners, scope.constant([width, height, width, height]))
     return scope("Max", clipped, scope.constant(0.0))

@@ -20,7 +20,7 @@ from earlyexit_ssd.console import progress
 from earlyexit_ssd.deploy.predictor import Detections, Predictor
 from earlyexit_ssd.deploy.sources import Frame, Source, opencv, read_frames
 from earlyexit_ssd.deploy.stream import CLOSE_MARGIN, REPEATED, StreamRule, TemporalExit
-from earlyexit_ssd.errors import CannotWrite, DataError, EarlyExitError, nearest
+from earlyexit_ssd.errors import CannotWrite, DataError, EarlyExitError, suggest
 from earlyexit_ssd.files import atomic_path, make_folder, write_image
 from earlyexit_ssd.images import SMALLEST_TEXT, color_of, draw_boxes
 
@@ -109,7 +109,7 @@ def predict(
     save = [name for name in map(str.strip, save) if name != "none"]
     for name in save:
         if name not in SAVES:
-            raise EarlyExitError(f"--save {name!r}: expected some of {', '.join(SAVES)}, or none{nearest(name, SAVES)}")
+            raise EarlyExitError(f"--save {name!r}: expected some of {', '.join(SAVES)}, or none{suggest(name, SAVES)}")
     if show or any(source.kind != "photo" for source in sources):
         opencv()
     if save:

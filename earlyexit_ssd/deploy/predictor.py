@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from earlyexit_ssd.drift import Drift, DriftRecord
-from earlyexit_ssd.errors import EarlyExitError, import_package, nearest, shown
+from earlyexit_ssd.errors import EarlyExitError, import_package, shown, suggest
 from earlyexit_ssd.files import sha256
 from earlyexit_ssd.runtimes import OnnxRuntime, OpenVino
 
@@ -220,7 +220,7 @@ class Predictor:
         if isinstance(score_thresh, Mapping):
             for name, value in score_thresh.items():
                 if name not in self.classes:
-                    hint = nearest(str(name), self.classes) or f"; the classes are {', '.join(self.classes)[:100]}"
+                    hint = suggest(str(name), self.classes) or f"; the classes are {', '.join(self.classes)[:100]}"
                     raise EarlyExitError(f"score_thresh has {shown(name)}, which is not a class of the file{hint}")
                 values[self.classes.index(name)] = _number_in_0_1(f"score_thresh of {shown(name)}", value)
         elif score_thresh is not None:
@@ -244,7 +244,7 @@ class Predictor:
             thresholds = dict(zip(self.thresholds, thresholds, strict=True))
         for name, value in (thresholds or {}).items():
             if name not in self.thresholds:
-                hint = nearest(str(name), self.thresholds) or f"; they are {', '.join(self.thresholds)}"
+                hint = suggest(str(name), self.thresholds) or f"; they are {', '.join(self.thresholds)}"
                 raise EarlyExitError(f"thresholds has {shown(name)}, which is not an early exit of the file{hint}")
             value = CLOSED if value == CLOSED else _number_in_0_1(f"threshold of {name}", value)
             stored = self.thresholds[name]

@@ -70,13 +70,13 @@ class Answer:
 
     boxes: np.ndarray  # [n, 4] xyxy
     labels: np.ndarray  # [n]
-    close: bool  # whether a detection is a close call (`CLOSE_MARGIN`), above or below the score threshold
+    close_call: bool  # whether a detection is a close call (`CLOSE_MARGIN`), above or below the score threshold
 
     @classmethod
     def of(cls, detections: Detections, score: float) -> Answer:
         """Select the detections with at least the score threshold ``score``."""
-        keep, close = detections.scores >= score, np.abs(detections.scores - score) < CLOSE_MARGIN
-        return cls(detections.boxes[keep], detections.labels[keep], bool(close.any()))
+        keep, close_call = detections.scores >= score, np.abs(detections.scores - score) < CLOSE_MARGIN
+        return cls(detections.boxes[keep], detections.labels[keep], bool(close_call.any()))
 
 
 def same_answer(first: Answer, second: Answer) -> bool:
@@ -214,24 +214,24 @@ class TemporalExit:
         `REPEATED` and the ``exit_index`` -1, and their ``ms`` is the time of the comparison."""
         start, small = time.perf_counter(), thumbnail(image)
         if self._last is not None and self._repeats < self.rule.most_repeats:
-            last, detections, close = self._last
-            if _is_repeat(small, last, close, self.rule.threshold):
+            last, detections, close_call = self._last
+            if _is_repeat(small, last, close_call, self.rule.threshold):
                 self._repeats += 1
                 ms = 1000 * (time.perf_counter() - start)
                 return dataclasses.replace(detections, exit_index=-1, exit_name=REPEATED, exit_confidence=None, ms=ms)
         detections = self.detector(image)
-        self._last, self._repeats = (small, detections, Answer.of(detections, self.rule.score).close), 0
+        self._last, self._repeats = (small, detections, Answer.of(detections, self.rule.score).close_call), 0
         return dataclasses.replace(detections, ms=1000 * (time.perf_counter() - start))
 
 
-def _is_repeat(small: np.ndarray, last: np.ndarray, close: bool, threshold: float) -> bool:
+def _is_repeat(small: np.ndarray, last: np.ndarray, close_call: bool, threshold: float) -> bool:
     """Return whether a thumbnail has changed little since that of the ``last`` computed frame, whose answer has a close
-    call if ``close`` is true."""
-    return small.shape == last.shape and (CLOSE_WEIGHT if close else 1.0) * change(small, last) <= threshold
+    call if ``close_call`` is true."""
+    return small.shape == last.shape and (CLOSE_WEIGHT if close_call else 1.0) * change(small, last) <= threshold
 
 
 @dataclass
-class Recording:
+class StreamRecording:
     """A detector's answers on all frames, and the frames' thumbnails. Any rule can be evaluated on it."""
 
     score: float  # score threshold of the answers
@@ -244,7 +244,7 @@ class Recording:
     _same: dict[tuple[int, int], bool] = field(default_factory=dict, repr=False)  # results of `same_answer`
 
     @classmethod
-    def of(cls, detector: Any, frames: Iterable[np.ndarray], score: float) -> Recording:
+    def of(cls, detector: Any, frames: Iterable[np.ndarray], score: float) -> StreamRecording:
         """Run a detector with ``classes`` on frames uint8 [H, W, 3] RGB."""
         recording = cls(score, tuple(detector.classes), detector=getattr(detector, "digest", None))
         for image in progress(frames, desc="record", unit="frame"):
@@ -264,7 +264,7 @@ class Recording:
     def __len__(self) -> int:
         return len(self.answers)
 
-    def part(self, start: int, stop: int) -> Recording:
+    def part(self, start: int, stop: int) -> StreamRecording:
         """Return the frames ``start`` to ``stop - 1``."""
         frames = slice(start, stop)
         return dataclasses.replace(self, thumbnails=self.thumbnails[frames], answers=self.answers[frames], _same={})
@@ -274,7 +274,7 @@ class Recording:
         computed, last = np.zeros(len(self), bool), 0
         for index, small in enumerate(self.thumbnails):
             if 0 < index <= last + most_repeats and _is_repeat(
-                small, self.thumbnails[last], self.answers[last].close, threshold
+                small, self.thumbnails[last], self.answers[last].close_call, threshold
             ):
                 continue
             computed[index], last = True, index
@@ -337,7 +337,7 @@ def block_means(changed: np.ndarray, block: int) -> np.ndarray:
 
 def calibrate_stream(
     detector: Any,
-    frames: Iterable[np.ndarray] | Recording,
+    frames: Iterable[np.ndarray] | StreamRecording,
     share: float = 0.05,
     delta: float | None = 0.05,
     block: int = 150,
@@ -354,11 +354,11 @@ def calibrate_stream(
     Args:
         detector: a `Predictor`. Its ``score_thresh`` should be ``score`` - 0.1 (`CLOSE_MARGIN`) or lower, so that it
             returns close calls below ``score`` too.
-        frames: frames uint8 [H, W, 3] RGB of one camera, in order, at the frame rate of use; or a `Recording`.
+        frames: frames uint8 [H, W, 3] RGB of one camera, in order, at the frame rate of use; or a `StreamRecording`.
         share: largest share of changed answers, in (0, 1).
         delta: failure probability, in (0, 1); None: use the measured share, without a guarantee.
         block: number of consecutive frames per block. A block should be longer than any event in front of the camera.
-        score: score threshold of the answers. A `Recording` has its own.
+        score: score threshold of the answers. A `StreamRecording` has its own.
         most_repeats: largest number of repeats in a row.
 
     Raises:
@@ -375,7 +375,7 @@ def calibrate_stream(
         if least is not None:
             text = "a guarantee of %.1f %% takes at least %d frames (%d blocks)"
             logger.info(text, 100 * share, least * block, least)
-    recording = frames if isinstance(frames, Recording) else Recording.of(detector, frames, score)
+    recording = frames if isinstance(frames, StreamRecording) else StreamRecording.of(detector, frames, score)
     if not len(recording):
         raise EarlyExitError("no frame to calibrate on; name a video, a camera or a folder of frames")
 
@@ -390,7 +390,7 @@ def calibrate_stream(
 
     passed = list(itertools.takewhile(passes, THRESHOLDS))  # fixed-sequence testing
     if not passed:
-        raise _no_rule(recording, losses(THRESHOLDS[0]), share, delta, block)
+        raise _no_rule(len(recording), losses(THRESHOLDS[0]), share, delta, block)
     return StreamRule(
         threshold=passed[-1],
         score=recording.score,
@@ -401,7 +401,7 @@ def calibrate_stream(
     )
 
 
-def _no_rule(recording: Recording, losses: np.ndarray, share: float, delta: float | None, block: int) -> EarlyExitError:
+def _no_rule(frames: int, losses: np.ndarray, share: float, delta: float | None, block: int) -> EarlyExitError:
     """Return the error for the case that the smallest threshold does not pass. ``losses`` are its losses."""
     changed = float(losses.mean()) if losses.size else 0.0
     if delta is None or changed >= share:
@@ -413,6 +413,6 @@ def _no_rule(recording: Recording, losses: np.ndarray, share: float, delta: floa
     needed = photos_needed(losses if losses.size else np.zeros(1), share, delta, p_value)
     about = "" if needed is None else f"; about {needed} blocks are needed ({needed * block} frames)"
     return EarlyExitError(
-        f"{len(recording)} frames are {losses.size} blocks of {block}, too few to guarantee {share:.1%} at delta "
+        f"{frames} frames are {losses.size} blocks of {block}, too few to guarantee {share:.1%} at delta "
         f"{delta:g}{about}; give more frames, a larger share, a shorter block, or no guarantee (delta none)"
     )

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_area, box_iou
 
+from earlyexit_ssd.data.duplicates import PerceptualHashes
 from earlyexit_ssd.data.records import Record
-from earlyexit_ssd.data.repeats import PerceptualHashes
 from earlyexit_ssd.doctor import findings
-from earlyexit_ssd.evaluation.results import Record as Json
+from earlyexit_ssd.evaluation.results import JsonDataclass
 
 DATA_CHECKS: dict[str, findings.Check] = {}  # in the order of the table
 check = functools.partial(findings.check, DATA_CHECKS)
@@ -75,7 +75,7 @@ class DataEvidence:
 
 
 @dataclass(frozen=True)
-class Summary(Json):
+class Summary(JsonDataclass):
     """Figures of a split without thresholds. Lists are the 5 %, 50 % and 95 % quantiles; None without boxes."""
 
     split: str

@@ -12,13 +12,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from earlyexit_ssd.evaluation.results import Record
+from earlyexit_ssd.evaluation.results import JsonDataclass
 
 Measure = Callable[[Any], Mapping[str, float]]  # function from evidence to figures by subject
 
 
 @dataclass(frozen=True)
-class Finding(Record):
+class DoctorFinding(JsonDataclass):
     """One figure of one subject."""
 
     check: str  # name of the check
@@ -57,20 +57,20 @@ class Finding(Record):
         return f"{result}; {self.meaning}: {self.advice}"
 
 
-Check = Callable[[Any], list[Finding]]  # function from evidence to a finding for each subject that can be judged
+Check = Callable[[Any], list[DoctorFinding]]  # function from evidence to a finding for each subject that can be judged
 
 
 def check(
     checks: dict[str, Check], *, least: float | None = None, most: float | None = None, meaning: str, advice: str
 ) -> Callable[[Measure], Measure]:
-    """Decorate a measure to add its check to ``checks`` under the measure's name. See `Finding` for the rest."""
+    """Decorate a measure to add its check to ``checks`` under the measure's name. See `DoctorFinding` for the rest."""
     low, high = -math.inf if least is None else least, math.inf if most is None else most
 
     def register(measure: Measure) -> Measure:
-        def findings(evidence: Any) -> list[Finding]:
+        def findings(evidence: Any) -> list[DoctorFinding]:
             return [
-                Finding(measure.__name__, subject, not low <= figure <= high, figure, least, most, meaning, advice)
-                for subject, figure in measure(evidence).items()
+                DoctorFinding(measure.__name__, subject, not low <= value <= high, value, least, most, meaning, advice)
+                for subject, value in measure(evidence).items()
             ]
 
         checks[measure.__name__] = findings
@@ -80,14 +80,14 @@ def check(
 
 
 @dataclass(frozen=True)
-class Diagnosis(Record):
+class Diagnosis(JsonDataclass):
     """The findings of all checks."""
 
-    findings: tuple[Finding, ...]  # bad findings first
+    findings: tuple[DoctorFinding, ...]  # bad findings first
     not_judged: list[str]  # names of the checks without a finding
 
     @property
-    def bad(self) -> tuple[Finding, ...]:
+    def bad(self) -> tuple[DoctorFinding, ...]:
         return tuple(finding for finding in self.findings if finding.bad)
 
     def __str__(self) -> str:

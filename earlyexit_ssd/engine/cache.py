@@ -65,6 +65,7 @@ class TapCache:
         self._arrays, self.targets = store.arrays, store.rest
 
     def _fill(self, store: ArrayStore, model: EarlyExitSSDLite, loader: DataLoader) -> Iterator[dict[str, Tensor]]:
+        """Write the arrays of all rows, and yield the target of each row."""
         device = next(model.parameters()).device
         row, largest = 0, float(np.finfo(self._dtype).max)
         bar = progress(desc="cache taps", total=self.photos * self.views)

@@ -16,7 +16,7 @@ from torchvision.ops import box_area, clip_boxes_to_image
 
 from earlyexit_ssd.calibration.certificate import Certificate, plain_part
 from earlyexit_ssd.data import canonical
-from earlyexit_ssd.errors import DataError, EarlyExitError, nearest
+from earlyexit_ssd.errors import DataError, EarlyExitError, suggest
 from earlyexit_ssd.evaluation.cost import (
     ONNX_RUNTIME,
     PlainPath,
@@ -28,7 +28,7 @@ from earlyexit_ssd.evaluation.cost import (
 )
 from earlyexit_ssd.evaluation.matches import (
     SIZES,
-    Detections,
+    DetectionsById,
     ExitMatches,
     PhotoCounts,
     as_ground_truth,
@@ -58,7 +58,7 @@ logger = logging.getLogger(__name__)
 
 
 def evaluate_detections(
-    ground_truth: COCO, detections: Detections, settings: EvaluationSettings, labelled: bool = True
+    ground_truth: COCO, detections: DetectionsById, settings: EvaluationSettings, labelled: bool = True
 ) -> DetectorEvaluation:
     """Match detections with the objects of ``ground_truth``. If ``labelled`` is False, AP is None."""
     matches = exit_matches(ground_truth, [detections], settings.iou, tuple(SIZES))
@@ -74,7 +74,7 @@ def summarize_confidence(confidence: Tensor) -> ConfidenceSummary | None:
     return ConfidenceSummary(*map(float, (values.mean(), values.std(), values.min(), values.max())))
 
 
-def describe_boxes(ground_truth: COCO, detections: Detections) -> BoxSummary:
+def describe_boxes(ground_truth: COCO, detections: DetectionsById) -> BoxSummary:
     """Describe all detected boxes. ``ground_truth`` gives the images' sizes; its objects are not used."""
     scores = np.concatenate([np.zeros(0), *(of_image["scores"].numpy() for of_image in detections.values())])
     if not scores.size:
@@ -101,10 +101,10 @@ class Rival:
     network: nn.Module  # the module that is timed
     example: Tensor  # its input [1, 3, height, width]
     mmacs: float | None  # millions of multiply-accumulates; None if they cannot be counted
-    detector: nn.Module | Detections  # a detector with torchvision's interface, or its detections on the photos
+    detector: nn.Module | DetectionsById  # a detector with torchvision's interface, or its detections on the photos
     source: str | None = None  # path of its file; None if it is part of the evaluated model
 
-    def detections(self, loader: Batches) -> Detections:
+    def detections(self, loader: Batches) -> DetectionsById:
         """Run the detector on the photos of ``loader``, unless ``detector`` holds its detections already."""
         return collect_detections(self.detector, loader) if isinstance(self.detector, nn.Module) else self.detector
 
@@ -163,7 +163,7 @@ class WantedClasses(nn.Module):
         lookup = [0, *(label_of.get(canonical(class_name), 0) for class_name in source)]
         missing = [class_name for label, class_name in enumerate(wanted, start=1) if label not in lookup]
         if len(missing) == len(wanted):
-            raise EarlyExitError(f"{name}: has none of the classes {', '.join(wanted)}{nearest(wanted[0], source)}")
+            raise EarlyExitError(f"{name}: has none of the classes {', '.join(wanted)}{suggest(wanted[0], source)}")
         if missing:
             logger.warning("%s has no class %s: its AP for this class is 0", name, ", ".join(missing))
         self.detector = detector

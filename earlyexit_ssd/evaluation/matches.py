@@ -29,7 +29,7 @@ from torch import Tensor
 from earlyexit_ssd.errors import DataError, EarlyExitError
 from earlyexit_ssd.evaluation.outputs import Collected
 
-Detections = Mapping[int, Mapping[str, Tensor]]
+DetectionsById = Mapping[int, Mapping[str, Tensor]]
 """Image id -> ``boxes`` [N,4] (xyxy, photo pixels), ``scores`` [N] and ``labels`` [N] (category ids)."""
 
 PhotoRow = dict[str, str | float | None]  # a row of photos.csv: column -> value
@@ -118,7 +118,7 @@ class ExitMatches:
 
 
 def exit_matches(
-    ground_truth: COCO, exits: Sequence[Detections], iou: float = 0.5, sizes: Sequence[str] = ("all",)
+    ground_truth: COCO, exits: Sequence[DetectionsById], iou: float = 0.5, sizes: Sequence[str] = ("all",)
 ) -> ExitMatches:
     """Match the detections of every exit, shallow to deep, with the objects.
 
@@ -147,11 +147,8 @@ def exit_matches(
         if image_id not in ground_truth.imgs:
             raise DataError(f"detections of image {image_id}: the ground truth has no image of this id")
     conditions = [(size, threshold) for size in sizes for threshold in IOU_THRESHOLDS.tolist()] + [("all", iou)]
-    limits = [
-        (min(threshold, 1 - 1e-10), *SIZES[size])
-        for size, threshold in conditions
-        # equal boxes match at 1 too, as in pycocotools
-    ]
+    # below 1, so that equal boxes match at an IoU threshold of 1, as in pycocotools
+    limits = [(min(threshold, 1 - 1e-10), *SIZES[size]) for size, threshold in conditions]
     limits = np.array(limits).T[:, :, None]
     image_ids, categories = sorted(ground_truth.getImgIds()), np.array(sorted(ground_truth.getCatIds()), np.int64)
     objects = [annotation for image_id in image_ids for annotation in ground_truth.imgToAnns.get(image_id, [])]
@@ -171,13 +168,13 @@ def exit_matches(
         truth = boxes[own], labels[own], crowd[own], counted[:, own]
         pairs += [_match_photo(detections.get(image_id, _NOTHING), *truth, limits) for detections in exits]
     pair = np.repeat(np.arange(len(pairs)) - 1, [len(labels) for labels, *_ in pairs])
-    labels, *parts = (np.concatenate(part, axis=-1) for part in zip(*pairs, strict=True))
+    labels, scores, *parts = (np.concatenate(part, axis=-1) for part in zip(*pairs, strict=True))
     order = np.argsort(labels, kind="stable")
     order = order[np.isin(labels[order], categories)]  # by class, then pair, then descending score
     label, pair = np.searchsorted(categories, labels[order]), pair[order]
     group = label * len(pairs) + pair
     rank = np.arange(len(group)) - np.searchsorted(group, group)
-    by_score = np.lexsort((-parts[0][order], label))
+    by_score = np.lexsort((-scores[order], label))
     return ExitMatches(
         [ground_truth.cats[category]["name"] for category in categories.tolist()],
         conditions,
@@ -187,7 +184,7 @@ def exit_matches(
         label[by_score],
         *np.divmod(pair[by_score], len(exits)),
         rank[by_score],
-        *(values[..., order[by_score]] for values in parts),
+        *(values[..., order[by_score]] for values in (scores, *parts)),
     )
 
 
@@ -403,13 +400,13 @@ def photo_list(
 
 
 def _counts_against_full(
-    template: COCO, full: Detections, exits: Sequence[Detections], score: float, iou: float
+    template: COCO, full: DetectionsById, exits: Sequence[DetectionsById], score: float, iou: float
 ) -> PhotoCounts:
     """Return the counts if the full path's detections with a score of at least ``score`` are the objects."""
     return photo_counts(exit_matches(as_ground_truth(template, full, score), exits, iou, ()), score)
 
 
-def losses_against_full(ground_truth: COCO, exits: Sequence[Detections], score: float, iou: float) -> np.ndarray:
+def losses_against_full(ground_truth: COCO, exits: Sequence[DetectionsById], score: float, iou: float) -> np.ndarray:
     """Return the loss of every photo at every exit against the full path, [n, exits] in [0, 1], the last column 0.
 
     It is min(1, (FN + FP) / max(1, objects)), if the full path's detections with a score of at least ``score`` are the
@@ -429,14 +426,14 @@ class Agreement:
     same_photos: float | None  # share of the photos with nothing lost or added; None without photos
 
 
-def agreement(ground_truth: COCO, full: Detections, found: Detections, score: float, iou: float) -> Agreement:
+def agreement(ground_truth: COCO, full: DetectionsById, found: DetectionsById, score: float, iou: float) -> Agreement:
     """Compare the detections ``found`` with those of the full path. The objects of ``ground_truth`` are not used."""
     counts = _counts_against_full(ground_truth, full, [found], score, iou)
     totals = (int(total.sum()) for total in (counts.objects, counts.true_positives, counts.false_positives))
     return Agreement(*totals, float((counts.errors == 0).mean()) if len(counts.errors) else None)
 
 
-def as_ground_truth(template: COCO, detections: Detections, score: float) -> COCO:
+def as_ground_truth(template: COCO, detections: DetectionsById, score: float) -> COCO:
     """Return a ground truth with the template's photos and classes, whose objects are the detections of at least
     ``score``."""
     annotations: list[dict[str, int | float | list[float]]] = []

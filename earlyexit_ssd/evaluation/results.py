@@ -15,14 +15,14 @@ Target = Mapping[str, str | float | None]
 Interval = list[float] | None  # ends of a 95 % interval; None if it is undefined
 
 
-class Record:
+class JsonDataclass:
     """Base of dataclasses with a JSON form: one key per field.
 
     Each entry of the field ``figures`` has a key of its own. A field that is None becomes ``null``, or is omitted if
-    ``left_out`` contains its name.
+    ``omitted_if_none`` contains its name.
     """
 
-    left_out: ClassVar[tuple[str, ...]] = ()
+    omitted_if_none: ClassVar[tuple[str, ...]] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return plain dicts, lists, numbers, strings and None."""
@@ -31,7 +31,7 @@ class Record:
             value = getattr(self, name)
             if name == "figures":
                 entries |= value
-            elif value is not None or name not in self.left_out:
+            elif value is not None or name not in self.omitted_if_none:
                 entries[name] = _plain(value)
         return entries
 
@@ -58,11 +58,11 @@ class Record:
 def _plain(value: Any) -> Any:
     if isinstance(value, tuple):
         return [_plain(part) for part in value]
-    return value.to_json() if isinstance(value, Record) else value
+    return value.to_json() if isinstance(value, JsonDataclass) else value
 
 
 @dataclass(frozen=True)
-class Context(Record):
+class Context(JsonDataclass):
     """Photos and settings of an evaluation."""
 
     splits: list[str] = field(default_factory=list)
@@ -79,15 +79,15 @@ class Context(Record):
     device: str = "cpu"
     torch: str | None = None
     torchvision: str | None = None
-    forced: bool = False
-    taken_over: bool = False
+    forced: bool = False  # the training continued after a failed gate
+    taken_over: bool = False  # the full path is an unchanged checkpoint
     labelled: bool = True
     weights_sha256: str | None = None
-    left_out = ("weights_sha256",)
+    omitted_if_none = ("weights_sha256",)
 
 
 @dataclass(frozen=True)
-class ConfidenceSummary(Record):
+class ConfidenceSummary(JsonDataclass):
     """Mean, population standard deviation and range of an exit's confidences, all in [0, 1]."""
 
     mean: float
@@ -97,7 +97,7 @@ class ConfidenceSummary(Record):
 
 
 @dataclass(frozen=True)
-class BoxSummary(Record):
+class BoxSummary(JsonDataclass):
     """Summary of all boxes of a detector, at any score, to recognise a broken detector."""
 
     boxes: int
@@ -107,7 +107,7 @@ class BoxSummary(Record):
 
 
 @dataclass(frozen=True)
-class DetectorResult(Record):
+class DetectorResult(JsonDataclass):
     """Base of results with a field ``figures``: the quality figures of `earlyexit_ssd.evaluation.metrics`."""
 
     def number(self, name: str) -> float | None:
@@ -137,13 +137,13 @@ class ExitResult(DetectorResult):
     found: BoxSummary | None = None
 
     @property
-    def left_out(self) -> tuple[str, ...]:
+    def omitted_if_none(self) -> tuple[str, ...]:
         # ``empty`` is None for the full path only
         return ("empty", "found") if self.empty is not None else ("empty", "found", "AP50_below_full_interval")
 
 
 @dataclass(frozen=True)
-class CostResult(Record):
+class CostResult(JsonDataclass):
     """Cost of one image by the detector without exits."""
 
     mmacs: float | None = None
@@ -164,7 +164,7 @@ class RoutedResult(DetectorResult):
     ms: float | None = None
     speedup: float | None = None
     speedup_interval: Interval = None
-    left_out = ("speedup_interval",)
+    omitted_if_none = ("speedup_interval",)
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,7 @@ class RivalResult(DetectorResult):
 
 
 @dataclass(frozen=True)
-class CertificateResult(Record):
+class CertificateResult(JsonDataclass):
     """Target of a certificate, and the figure measured on these photos."""
 
     target: Target
@@ -194,7 +194,7 @@ class CertificateResult(Record):
 
 
 @dataclass(frozen=True)
-class DriftResult(Record):
+class DriftResult(JsonDataclass):
     """Comparison of the photos with the calibration photos."""
 
     window: int  # photos compared at a time
@@ -204,7 +204,7 @@ class DriftResult(Record):
 
 
 @dataclass(frozen=True)
-class Finding(Record):
+class Finding(JsonDataclass):
     """One line of the verdict. A ``veto`` forbids shipping the exits."""
 
     line: str
@@ -212,7 +212,7 @@ class Finding(Record):
 
 
 @dataclass(frozen=True)
-class Verdict(Record):
+class Verdict(JsonDataclass):
     """The recommendation and its reasons."""
 
     ship: bool  # no finding is a veto
@@ -226,7 +226,7 @@ class Verdict(Record):
 
 
 @dataclass(frozen=True)
-class Results(Record):
+class Results(JsonDataclass):
     """All results of an evaluation, the content of metrics.json."""
 
     context: Context = Context()
@@ -237,7 +237,7 @@ class Results(Record):
     certificate: CertificateResult | None = None
     drift: DriftResult | None = None
     verdict: Verdict | None = None
-    left_out = ("certificate", "drift")
+    omitted_if_none = ("certificate", "drift")
 
     @property
     def full(self) -> ExitResult:
@@ -249,7 +249,7 @@ class Results(Record):
 
 
 @dataclass(frozen=True)
-class Row:
+class TableRow:
     """A row of the table: an exit, the routed detector, the detector without exits or a rival."""
 
     name: str
@@ -270,25 +270,25 @@ class Row:
         return getattr(self, name) if name in ("ms", "mmacs") else self.figures.get(name)
 
 
-def exit_rows(results: Results) -> list[Row]:
+def exit_rows(results: Results) -> list[TableRow]:
     """Return the rows of the exits, then the row ``routed``."""
     routed = results.routed
     rows = []
     for exit_ in results.exits:
         parts = exit_.name, "exit", exit_.figures, exit_.mmacs, exit_.ms, exit_.ms_interval, exit_.layer
         share = routed.exit_share.get(exit_.name)
-        rows.append(Row(*parts, confidence=exit_.confidence, share=share, empty=bool(exit_.empty)))
-    return [*rows, Row("routed", "routed", routed.figures, routed.mmacs, routed.ms)]
+        rows.append(TableRow(*parts, confidence=exit_.confidence, share=share, empty=bool(exit_.empty)))
+    return [*rows, TableRow("routed", "routed", routed.figures, routed.mmacs, routed.ms)]
 
 
-def static_rows(results: Results) -> list[Row]:
+def rival_rows(results: Results) -> list[TableRow]:
     """Return the row ``without exits``, which has the full path's figures, then the rows of the rivals."""
     plain = results.without_exits
-    rows = [Row("without exits", "plain", results.full.figures, plain.mmacs, plain.ms, plain.ms_interval)]
+    rows = [TableRow("without exits", "plain", results.full.figures, plain.mmacs, plain.ms, plain.ms_interval)]
     for rival in results.rivals:
         other = None if rival.runtime == results.context.runtime else "ORT"  # only ONNX files have their own runtime
         parts = rival.name, rival.kind, rival.figures, rival.mmacs, rival.ms, rival.ms_interval
-        rows.append(Row(*parts, source=rival.source, other_runtime=other))
+        rows.append(TableRow(*parts, source=rival.source, other_runtime=other))
     return rows
 
 

@@ -24,7 +24,7 @@ from torchvision.models.detection.ssdlite import SSDLiteHead
 from torchvision.ops.misc import Conv2dNormActivation, SqueezeExcitation
 
 from earlyexit_ssd.config.check import C4_LAYER, LARGEST_SIDE, LAST_LAYER, MAX_CHANNELS, TAIL_BLOCKS
-from earlyexit_ssd.errors import EarlyExitError, check_keywords, nearest, shown
+from earlyexit_ssd.errors import EarlyExitError, check_keywords, shown, suggest
 from earlyexit_ssd.modeling.heads import copy_rows, factorise, is_folded
 from earlyexit_ssd.modeling.outputs import Head
 from earlyexit_ssd.modeling.trunk import norm_layer
@@ -134,7 +134,7 @@ class Exit:
         accepted, values = arguments_of(self.branch), {}
         for name in self.arguments:
             if name not in accepted:
-                hint = nearest(str(name), accepted) or f"; it takes {', '.join(accepted) or 'none'}"
+                hint = suggest(str(name), accepted) or f"; it takes {', '.join(accepted) or 'none'}"
                 raise EarlyExitError(f"a {self.branch} branch has no argument {name!r:.60}{hint}")
         for name, argument in accepted.items():
             (values[name],) = argument.per_exit(name, self.arguments.get(name, argument.default), exits=1)
@@ -330,7 +330,7 @@ def inherit_predictors(head: SSDLiteHead, full: SSDLiteHead, channels: Tensor | 
     for new_head, old_head in ((head.classification_head, classifier), (head.regression_head, full.regression_head)):
         blocks = list(old_head.module_list)
         if channels is not None:
-            # [1:], not [1]: a Sequential with the predictor at [0], as `_slice_block` expects of the last layer
+            # [1:] is a Sequential: `_slice_block` expects the convolution at [0] of its last layer
             depthwise, predictor = _slice_block([blocks[0][0], blocks[0][1:]], channels)
             blocks[0] = nn.Sequential(depthwise, *predictor)
         maps = slice(1 if channels is None else 0, None)

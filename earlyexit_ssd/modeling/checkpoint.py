@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torchvision.models._api import Weights, WeightsEnum
 from torchvision.models.detection import SSDLite320_MobileNet_V3_Large_Weights
 
-from earlyexit_ssd.errors import EarlyExitError, nearest, shown
+from earlyexit_ssd.errors import EarlyExitError, shown, suggest
 from earlyexit_ssd.files import sha256, write_torch
 from earlyexit_ssd.modeling.detector import POST_PROCESSING, EarlyExitDetector
 from earlyexit_ssd.modeling.outputs import RouterSettings
@@ -264,6 +264,6 @@ def weights_path(name_or_path: str | os.PathLike[str] | ShippedWeights) -> Path:
         names = [name.lower() for name in EarlyExitSSDLite_Weights.__members__]
         raise EarlyExitError(
             f"weights '{name_or_path}': no such file, and not one of the shipped weights ({', '.join(names)})"
-            f"{nearest(str(name_or_path), names)}"
+            f"{suggest(str(name_or_path), names)}"
         )
     return Path(name_or_path)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torchvision.models.detection.ssd import SSD, SSDScoringHead
 
 from earlyexit_ssd.data import canonical
-from earlyexit_ssd.errors import EarlyExitError, nearest
+from earlyexit_ssd.errors import EarlyExitError, suggest
 from earlyexit_ssd.modeling.trunk import evaluating
 
 logger = logging.getLogger(__name__)
@@ -98,7 +98,7 @@ def plan_class_change(source: Sequence[str], wanted: Sequence[str]) -> ClassChan
     rows = tuple(labels.get(canonical(name)) for name in wanted)
     if all(row is None for row in rows):
         raise EarlyExitError(
-            f"the checkpoint has none of the classes {', '.join(wanted)}{nearest(wanted[0], source)}; "
+            f"the checkpoint has none of the classes {', '.join(wanted)}{suggest(wanted[0], source)}; "
             "train from ImageNet weights (MODEL.WEIGHTS_BACKBONE) or correct DATA.CLASSES"
         )
     unwanted = sum(name != "N/A" for name in source) - sum(row is not None for row in rows)
@@ -184,7 +184,7 @@ def competing_rows(logits: Tensor, wanted: Sequence[int], tolerance: float) -> l
     :func:`score_difference` is at most ``tolerance``.
 
     Args:
-        logits: whole head's logits [M, C], M > 0, at the default boxes where a cut head detects (:func:`fires`).
+        logits: whole head's logits [M, C], M > 0, at the default boxes where a cut head detects (:func:`detects`).
         wanted: rows of the wanted classes, from 1 on.
         tolerance: largest mean difference of a score; 0 keeps every class.
     """
@@ -206,7 +206,7 @@ def score_difference(probabilities: Tensor, wanted: Sequence[int], kept: Sequenc
     return (highest / staying - highest).mean().item()
 
 
-def fires(logits: Tensor, wanted: Sequence[int]) -> Tensor:
+def detects(logits: Tensor, wanted: Sequence[int]) -> Tensor:
     """Return where a head cut to background and ``wanted`` detects, a mask [...] for logits [..., C]."""
     cut = logits[..., [0, *wanted]].softmax(-1)
     return cut[..., 1:].amax(-1) >= LEAST_CUT_SCORE
@@ -220,7 +220,7 @@ def find_competing_rows(detector: SSD, wanted: Sequence[int], photos: Iterable[T
         for photo in photos:
             batch, _ = detector.transform([photo.to(device)], None)
             logits = detector.head.classification_head(list(detector.backbone(batch.tensors).values()))
-            logits_of_photos.append(logits[fires(logits, wanted)])  # those of all default boxes would fill the memory
+            logits_of_photos.append(logits[detects(logits, wanted)])  # those of all default boxes would fill the memory
     if not sum(map(len, logits_of_photos)):
         raise EarlyExitError(
             f"MODEL.FOLD 'compact' looks for the classes that compete, but none of {len(logits_of_photos)} photos "

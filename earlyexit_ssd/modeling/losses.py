@@ -13,7 +13,7 @@ from torchvision.models.detection._utils import BoxCoder, Matcher
 from torchvision.ops import box_iou
 
 from earlyexit_ssd.config.check import LOSS_CHOICES
-from earlyexit_ssd.errors import EarlyExitError, nearest
+from earlyexit_ssd.errors import EarlyExitError, suggest
 from earlyexit_ssd.plain import check_fields
 
 Weight = Annotated[float, 0, math.inf]
@@ -86,7 +86,7 @@ class LossSettings:
         for name, choices in LOSS_CHOICES.items():
             value = getattr(self, name)
             if value not in choices:
-                raise EarlyExitError(f"{name} is {value!r}, expected one of {choices}{nearest(str(value), choices)}")
+                raise EarlyExitError(f"{name} is {value!r}, expected one of {choices}{suggest(str(value), choices)}")
         if self.neg_to_pos_ratio == 0:
             raise EarlyExitError("neg_to_pos_ratio is 0, expected a number above 0: the losses are divided by it")
         if self.supervision == "teacher" and self.teacher == "none":

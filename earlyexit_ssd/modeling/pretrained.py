@@ -56,21 +56,22 @@ class Pretrained(EarlyExitDetector):
 
     @classmethod
     def open_file(
-        cls: type[P], path: Path, classes: Sequence[str] | None, describe: dict[str, Any] | None = None
+        cls: type[P], path: Path, classes: Sequence[str] | None, fields: dict[str, Any] | None = None
     ) -> tuple[P, ModelInfo]:
         """Load a file. Return the model in eval mode, without router, and the file's info.
 
-        ``describe`` has the fields of `Architecture` for a checkpoint, which has no description. By default these are
+        ``fields`` are those of the `Architecture` of a checkpoint, which does not describe itself. By default they are
         the exits of its branches. Errors are those of :meth:`from_pretrained`.
         """
 
         def architecture(outputs: int, exits: tuple[str, ...]) -> Architecture:
-            fields = describe
-            if fields is None:
+            settings = fields
+            if settings is None:
                 layers = tuple(int(name[4:]) for name in exits)
                 branch = cls.default_exits[0].branch
-                fields = {**cls.plain_settings, "exits": describe_exits(layers, branch) if exits else cls.default_exits}
-            return Architecture(class_names(outputs, classes), detector=cls.detector_name, **fields)
+                described = describe_exits(layers, branch) if exits else cls.default_exits
+                settings = {**cls.plain_settings, "exits": described}
+            return Architecture(class_names_of_head(outputs, classes), detector=cls.detector_name, **settings)
 
         model, _, info = load_model(path, architecture)
         if not isinstance(model, cls):
@@ -137,7 +138,7 @@ class Pretrained(EarlyExitDetector):
                 path of a model file (``"output/my/model.pth"``) or of a checkpoint of torchvision's detector. If that
                 has no exits, the model's exits are untrained and not used.
             router: use the file's routing. If False, or if the file has none, every photo takes the full path.
-            classes: names of the labels 1..K, for a checkpoint without names. Default: see `class_names`.
+            classes: names of the labels 1..K, for a checkpoint without names. Default: see `class_names_of_head`.
 
         Raises:
             EarlyExitError: neither a name nor a file, a damaged file, another detector, another number of classes, or
@@ -184,7 +185,7 @@ def current_certificate(router: Router | None) -> Any:
     return certificate if unchanged else None
 
 
-def class_names(outputs: int, classes: Sequence[str] | None = None) -> tuple[str, ...]:
+def class_names_of_head(outputs: int, classes: Sequence[str] | None = None) -> tuple[str, ...]:
     """Return the names of the labels of a head with ``outputs`` outputs: ``classes``, by default COCO's names for 91
     outputs, ``class_1`` and so on for others. Raise an EarlyExitError if the number of ``classes`` does not fit."""
     if classes is None:

@@ -18,8 +18,8 @@ from torchvision.models._api import WeightsEnum
 from torchvision.models.detection import SSDLite320_MobileNet_V3_Large_Weights
 from torchvision.models.detection.ssd import SSD, SSDScoringHead
 
-from earlyexit_ssd.config.check import FOLDS, LARGEST_SIDE, MAX_WIDTH
-from earlyexit_ssd.errors import EarlyExitError, nearest, shown
+from earlyexit_ssd.config.check import FOLD_CHOICES, LARGEST_SIDE, MAX_WIDTH
+from earlyexit_ssd.errors import EarlyExitError, shown, suggest
 from earlyexit_ssd.modeling.branches import Exit, describe_exits, exit_keyword_names, exit_keywords, takes_exits
 from earlyexit_ssd.modeling.detector import DETECTORS, POST_PROCESSING, EarlyExitDetector
 from earlyexit_ssd.modeling.heads import (
@@ -122,7 +122,7 @@ def has_reduced_tail(state: Mapping[str, Tensor], width: float) -> bool:
 
 # The description from which a model is rebuilt, stored beside its weights in the same file.
 
-RowIndex = Annotated[int, 0, 100_000]
+HeadOutput = Annotated[int, 0, 100_000]  # number or index of a head's outputs per default box
 Share = Annotated[float, 0, 1]
 Count = Annotated[int, 1, 2**31]
 
@@ -156,8 +156,8 @@ class Architecture:
     image_size: Annotated[int, 1, LARGEST_SIDE] = 320
     width: Annotated[float, 0.01, MAX_WIDTH] = 1.0
     reduced_tail: bool = True
-    head_outputs: RowIndex = 0
-    folded_rows: tuple[RowIndex, ...] = ()
+    head_outputs: HeadOutput = 0
+    folded_rows: tuple[HeadOutput, ...] = ()
     competing: tuple[str, ...] = ()
     exits: tuple[Exit, ...] = field(default_factory=describe_exits)
     folded_branches: bool = False
@@ -338,8 +338,8 @@ def retrofit(
         EarlyExitError: unreadable weights, wrong shapes, a class that the checkpoint lacks, an unknown ``fold``, or no
             photos for ``compact``.
     """
-    if fold not in FOLDS:
-        names, hint = ", ".join(FOLDS), nearest(str(fold), FOLDS)
+    if fold not in FOLD_CHOICES:
+        names, hint = ", ".join(FOLD_CHOICES), suggest(str(fold), FOLD_CHOICES)
         raise EarlyExitError(f"fold (MODEL.FOLD) is {shown(fold)}, expected one of {names}{hint}")
     state, stored = load_full_path(weights, DETECTORS.find(architecture.detector).plain_weights)
     source = stored.classes if stored else tuple(source_classes or architecture.classes)
@@ -419,7 +419,7 @@ def require_weights(
     """Raise an EarlyExitError with the nearest name if ``weights`` is neither a file nor a member of ``enum``."""
     if torchvision_name(weights, enum) is None and not Path(weights).is_file():
         names = enum.__members__
-        hint = nearest(str(weights), names) or f"; torchvision's weights are {', '.join(names)}"
+        hint = suggest(str(weights), names) or f"; torchvision's weights are {', '.join(names)}"
         raise EarlyExitError(f"weights {weights}: no such file{hint}")
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.tv_tensors import BoundingBoxes, BoundingBoxFormat
 
-from earlyexit_ssd.errors import EarlyExitError, nearest
+from earlyexit_ssd.errors import EarlyExitError, suggest
 from earlyexit_ssd.modeling.heads import num_outputs
 from earlyexit_ssd.modeling.losses import LossSettings
 
@@ -104,7 +104,7 @@ def score_thresh(value: object, classes: Sequence[str]) -> float | dict[str, flo
         raise EarlyExitError(f"score_thresh is an empty dict, {expected}")
     for name, score in value.items():
         if name not in classes:
-            hint = nearest(str(name), classes) or f"; the classes are {', '.join(classes)[:100]}"
+            hint = suggest(str(name), classes) or f"; the classes are {', '.join(classes)[:100]}"
             raise EarlyExitError(f"score_thresh has {name!r:.60}, which is no class of the model{hint}")
         if isinstance(score, bool) or not isinstance(score, Real) or not 0 <= score <= 1:
             raise EarlyExitError(f"score_thresh of {name!r:.60} is {score!r:.40}, expected a number in [0, 1]")

@@ -23,7 +23,7 @@ from earlyexit_ssd.console import progress
 from earlyexit_ssd.data.dataset import DetectionDataset, build_loader, class_names, load_dataset
 from earlyexit_ssd.data.records import limit_photos
 from earlyexit_ssd.engine.processes import failing_together, is_main, process_group, rank, world_size
-from earlyexit_ssd.errors import ConfigError, EarlyExitError, nearest
+from earlyexit_ssd.errors import ConfigError, EarlyExitError, suggest
 from earlyexit_ssd.evaluation.cost import EAGER
 from earlyexit_ssd.evaluation.metrics import EvaluationSettings
 from earlyexit_ssd.files import locks_folder
@@ -138,7 +138,7 @@ def build_model(cfg: CfgNode, classes: tuple[str, ...]) -> tuple[EarlyExitSSDLit
     architecture = build_architecture(cfg, classes)
     if cfg.MODEL.WEIGHTS:
         source = source_classes(cfg.MODEL.WEIGHTS, cfg.MODEL.WEIGHTS_CLASSES, cfg.MODEL.NAME)
-        photos, tolerance = photos_to_compare_on(cfg, classes), cfg.MODEL.COMPACT_TOLERANCE
+        photos, tolerance = photos_for_compact_head(cfg, classes), cfg.MODEL.COMPACT_TOLERANCE
         detector, architecture, change = retrofit(
             architecture, cfg.MODEL.WEIGHTS, source, cfg.MODEL.FOLD, photos, tolerance
         )
@@ -152,7 +152,7 @@ def build_model(cfg: CfgNode, classes: tuple[str, ...]) -> tuple[EarlyExitSSDLit
     return model, architecture
 
 
-def photos_to_compare_on(cfg: CfgNode, classes: tuple[str, ...]) -> Iterator[Tensor]:
+def photos_for_compact_head(cfg: CfgNode, classes: tuple[str, ...]) -> Iterator[Tensor]:
     """Yield a seeded sample of the photos of DATA.TRAIN, [3, H, W] in [0, 1], not augmented."""
     dataset = load_dataset(with_classes(cfg, classes), cfg.DATA.TRAIN, train=True, labels="optional")
     dataset = dataset.subset(limit_photos(dataset.records, COMPACT_PHOTOS, cfg.SEED))
@@ -162,7 +162,7 @@ def photos_to_compare_on(cfg: CfgNode, classes: tuple[str, ...]) -> Iterator[Ten
         yield images[0]
 
 
-def file_of(weights: str | os.PathLike[str]) -> str | os.PathLike[str]:
+def weights_file(weights: str | os.PathLike[str]) -> str | os.PathLike[str]:
     """Return the file of shipped weights from their name, or ``weights`` unchanged if it is a path. A text without a
     suffix is taken for a name. Raise EarlyExitError if no shipped weights have this name."""
     return weights_path(weights) if find_weights(weights) or not Path(weights).suffix else weights
@@ -206,7 +206,7 @@ def open_model(
         logger.info("%s: COCO's classes, %s", weights, change)
         return dataclasses.replace(architecture, head_outputs=outputs, folded_rows=change.rows, folded_branches=True)
 
-    model, architecture, info = load_model(file_of(weights), describe)
+    model, architecture, info = load_model(weights_file(weights), describe)
     if info.get("temperatures"):
         info = {**info, "router": {"num_exits": model.num_early_exits, "temperatures": info["temperatures"]}}
     return model, architecture, info
@@ -224,7 +224,7 @@ def backbone_weights(cfg: CfgNode) -> WeightsEnum:
     """Return the ImageNet weights that MODEL.WEIGHTS_BACKBONE names. Raise ConfigError for an unknown name."""
     members, name = DETECTORS.find(cfg.MODEL.NAME).backbone_weights.__members__, cfg.MODEL.WEIGHTS_BACKBONE
     if name not in members:
-        expected = f"expected one of {', '.join(members)}{nearest(name, members)}"
+        expected = f"expected one of {', '.join(members)}{suggest(name, members)}"
         raise ConfigError(f"MODEL.WEIGHTS_BACKBONE is {name!r}, {expected}")
     return members[name]
 

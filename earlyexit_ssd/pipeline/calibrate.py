@@ -37,11 +37,11 @@ from earlyexit_ssd.calibration.thresholds import (
 )
 from earlyexit_ssd.config import CLOSED
 from earlyexit_ssd.console import progress
-from earlyexit_ssd.data.repeats import block_of_each
-from earlyexit_ssd.drift import Reference
+from earlyexit_ssd.data.duplicates import block_of_each
+from earlyexit_ssd.drift import DriftReference
 from earlyexit_ssd.engine.processes import is_main
 from earlyexit_ssd.errors import EarlyExitError
-from earlyexit_ssd.evaluation.matches import Detections, ap_of_choice, bootstrap_choices
+from earlyexit_ssd.evaluation.matches import DetectionsById, ap_of_choice, bootstrap_choices
 from earlyexit_ssd.evaluation.outputs import exit_share
 from earlyexit_ssd.evaluation.verdict import DETECTS_AP50
 from earlyexit_ssd.modeling.checkpoint import save_model, weights_hash
@@ -70,7 +70,7 @@ SMALLEST_DROP = 0.005  # `draws_needed` replaces a smaller target by this loss o
 
 
 @dataclass(frozen=True)
-class Target:
+class CalibrationTarget:
     """The target of a calibration.
 
     Attributes:
@@ -107,14 +107,14 @@ class Target:
             raise EarlyExitError("--block is for --risk and --ap-drop; leave it out with --speedup")
 
 
-def build_target(cfg: CfgNode) -> Target:
+def build_target(cfg: CfgNode) -> CalibrationTarget:
     """Return the target of the CALIBRATION section."""
     section = cfg.CALIBRATION
-    return Target(section.TARGET, section.VALUE, section.DELTA)
+    return CalibrationTarget(section.TARGET, section.VALUE, section.DELTA)
 
 
 @dataclass(frozen=True)
-class Chosen:
+class FoundThresholds:
     """The result of a search."""
 
     thresholds: tuple[float, ...]  # one per early exit
@@ -136,14 +136,14 @@ class ThresholdSearch:
     """
 
     cfg: CfgNode
-    target: Target
+    target: CalibrationTarget
     router: ExitRouter
     confidences: list[np.ndarray]
     calib: Replay
     train: Replay | None
     costs: CostModel
     blocks: np.ndarray | None = None
-    baseline: Detections | None = None
+    baseline: DetectionsById | None = None
 
     @functools.cached_property
     def losses(self) -> np.ndarray:
@@ -160,7 +160,7 @@ class ThresholdSearch:
         block = self.target.block
         return "calibration photos" if block is None else f"blocks of {block} calibration photos"
 
-    def run(self) -> Chosen:
+    def run(self) -> FoundThresholds:
         """Find the thresholds. Raise an EarlyExitError if a speed-up cannot be reached."""
         return getattr(self, f"_for_{self.target.kind}")()
 
@@ -178,7 +178,7 @@ class ThresholdSearch:
         mean_costs = grid.mean_cost(self.costs.of_each(grid.thresholds))
         return grid, mean_costs, int((grid.thresholds >= CLOSED).all(1).argmax())
 
-    def _for_risk(self) -> Chosen:
+    def _for_risk(self) -> FoundThresholds:
         target, costs, settings = self.target, self.costs, self.cfg.CALIBRATION
         confidences, losses = self.train.confidences(self.router), self.train.losses(settings.REFERENCE)
         path = threshold_path(confidences, losses, costs.of_each, self._grid(confidences, losses))
@@ -201,9 +201,9 @@ class ThresholdSearch:
                 target.value, 1 - target.delta, self.draws, self.draws_name, advice,
             )  # fmt: skip
         measured = Measured(loss_bound=certified.point.bound, steps=certified.passed)
-        return Chosen(certified.point.thresholds, certified.choice, measured, certified.curve)
+        return FoundThresholds(certified.point.thresholds, certified.choice, measured, certified.curve)
 
-    def _for_speedup(self) -> Chosen:
+    def _for_speedup(self) -> FoundThresholds:
         grid, mean_costs, closed = self._calib_grid()
         ap50 = self.calib.ap50_of(grid.choices, "thresholds")
         best = best_within(mean_costs, -ap50, self.costs.plain / self.target.value)
@@ -215,9 +215,9 @@ class ThresholdSearch:
             )
         lost = ap50[closed] - ap50
         curve = _curve(grid, mean_costs, lost, pareto_path(lost, mean_costs), {})
-        return Chosen(tuple(grid.thresholds[best].tolist()), grid.choices[best], Measured(), curve)
+        return FoundThresholds(tuple(grid.thresholds[best].tolist()), grid.choices[best], Measured(), curve)
 
-    def _for_ap_drop(self) -> Chosen:
+    def _for_ap_drop(self) -> FoundThresholds:
         """Find the cheapest combination that loses at most the target in 1 - delta of the bootstrap draws.
 
         On other photos the chosen combination tends to lose more, because it was chosen on these. The quantile of the
@@ -225,7 +225,7 @@ class ThresholdSearch:
         AP50, or in cost and mean loss.
         """
         target, count = self.target, len(self.calib.recording)
-        matches, baseline_exit = self.calib.matches_beside(self.baseline)
+        matches, baseline_exit = self.calib.matches_with_extra_exit(self.baseline)
         needed = draws_needed(target)
         too_few = self.draws < needed
         if too_few:
@@ -238,7 +238,7 @@ class ThresholdSearch:
         # with all exits closed nothing is lost against the full path, but perhaps against another baseline
         bound_closed = 0.0 if self.baseline is None else None
         measured = Measured(AP50_lost_bound=bound_closed, photos_needed=needed if too_few else None)
-        all_closed = Chosen((CLOSED,) * exits, np.full(count, exits), measured)
+        all_closed = FoundThresholds((CLOSED,) * exits, np.full(count, exits), measured)
         ap50_before = ap_of_choice(matches, baseline_exit, ap50_only=True).AP50 or 0.0
         if ap50_before < DETECTS_AP50:  # without this, every exit would be opened, since there is no AP50 to lose
             logger.warning(
@@ -261,8 +261,9 @@ class ThresholdSearch:
             bounds[candidate] = bound = float(np.nanquantile(baseline_draws.AP50 - draws.AP50, 1 - target.delta))
             if bound <= target.value:
                 measured = replace(measured, AP50_lost_bound=bound)
+                thresholds = tuple(grid.thresholds[candidate].tolist())
                 curve = _curve(grid, mean_costs, lost, tested, bounds)
-                return Chosen(tuple(grid.thresholds[candidate].tolist()), grid.choices[candidate], measured, curve)
+                return FoundThresholds(thresholds, grid.choices[candidate], measured, curve)
         logger.warning("all exits stay closed: opening them saves no cost at %g AP50 lost or less", target.value)
         return replace(all_closed, curve=_curve(grid, mean_costs, lost, tested, bounds))
 
@@ -278,7 +279,7 @@ def _curve(
     )
 
 
-def draws_needed(target: Target) -> int:
+def draws_needed(target: CalibrationTarget) -> int:
     """Return the number of draws that contain at least one photo of a rare kind with probability 1 - delta. A share
     ``target.value`` of all photos is of this kind."""
     return math.ceil(math.log(target.delta) / math.log1p(-min(max(target.value, SMALLEST_DROP), 0.99)))
@@ -286,7 +287,7 @@ def draws_needed(target: Target) -> int:
 
 @shares_processes("out_dir")
 def calibrate(
-    cfg: CfgNode, weights: str | os.PathLike[str], target: Target, out_dir: str | os.PathLike[str]
+    cfg: CfgNode, weights: str | os.PathLike[str], target: CalibrationTarget, out_dir: str | os.PathLike[str]
 ) -> Certificate | None:
     """Fit temperatures and policy, search thresholds, and write certificate.json, calibration.txt, reliability.png,
     report.html and model.pth with this routing to ``out_dir``.
@@ -338,7 +339,7 @@ def calibrate(
     return certificate
 
 
-def _require_labels(cfg: CfgNode, target: Target, recorded: ModelOnSplits, used: Sequence[str]) -> None:
+def _require_labels(cfg: CfgNode, target: CalibrationTarget, recorded: ModelOnSplits, used: Sequence[str]) -> None:
     """Raise an EarlyExitError if one of the ``used`` splits has no labels, and the target or REFERENCE needs them."""
     for name in used:
         if recorded.sets[name].labelled:
@@ -352,11 +353,11 @@ def _require_labels(cfg: CfgNode, target: Target, recorded: ModelOnSplits, used:
             raise EarlyExitError(f"--ap-drop needs boxes, but {photos}; use --risk or --speedup, which need none")
 
 
-def certificate_of(recorded: ModelOnSplits, search: ThresholdSearch, chosen: Chosen) -> Certificate:
+def certificate_of(recorded: ModelOnSplits, search: ThresholdSearch, chosen: FoundThresholds) -> Certificate:
     """Return the certificate of the chosen thresholds, with figures on the calibration photos."""
-    cfg, repeats, names = recorded.cfg, recorded.repeats["CALIB"], recorded.model.exit_names
+    cfg, duplicates, names = recorded.cfg, recorded.duplicates["CALIB"], recorded.model.exit_names
     target, calib, costs, count = search.target, search.calib, search.costs, len(chosen.exits)
-    photos = tuple(sorted(digest[:16] for digest in (*calib.photos_sha256, *repeats.near_sha256)))
+    photos = tuple(sorted(digest[:16] for digest in (*calib.photos_sha256, *duplicates.near_sha256)))
     exits = chosen.exits.astype(np.int64)
 
     def ap50(choice: np.ndarray) -> float | None:
@@ -370,8 +371,8 @@ def certificate_of(recorded: ModelOnSplits, search: ThresholdSearch, chosen: Cho
         AP50=ap50(exits),
         AP50_full=ap50(np.full(count, len(names) - 1)),
         agreement=dataclasses.asdict(calib.agreement(exits)),
-        equal_photos=repeats.equal,
-        near_equal_photos=repeats.near,
+        equal_photos=duplicates.equal,
+        near_equal_photos=duplicates.near,
         exit_share=exit_share(torch.from_numpy(exits), names),
         cost=float(costs.per_exit(chosen.thresholds)[exits].mean()),
         speedup=costs.speedup(exits, chosen.thresholds),
@@ -396,12 +397,12 @@ def certificate_of(recorded: ModelOnSplits, search: ThresholdSearch, chosen: Cho
         weights_sha256=weights_hash(recorded.model),
         photos_sha256=photos,
         photo_list_sha256=hashlib.sha256("".join(photos).encode()).hexdigest(),
-        drift=Reference.from_decisions(names, exits, search.confidences),
+        drift=DriftReference.from_decisions(names, exits, search.confidences),
         versions={"torch": torch.__version__, "torchvision": torchvision.__version__},
     )
 
 
-def _page_photos(recorded: ModelOnSplits, search: ThresholdSearch, chosen: Chosen) -> PagePhotos:
+def _page_photos(recorded: ModelOnSplits, search: ThresholdSearch, chosen: FoundThresholds) -> PagePhotos:
     model, calib, costs = recorded.model, search.calib, search.costs
     return PagePhotos(
         ground_truth=calib.ground_truth,

@@ -16,12 +16,12 @@ from fvcore.common.config import CfgNode
 
 from earlyexit_ssd.config import CLOSED
 from earlyexit_ssd.errors import EarlyExitError
-from earlyexit_ssd.evaluation.results import Record, Results
+from earlyexit_ssd.evaluation.results import JsonDataclass, Results
 from earlyexit_ssd.evaluation.verdict import DETECTS_AP50
 from earlyexit_ssd.modeling import Architecture, Exit, describe_exits
 from earlyexit_ssd.modeling.detector import DETECTORS
 from earlyexit_ssd.pipeline.build import build_exits
-from earlyexit_ssd.pipeline.calibrate import Target
+from earlyexit_ssd.pipeline.calibrate import CalibrationTarget
 
 GLANCES = ((128, 12), (160, 12), (192, 12))
 """(pixels, layer) of the tried glances if EXITS.GLANCES is empty, for an input of 320 pixels. For other inputs the
@@ -66,18 +66,18 @@ class Goal:
         return self.speedup is not None or self.ms is not None
 
     @property
-    def budget(self) -> Target:
+    def budget(self) -> CalibrationTarget:
         """The accuracy budget as the target of a threshold search."""
-        return Target("ap_drop", self.ap_drop, self.delta)
+        return CalibrationTarget("ap_drop", self.ap_drop, self.delta)
 
-    def target(self, base_ms: float) -> Target:
+    def target(self, base_ms: float) -> CalibrationTarget:
         """Return the target of a threshold search: the wanted speed if there is one, otherwise the accuracy budget."""
         speedup = self.speedup if self.ms is None else base_ms / self.ms
-        return self.budget if speedup is None else Target("speedup", speedup)
+        return self.budget if speedup is None else CalibrationTarget("speedup", speedup)
 
 
 @dataclass(frozen=True)
-class Candidate(Record):
+class Candidate(JsonDataclass):
     """One variant of the detector and, after its measurement, its figures on the calib split."""
 
     name: str  # such as "288 px, compact head, glance at 128 px"; empty before the measurement
@@ -278,7 +278,7 @@ def choose_candidate(candidates: Sequence[Candidate], goal: Goal) -> Candidate |
 
 
 @dataclass(frozen=True)
-class TestFigures(Record):
+class TestFigures(JsonDataclass):
     """Figures of the chosen candidate and of the base detector (``_base``) on the test split; intervals are 95 %. The
     split has an object, so AP is defined."""
 

@@ -21,19 +21,18 @@ from earlyexit_ssd.console import progress
 from earlyexit_ssd.data import DetectionDataset, class_names, load_dataset, to_coco
 from earlyexit_ssd.data.checks import check_photos
 from earlyexit_ssd.data.dataset import read_dataset
+from earlyexit_ssd.data.duplicates import PerceptualHashes
 from earlyexit_ssd.data.problems import Problems
-from earlyexit_ssd.data.records import Record as PhotoRecord
-from earlyexit_ssd.data.records import limit_negatives, limit_photos, select_classes, union_of_classes
-from earlyexit_ssd.data.repeats import PerceptualHashes
+from earlyexit_ssd.data.records import Record, limit_negatives, limit_photos, select_classes, union_of_classes
 from earlyexit_ssd.doctor.data import DATA_CHECKS, DataEvidence, Split, Summary, summarise
-from earlyexit_ssd.doctor.findings import Diagnosis, Finding, diagnose
+from earlyexit_ssd.doctor.findings import Diagnosis, DoctorFinding, diagnose
 from earlyexit_ssd.doctor.model import ENOUGH_PHOTOS, MODEL_CHECKS, ExitOutput, ModelEvidence
 from earlyexit_ssd.engine import Hook, Trainer, read_log
 from earlyexit_ssd.engine.processes import is_main
 from earlyexit_ssd.errors import DataError, EarlyExitError
 from earlyexit_ssd.evaluation.matches import ap_of_choice, bootstrap_choices, exit_matches, interval
 from earlyexit_ssd.evaluation.outputs import ImageDetections, Targets, choose_exits, exit_share, on_cpu, over_batches
-from earlyexit_ssd.evaluation.results import Record
+from earlyexit_ssd.evaluation.results import JsonDataclass
 from earlyexit_ssd.files import make_folder, sha256, write_json
 from earlyexit_ssd.modeling import EarlyExitSSDLite
 from earlyexit_ssd.modeling.checkpoint import weights_path
@@ -55,7 +54,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Report(Record):
+class Report(JsonDataclass):
     """The result of a job of the doctor."""
 
     splits: tuple[Summary, ...]  # figures of the splits; empty for a model
@@ -78,8 +77,8 @@ def doctor_data(cfg: CfgNode) -> Report:
         try:
             splits += [_split(cfg, name)] if cfg.DATA[name] else []
         except DataError as error:
-            meaning = f"the split cannot be read: {error}"
-            unreadable.append(Finding("unreadable", name, True, 1.0, None, 0.0, meaning, "fix it and run this again"))
+            meaning, advice = f"the split cannot be read: {error}", "fix it and run this again"
+            unreadable.append(DoctorFinding("unreadable", name, True, 1.0, None, 0.0, meaning, advice))
     if not splits:
         raise DataError(unreadable[0].meaning if unreadable else "DATA.TRAIN, CALIB and TEST are empty; name data sets")
     architecture = replace(build_architecture(cfg, splits[0].classes or ("object",)), exits=())
@@ -129,7 +128,7 @@ def doctor_model(cfg: CfgNode, weights: str | os.PathLike[str], photos: int) -> 
     return Report((), diagnose(MODEL_CHECKS, replace(evidence, **run_evidence(path, evidence, router))))
 
 
-def chosen_photos(records: Sequence[PhotoRecord], photos: int, seed: int) -> list[PhotoRecord]:
+def chosen_photos(records: Sequence[Record], photos: int, seed: int) -> list[Record]:
     """Choose random photos: half with objects and half without, or more of one kind if there are few of the other."""
     with_objects, without = ([record for record in records if record.has_targets is shows] for shows in (True, False))
     count = min(len(with_objects), max(photos // 2, photos - len(without)))

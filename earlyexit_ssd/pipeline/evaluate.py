@@ -52,12 +52,12 @@ from earlyexit_ssd.pipeline.build import (
     build_evaluation,
     evaluation_device,
     evaluation_loader,
-    file_of,
     open_model,
     open_router,
     open_thresholds,
     shares_processes,
     takes_over,
+    weights_file,
     with_classes,
 )
 from earlyexit_ssd.plain import read_json
@@ -232,7 +232,7 @@ def evaluate_model(
     """
     device = evaluation_device(cfg)
     check_rivals(cfg, device)
-    weights = file_of(weights)
+    weights = weights_file(weights)
     model, architecture, info = open_model(cfg, weights)
     if compare:
         _warn_of_differences(cfg, architecture)

@@ -255,11 +255,11 @@ def next_inputs(outputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {f"{name}_in": outputs[name] for name in graph.STATE if name in outputs}
 
 
-def _contract(model: EarlyExitDetector) -> graph.Contract:
+def _settings(model: EarlyExitDetector) -> graph.Settings:
     """Return the settings of pre- and post-processing."""
     width, height = model.transform.fixed_size
     thresholds = [] if model.router is None else model.router.thresholds.tolist()  # without a router: no early exits
-    return graph.Contract(
+    return graph.Settings(
         size=(height, width),
         mean=model.transform.image_mean,
         std=model.transform.image_std,
@@ -279,19 +279,19 @@ def _score_thresholds(model: EarlyExitDetector) -> list[float]:
     return [limit.get(name, LEAST_SCORE) if isinstance(limit, Mapping) else limit for name in model.classes]
 
 
-def _metadata(model: EarlyExitDetector, contract: graph.Contract) -> dict[str, str]:
+def _metadata(model: EarlyExitDetector, settings: graph.Settings) -> dict[str, str]:
     """Return the metadata that a `Predictor` reads: key -> text, in JSON except the value of ``format``."""
     names = ("earlyexit_ssd", "torch", "torchvision", "onnx", "onnxruntime")
     certificate = current_certificate(model.router)
     values = {
         "classes": model.classes,
         "exit_names": model.exit_names,
-        "thresholds": [None if value >= CLOSED else value for value in contract.thresholds.tolist()],
-        "score_thresh": contract.score_thresh.tolist(),
+        "thresholds": [None if value >= CLOSED else value for value in settings.thresholds.tolist()],
+        "score_thresh": settings.score_thresh.tolist(),
         "certificate": certificate and certificate.to_dict(),
         "input": {
             "image": "uint8 [height, width, 3], RGB, any size; it is resized and normalised inside",
-            "network_size": contract.size,
+            "network_size": settings.size,
         },
         "versions": {name: version(name) for name in names},
     }
@@ -302,15 +302,15 @@ def write_segments(
     model: EarlyExitDetector, segments: Sequence[graph.Segment], path: Path, file_format: Format
 ) -> None:
     """Write the segments of ``model`` to a new file, or to a new folder for the format ``staged``."""
-    contract = _contract(model)
-    metadata = _metadata(model, contract)
+    settings = _settings(model)
+    metadata = _metadata(model, settings)
     if file_format == "onnx":
-        path.write_bytes(graph.build_graph(segments, contract, metadata).SerializeToString())
+        path.write_bytes(graph.build_graph(segments, settings, metadata).SerializeToString())
     elif file_format == "staged":
         path.mkdir()
         stages = {f"{position}_{segment.name}.onnx": segment for position, segment in enumerate(segments)}
-        networks = [graph.first_stage(segments[0], contract), *(segment.model for segment in segments[1:])]
-        networks.append(graph.last_stage(contract))
+        networks = [graph.first_stage(segments[0], settings), *(segment.model for segment in segments[1:])]
+        networks.append(graph.last_stage(settings))
         for name, network in zip((*stages, "detections.onnx"), networks, strict=True):
             (path / name).write_bytes(network.SerializeToString())
         rows = [{"file": name, "exit_index": part.index, "empty": part.empty} for name, part in stages.items()]
@@ -318,7 +318,7 @@ def write_segments(
     else:
         openvino = import_package("openvino")
         segments = [dataclasses.replace(part, model=gather_instead_of_resize(part.model)) for part in segments]
-        network = graph.build_graph(segments, dataclasses.replace(contract, openvino=True), metadata)
+        network = graph.build_graph(segments, dataclasses.replace(settings, openvino=True), metadata)
         try:
             converted = openvino.Core().read_model(network.SerializeToString())
             openvino.save_model(converted, path, compress_to_fp16=False)

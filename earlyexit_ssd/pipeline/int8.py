@@ -30,7 +30,7 @@ from earlyexit_ssd.deploy.benchmark import Ratio, ratio
 from earlyexit_ssd.deploy.graph import Segment
 from earlyexit_ssd.errors import DataError, EarlyExitError, import_package, one_line
 from earlyexit_ssd.evaluation.matches import (
-    Detections,
+    DetectionsById,
     agreement,
     ap_of_choice,
     as_ground_truth,
@@ -54,7 +54,7 @@ DELTA = 0.05  # default share of the bootstrap draws that may lose more AP50 tha
 
 
 @dataclass(frozen=True)
-class Kept:
+class FloatLayers:
     """The layers that stay in 32 bits: the first convolutions after the image, and optionally the heads."""
 
     convolutions: int
@@ -66,7 +66,7 @@ class Kept:
         return " and ".join(words) + " in 32 bits" if words else "all layers"
 
 
-LADDER = (Kept(0, False), Kept(3, False), Kept(3, True), Kept(9, True))
+LADDER = (FloatLayers(0, False), FloatLayers(3, False), FloatLayers(3, True), FloatLayers(9, True))
 """Layers in 32 bits, in the order in which they are tried. The first layers are the most sensitive, and have few MMACs.
 ONNX Runtime computes the first three convolutions faster in 32 bits, so it starts with the second entry."""
 
@@ -79,7 +79,7 @@ class Int8Figures:
 
     path: Path
     size: int  # bytes
-    kept: Kept
+    float_layers: FloatLayers
     photos: int
     labelled: bool
     AP: tuple[float, float]  # (reference, 8 bits)
@@ -110,7 +110,7 @@ class Int8Figures:
         return f"{', '.join(aps)} on {photos} ({self.bound_text}), {kept}"
 
     def __str__(self) -> str:
-        size = f"{self.size / 1e6:.1f} MB in 8 bits ({self.kept})"
+        size = f"{self.size / 1e6:.1f} MB in 8 bits ({self.float_layers})"
         return f"{self.path}: {size}; {self.accuracy_text}; {self.speed_text}"
 
 
@@ -121,7 +121,7 @@ def export_int8(
     dataset: DetectionDataset,
     ap_drop: float,
     ranges: Sequence[str | os.PathLike[str]] = (),
-    reference: Detections | None = None,
+    reference: DetectionsById | None = None,
     delta: float = DELTA,
     coco_ap_drop: float | None = None,
 ) -> Int8Figures:
@@ -163,14 +163,14 @@ def export_int8(
         segments = export.build_segments(model)
         images = (as_tensor(read_image(photo)) for photo in _sample(ranges or photos))
         inputs = [{"x_in": model.transform([image])[0].tensors.numpy()} for image in images]
-        for step, kept in enumerate(ladder):
-            quantised = _quantised(quantise_segment, segments, inputs, kept)
+        for step, layers in enumerate(ladder):
+            quantised = _quantised(quantise_segment, segments, inputs, layers)
             trial = new_path.with_name(f"{new_path.stem}_trial{step}{new_path.suffix}")
             export.write_segments(model, quantised, trial, file_format)
             thresholds = _thresholds(model, confidences, _confidences(trial, runtime, photos))
             predictors = Predictor(float_path, runtime), Predictor(trial, runtime, thresholds=thresholds)
-            figures = _compare(*predictors, reference, dataset, kept, delta, with_ap=coco_ap_drop is not None)
-            logger.info("8 bits, %s: %s; %s", kept, figures.accuracy_text, figures.speed_text)
+            figures = _compare(*predictors, reference, dataset, layers, delta, with_ap=coco_ap_drop is not None)
+            logger.info("8 bits, %s: %s; %s", layers, figures.accuracy_text, figures.speed_text)
             speed = figures.speed  # more layers in 32 bits would not make it faster
             if (speed.value if speed.low is None else speed.low) <= 1:
                 raise EarlyExitError(f"{path}: 8 bits are refused: {figures.speed_text}; export without --int8")
@@ -178,8 +178,8 @@ def export_int8(
                 break
         else:
             raise EarlyExitError(
-                f"{path}: 8 bits are refused: {figures.bound_text} on {len(photos)} photos, even with {figures.kept}; "
-                f"allow more than {ap_drop:g} (--ap-drop), or export without --int8"
+                f"{path}: 8 bits are refused: {figures.bound_text} on {len(photos)} photos, even with "
+                f"{figures.float_layers}; allow more than {ap_drop:g} (--ap-drop), or export without --int8"
             )
         if model.router is not None:
             model.router.thresholds = [thresholds.get(name, CLOSED) for name in model.exit_names[:-1]]
@@ -224,19 +224,20 @@ def _sample(photos: Sequence[str | os.PathLike[str]]) -> list[str | os.PathLike[
 # Quantisation.
 
 
-Quantise = Callable[[onnx.ModelProto, Sequence[dict[str, np.ndarray]], Kept], onnx.ModelProto]
+Inputs = Sequence[dict[str, np.ndarray]]  # of a segment, one dict for each photo
+Quantise = Callable[[onnx.ModelProto, Inputs, FloatLayers], onnx.ModelProto]
 
 
 def _quantised(
-    quantise_segment: Quantise, segments: Sequence[Segment], inputs: Sequence[dict[str, np.ndarray]], kept: Kept
+    quantise_segment: Quantise, segments: Sequence[Segment], inputs: Inputs, layers: FloatLayers
 ) -> list[Segment]:
-    """Return the segments in 8 bits. ``inputs`` are the first segment's inputs, one dict for each photo."""
+    """Return the segments in 8 bits. ``inputs`` are those of the first segment."""
     segments_int8 = []
     for segment in progress(segments, desc="8 bits"):
         try:
             read = {value.name for value in segment.model.graph.input}  # a branch may ignore the context
             rows = [{name: value for name, value in photo.items() if name in read} for photo in inputs]
-            quantised = quantise_segment(segment.model, rows, kept)
+            quantised = quantise_segment(segment.model, rows, layers)
         except Exception as error:
             raise EarlyExitError(f"{segment.name} cannot be quantised ({one_line(str(error))[:200]})") from error
         segments_int8.append(dataclasses.replace(segment, model=quantised))
@@ -246,15 +247,15 @@ def _quantised(
     return segments_int8
 
 
-def _by_onnx_runtime(model: onnx.ModelProto, inputs: Sequence[dict[str, np.ndarray]], kept: Kept) -> onnx.ModelProto:
-    names, convolutions = [node.name for node in model.graph.node], _first_convolutions(model, kept.convolutions + 1)
-    if len(convolutions) > kept.convolutions:
+def _by_onnx_runtime(model: onnx.ModelProto, inputs: Inputs, layers: FloatLayers) -> onnx.ModelProto:
+    names, convolutions = [node.name for node in model.graph.node], _first_convolutions(model, layers.convolutions + 1)
+    if len(convolutions) > layers.convolutions:
         del names[names.index(convolutions[-1]) :]
     before = {*names} if convolutions else set()
 
     def in_float(node: onnx.NodeProto) -> bool:
         of_function, _, _ = node.name.rpartition("/")  # `quantise` splits a HardSwish; its parts have names below its
-        in_head = kept.heads and "head" in node.name
+        in_head = layers.heads and "head" in node.name
         return not _is_quantised(node) or in_head or bool(before & {node.name, of_function})
 
     return quantise(model, inputs, in_float)
@@ -266,15 +267,13 @@ def _by_nncf() -> Quantise:
     nncf = import_package("nncf")
     logging.getLogger("nncf").setLevel(logging.ERROR)  # NNCF's own function would silence the handlers of all loggers
 
-    def quantise_segment(
-        model: onnx.ModelProto, inputs: Sequence[dict[str, np.ndarray]], kept: Kept
-    ) -> onnx.ModelProto:
+    def quantise_segment(model: onnx.ModelProto, inputs: Inputs, layers: FloatLayers) -> onnx.ModelProto:
         in_float = [
             node.name
             for node in model.graph.node
-            if not _is_quantised(node) or node.op_type == "Clip" or (kept.heads and "head" in node.name)
+            if not _is_quantised(node) or node.op_type == "Clip" or (layers.heads and "head" in node.name)
         ]
-        in_float += _first_convolutions(model, kept.convolutions)
+        in_float += _first_convolutions(model, layers.convolutions)
         with contextlib.redirect_stdout(sys.stderr):  # NNCF writes its progress bars to stdout
             return nncf.quantize(
                 model,
@@ -304,7 +303,7 @@ def _is_quantised(node: onnx.NodeProto) -> bool:
 # Measurement.
 
 
-def detect(predictor: Predictor, dataset: DetectionDataset) -> Detections:
+def detect(predictor: Predictor, dataset: DetectionDataset) -> DetectionsById:
     """Return a dict: image id -> detections of the data set's classes, with the data set's label numbers."""
     label_of, by_image = {name: label for label, name in enumerate(dataset.classes, 1)}, {}
     for record in progress(dataset.records, desc="detect"):
@@ -356,9 +355,9 @@ def matching_threshold(threshold: float, before: np.ndarray, after: np.ndarray) 
 def _compare(
     unquantised: Predictor,
     quantised: Predictor,
-    reference: Detections,
+    reference: DetectionsById,
     dataset: DetectionDataset,
-    kept: Kept,
+    layers: FloatLayers,
     delta: float,
     with_ap: bool,
 ) -> Int8Figures:
@@ -378,7 +377,7 @@ def _compare(
     return Int8Figures(
         path=Path(quantised.path),
         size=export.size_of(Path(quantised.path)),
-        kept=kept,
+        float_layers=layers,
         photos=len(dataset),
         labelled=dataset.labelled,
         AP=(before.AP, after.AP),

@@ -37,7 +37,7 @@ from earlyexit_ssd.errors import ConfigError, EarlyExitError, import_package
 from earlyexit_ssd.evaluation.cost import ONNX_RUNTIME, OPENVINO, PlainPath, example_input, time_in_runtime
 from earlyexit_ssd.evaluation.matches import ap_of_choice, bootstrap_choices, exit_matches, interval, photo_counts
 from earlyexit_ssd.evaluation.outputs import collect_detections
-from earlyexit_ssd.evaluation.results import Record, Results
+from earlyexit_ssd.evaluation.results import JsonDataclass, Results
 from earlyexit_ssd.files import locked_folder, locks_folder, write_image, write_json, write_text, writing
 from earlyexit_ssd.modeling import COCO_CLASSES, Architecture, load_model, save_model
 from earlyexit_ssd.modeling.checkpoint import ModelInfo, weights_hash
@@ -48,11 +48,11 @@ from earlyexit_ssd.pipeline.build import (
     evaluation_device,
     evaluation_loader,
     open_model,
-    photos_to_compare_on,
+    photos_for_compact_head,
     with_classes,
     with_values,
 )
-from earlyexit_ssd.pipeline.calibrate import Chosen, ThresholdSearch, certificate_of
+from earlyexit_ssd.pipeline.calibrate import FoundThresholds, ThresholdSearch, certificate_of
 from earlyexit_ssd.pipeline.candidates import BASE_FILE, OWN_HEAD, Candidate, Goal, Plan, TestFigures, choose_candidate
 from earlyexit_ssd.pipeline.evaluate import evaluate_model, onnx_rivals
 from earlyexit_ssd.pipeline.export import SUFFIXES, Format, export_detector, open_any
@@ -78,7 +78,7 @@ from earlyexit_ssd.routing.policies import POLICIES
 
 logger = logging.getLogger(__name__)
 
-FORMATS: dict[str, Format] = {ONNX_RUNTIME: "onnx", OPENVINO: "openvino"}  # runtime -> format of its files
+FORMAT_OF_RUNTIME: dict[str, Format] = {ONNX_RUNTIME: "onnx", OPENVINO: "openvino"}  # runtime -> format of its files
 
 MODEL_FILES = ("model.pth", "detector.onnx", "detector.xml", "detector.bin")  # the last two with OpenVINO
 EXPORT_PHOTOS = 16  # photos of the calib split on which the exported file is compared with the model
@@ -93,7 +93,7 @@ NetWeights = tuple[Architecture, dict[str, torch.Tensor]]
 
 
 @dataclass(frozen=True)
-class Outcome(Record):
+class Outcome(JsonDataclass):
     """Result of `optimize`, the content of optimize.json. Figures of candidates are on the calib split."""
 
     base: Candidate
@@ -171,7 +171,7 @@ def _set_aside(folder: Path, names: Sequence[str]) -> None:
 
 def _require_8_bits(runtime: str) -> None:
     """Raise EarlyExitError if files in 8 bits cannot be made for this runtime."""
-    if runtime not in FORMATS:
+    if runtime not in FORMAT_OF_RUNTIME:
         raise EarlyExitError(f"8 bits do not run in {runtime}; add --runtime onnxruntime or --runtime openvino")
     if runtime == OPENVINO:
         import_package("nncf")
@@ -223,7 +223,7 @@ class MeasuredCandidate(NamedTuple):
     candidate: Candidate
     recorded: ModelOnSplits
     search: ThresholdSearch | None = None  # None without exits
-    chosen: Chosen | None = None
+    found: FoundThresholds | None = None
 
 
 class CandidateSearch:
@@ -251,7 +251,7 @@ class CandidateSearch:
         self.cfg = cfg = with_classes(cfg, self.architecture.classes)
         self.model = self.model.to(self.device).eval()
         self.plan = Plan(cfg, goal, self.architecture)
-        self.sets, self.repeats = disjoint_sets(cfg, ("CALIB", "TEST"))
+        self.sets, self.duplicates = disjoint_sets(cfg, ("CALIB", "TEST"))
         self._replays: dict[tuple[Candidate, str], Replay] = {}
         self.base = self._replay(Candidate("", self.architecture.image_size, OWN_HEAD), "CALIB")
         self.reference = self.base.recording.detections[-1]
@@ -284,7 +284,7 @@ class CandidateSearch:
         recorded, calib = self._build(candidate), self._replay(candidate.net, "CALIB").only(candidate.exits)
         if not candidate.exits:
             costs = measure_cost_model(self.cfg, recorded.model, ExitRouter(0), self.model)
-            unrouted = Chosen((), np.zeros(len(calib.recording), np.int64), Measured())
+            unrouted = FoundThresholds((), np.zeros(len(calib.recording), np.int64), Measured())
             return MeasuredCandidate(self._with_figures(candidate, calib, costs, unrouted), recorded)
         policies = self._policies(recorded.model.empty)
         results = [self._measure_routed(candidate, recorded, calib, policy) for policy in policies]
@@ -309,32 +309,32 @@ class CandidateSearch:
         target = self.goal.target(costs.plain)
         search = ThresholdSearch(cfg, target, router, confidences, calib, None, costs, baseline=self.reference)
         try:
-            chosen = search.run()
+            found = search.run()
         except EarlyExitError:  # the wanted speed is impossible even if every photo leaves at the first exit
             search = dataclasses.replace(search, target=self.goal.budget)
-            chosen = search.run()
-        candidate = dataclasses.replace(candidate, policy=policy, thresholds=chosen.thresholds)
-        return MeasuredCandidate(self._with_figures(candidate, calib, costs, chosen), recorded, search, chosen)
+            found = search.run()
+        candidate = dataclasses.replace(candidate, policy=policy, thresholds=found.thresholds)
+        return MeasuredCandidate(self._with_figures(candidate, calib, costs, found), recorded, search, found)
 
-    def _with_figures(self, candidate: Candidate, calib: Replay, costs: CostModel, chosen: Chosen) -> Candidate:
-        """Return the candidate with its figures on the calib split, if the photos leave at ``chosen.exits``."""
-        matches, base_choice = calib.matches_beside(self.reference)
-        choices = [base_choice, chosen.exits]
+    def _with_figures(self, candidate: Candidate, calib: Replay, costs: CostModel, found: FoundThresholds) -> Candidate:
+        """Return the candidate with its figures on the calib split, if the photos leave at ``found.exits``."""
+        matches, base_choice = calib.matches_with_extra_exit(self.reference)
+        choices = [base_choice, found.exits]
         before, after = (ap_of_choice(matches, choice, ap50_only=True).AP50 for choice in choices)
 
         def loss_bound(figure: str) -> float:
             base, routed = bootstrap_choices(matches, choices, seed=self.cfg.SEED, ap50_only=figure == "AP50")
             return float(np.nanquantile(getattr(base, figure) - getattr(routed, figure), 1 - self.goal.delta))
 
-        bound, ap_bound = chosen.measured.AP50_lost_bound, None
+        bound, ap_bound = found.measured.AP50_lost_bound, None
         bound = loss_bound("AP50") if bound is None else bound
         holds = bound <= self.goal.ap_drop
         if holds and self.goal.coco_ap_drop is not None:
             ap_bound = loss_bound("AP")
             holds = ap_bound <= self.goal.coco_ap_drop
-        agreement = calib.agreement(chosen.exits, self.reference)
-        ms = float(costs.per_exit(chosen.thresholds)[chosen.exits].mean())
-        exits = zip(candidate.exits, chosen.thresholds, strict=True)
+        agreement = calib.agreement(found.exits, self.reference)
+        ms = float(costs.per_exit(found.thresholds)[found.exits].mean())
+        exits = zip(candidate.exits, found.thresholds, strict=True)
         opened = [name for name, threshold in exits if threshold < CLOSED]
         return dataclasses.replace(
             candidate,
@@ -358,7 +358,7 @@ class CandidateSearch:
             networks, examples = [rival.network, PlainPath(self.model)], [rival.example, example_input(self.model)]
             timing, base_timing = time_in_runtime(networks, examples, ONNX_RUNTIME, runs, threads)
             # in the matches the rival is the last exit, and the full path is the exit before it
-            matches, rival_choice = self.base.matches_beside(detections)
+            matches, rival_choice = self.base.matches_with_extra_exit(detections)
             choices = [rival_choice - 1, rival_choice]
             before, after = (ap_of_choice(matches, choice, ap50_only=True).AP50 for choice in choices)
             figures = {"ms": timing.ms, "speedup": base_timing.ms / timing.ms, "mmacs": rival.mmacs}
@@ -409,7 +409,7 @@ class CandidateSearch:
         model = architecture.build().to(self.device).eval()
         model.load_state_dict({key: state[key] for key in model.state_dict()})
         folder = self.out / "recordings" / candidate.net.key.replace(" ", "_")
-        return ModelOnSplits(self.cfg, model, architecture, self.info, self.sets, self.repeats, folder)
+        return ModelOnSplits(self.cfg, model, architecture, self.info, self.sets, self.duplicates, folder)
 
     def full_path(self) -> SSD:
         """Return a copy of the detector's full path."""
@@ -422,7 +422,7 @@ class CandidateSearch:
         head = detector.head.classification_head
         wanted = self.architecture.folded_rows  # rows of the wanted classes in the folded head
         whole = detector.head.classification_head = SSDScoringHead(head.module_list, head.num_columns)
-        photos = photos_to_compare_on(self.cfg, self.architecture.classes)
+        photos = photos_for_compact_head(self.cfg, self.architecture.classes)
         competing = find_competing_rows(detector, wanted, photos, self.cfg.MODEL.COMPACT_TOLERANCE)
         slice_rows(whole, (*wanted, *competing))
         is_coco = head.num_columns == len(COCO_CLASSES) + 1
@@ -480,7 +480,7 @@ def _write_model(search: CandidateSearch, chosen: Candidate) -> Candidate:
     if measured.search is None:
         info = {key: value for key, value in info.items() if key not in ("router", "certificate")}
     else:
-        certificate = certificate_of(recorded, measured.search, measured.chosen)
+        certificate = certificate_of(recorded, measured.search, measured.found)
         info |= {"router": certificate.router, "certificate": certificate.to_dict()}
     save_model(out / "model.pth", recorded.model, recorded.architecture, info)
     photos = [record.path for record in recorded.sets["CALIB"].records[:EXPORT_PHOTOS]]
@@ -527,7 +527,7 @@ def _in_8_bits(search: CandidateSearch, chosen: Candidate) -> Candidate | None:
     are not faster, or cannot be made."""
     goal = search.goal
     try:
-        model, file_format = open_any(search.out / "model.pth"), FORMATS[search.cfg.EVAL.RUNTIME]
+        model, file_format = open_any(search.out / "model.pth"), FORMAT_OF_RUNTIME[search.cfg.EVAL.RUNTIME]
         path = search.out / f"detector{SUFFIXES[file_format]}"
         range_photos = [record.path for record in search.sets["TRAIN"].records]
         limits = (goal.ap_drop, range_photos, search.reference, goal.delta, goal.coco_ap_drop)
@@ -556,7 +556,7 @@ def _test_in_8_bits(search: CandidateSearch, test: TestFigures, speed: float) ->
     the time is that in 32 bits divided by ``speed``."""
     cfg, dataset = search.cfg, search.sets["TEST"]
     base = collect_detections(open_any(search.out / BASE_FILE), evaluation_loader(cfg, dataset))
-    path = search.out / f"detector{SUFFIXES[FORMATS[cfg.EVAL.RUNTIME]]}"
+    path = search.out / f"detector{SUFFIXES[FORMAT_OF_RUNTIME[cfg.EVAL.RUNTIME]]}"
     quantised = detect(Predictor(path, cfg.EVAL.RUNTIME), dataset)
     matches = exit_matches(to_coco(dataset), [base, quantised], cfg.EVAL.IOU)
     choices = [np.full(matches.photos, index) for index in range(2)]

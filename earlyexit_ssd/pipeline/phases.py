@@ -48,7 +48,7 @@ from earlyexit_ssd.modeling.outputs import Head
 from earlyexit_ssd.modeling.trunk import evaluating
 from earlyexit_ssd.pipeline.build import build_losses, build_router, source_classes, takes_over
 from earlyexit_ssd.pipeline.doctor import Watch
-from earlyexit_ssd.pipeline.run import Check, Gate, Run, RunFolder
+from earlyexit_ssd.pipeline.run import Gate, GateCheck, Run, RunFolder
 
 logger = logging.getLogger(__name__)
 
@@ -147,7 +147,7 @@ def baseline_gate(
         limits = {name: limit if limit != default[name.upper()] else None for name, limit in limits.items()}
     if reference is not None or takes_over(cfg):
         limits["AP50"] = max(limits["AP50"] or 0.0, DETECTS_AP50)
-    checks = tuple(Check(name, figures[name], limit) for name, limit in limits.items())
+    checks = tuple(GateCheck(name, figures[name], limit) for name, limit in limits.items())
     return Gate("baseline", checks, baseline_advice(cfg))
 
 
@@ -203,13 +203,13 @@ def exits_gate(cfg: CfgNode, ap50: Mapping[str, float | None], first_layer: int)
     first, full = names[0], names[-1]
     limits, full_ap50 = cfg.EXITS_PHASE.GATE, ap50[full] or 0.0
 
-    def share_of_full(name: str, share: float) -> Check:
+    def share_of_full(name: str, share: float) -> GateCheck:
         limit = share * (full_ap50 or 1.0)  # no exit passes if the full path has AP50 0
-        return Check(f"{name} AP50", ap50[name], limit, f"{share:.0%} of {full}'s {full_ap50:.3f}")
+        return GateCheck(f"{name} AP50", ap50[name], limit, f"{share:.0%} of {full}'s {full_ap50:.3f}")
 
-    checks = [Check(f"{first} AP50", ap50[first], limits.FIRST_EXIT_AP50)]
+    checks = [GateCheck(f"{first} AP50", ap50[first], limits.FIRST_EXIT_AP50)]
     if takes_over(cfg):
-        checks = [Check(f"{full} AP50", ap50[full], DETECTS_AP50), share_of_full(first, limits.FIRST_EXIT_SHARE)]
+        checks = [GateCheck(f"{full} AP50", ap50[full], DETECTS_AP50), share_of_full(first, limits.FIRST_EXIT_SHARE)]
     checks.append(share_of_full(names[-2], limits.DEEPEST_SHARE))
     return Gate("exits", tuple(checks), exits_advice(cfg, first, first_layer))
 
@@ -258,19 +258,19 @@ def joint(run: Run) -> Gate:
     model.norm_frozen = phase.FREEZE_NORM
     model.losses = joint_losses(losses, phase, model.num_early_exits)
     if phase.EPOCHS:
-        module = SeveralSizes(model, run.architecture, phase.SIZES) if phase.SIZES else model
+        module = MultiScaleLosses(model, run.architecture, phase.SIZES) if phase.SIZES else model
         fit(run, "joint", module, photo_loader(run, phase.BATCH_SIZE))
     model.norm_frozen, model.losses = False, losses
     after = run.calib_quality.of_full_path(model)["AP50"] or 0.0
-    check = Check("full AP50", after, before - phase.GATE.MAX_AP50_DROP)
+    check = GateCheck("full AP50", after, before - phase.GATE.MAX_AP50_DROP)
     if not check.passed:
         logger.warning("joint phase: %s; the weights of the exits phase are restored", check)
         model.load_state_dict(previous)
-        check = Check("full AP50 (weights of the exits phase kept)", before, before)
+        check = GateCheck("full AP50 (weights of the exits phase kept)", before, before)
     return Gate("joint", (check,))
 
 
-class SeveralSizes(nn.Module):
+class MultiScaleLosses(nn.Module):
     """Losses of all exits, each batch at one of several input sizes, which its image ids determine.
 
     There is a copy of the model for each of ``sides``, in pixels. All share the parameters and buffers of ``model``.
@@ -352,7 +352,7 @@ def require_same_full_path(before: dict[str, Tensor], model: EarlyExitSSDLite) -
     logger.info("full path bit-identical before and after the exits phase (%d tensors compared)", len(before))
 
 
-class TaughtFullPath(FullPathLosses):
+class DistillationLosses(FullPathLosses):
     """Losses of a student's full path (``model``), compared with a teacher of the same classes and, if ``labelled``,
     with the targets. The batches take turns in the student's input sides ``sides``, in pixels.
 
@@ -422,7 +422,7 @@ def fine_tune(
     weight = cfg.FINE_TUNING.DISTILLATION_WEIGHT
     student.losses = dataclasses.replace(build_losses(cfg), distillation_weight=weight)
     student.norm_frozen = cfg.FINE_TUNING.FREEZE_NORM
-    losses = TaughtFullPath(student, teacher, sides, labelled)
+    losses = DistillationLosses(student, teacher, sides, labelled)
     fit(run, "fine_tuning", losses, photo_loader(run, cfg.FINE_TUNING.BATCH_SIZE))
     student.norm_frozen = False
     student.eval()

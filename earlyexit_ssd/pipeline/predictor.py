@@ -131,7 +131,7 @@ class TorchModel(Contestant):
 
 
 @dataclass(frozen=True)
-class Rival(Contestant):
+class RivalFile(Contestant):
     """An ONNX file of another project, in one of `FORMATS`. Its resizing and its NMS run in PyTorch."""
 
     file_format: str

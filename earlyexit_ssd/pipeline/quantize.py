@@ -5,7 +5,7 @@ Activations become uint8 with one scale per tensor, weights int8 with one scale 
 rewritten. Up to rounding in 32 bits its outputs stay the same:
 
 1. HardSwish(x) = x * HardSigmoid(x) becomes two operators, because ONNX Runtime has no HardSwish of integers.
-2. The channels of depthwise convolutions are padded with zeros to a multiple of `CHANNELS`, which is faster.
+2. The channels of depthwise convolutions are padded with zeros to a multiple of `CHANNEL_MULTIPLE`, which is faster.
 3. The channels of a tensor get similar ranges. The factors move into the convolutions before and after the tensor
    (Nagel et al. 2019, "Data-free quantization through weight equalization and bias correction", section 4.1).
 
@@ -32,7 +32,7 @@ from earlyexit_ssd.runtimes import OnnxRuntime
 OPERATORS = ("Conv", "Add", "Mul", "Relu", "Clip", "HardSigmoid", "GlobalAveragePool", "MaxPool")
 """Operators that are quantised, besides HardSwish."""
 BY_CHANNEL = ("Relu", "Clip", "HardSigmoid", "Mul", "GlobalAveragePool")  # operators that do not mix channels
-CHANNELS = 16  # ONNX Runtime's depthwise kernels compute 16 channels at a time, the rest one by one
+CHANNEL_MULTIPLE = 16  # ONNX Runtime's depthwise kernels compute 16 channels at a time, the rest one by one
 LEVELS = 255  # steps of an 8-bit number
 LEAST_STEPS = 8  # smallest factor of a channel in equalisation, in steps of 1 / `LEVELS`
 QUANTILE = 0.9999  # share of a photo's values that are below the upper end of a tensor's range
@@ -64,14 +64,14 @@ def quantise(
     network = Network(model)
     network.split_hard_swish()
     network.pad_channels()
-    kept = {node.name for node in network.nodes if node.op_type not in OPERATORS or in_float(node)}
-    network.equalise(network.measure(inputs, {node.output[0] for node in network.convolutions()}), kept)
+    float_nodes = {node.name for node in network.nodes if node.op_type not in OPERATORS or in_float(node)}
+    network.equalise(network.measure(inputs, {node.output[0] for node in network.convolutions()}), float_nodes)
     read_or_written = (
         name for node in network.nodes if node.op_type in OPERATORS for name in (*node.input, *node.output)
     )
     statistics = network.measure(inputs, {*read_or_written} - {*network.weights, ""})
-    network.correct_biases(statistics, kept)
-    return _quantise_static(network, inputs[0], statistics, kept)
+    network.correct_biases(statistics, float_nodes)
+    return _quantise_static(network, inputs[0], statistics, float_nodes)
 
 
 class Network:
@@ -155,8 +155,8 @@ class Network:
         extra: dict[str, int] = {}  # tensor -> number of channels that are added
         for node in self.convolutions():
             channels = len(self.weights[node.input[1]])
-            if self._is_depthwise(node) and channels % CHANNELS:
-                extra |= dict.fromkeys(self._same_channels(node.output[0]), -channels % CHANNELS)
+            if self._is_depthwise(node) and channels % CHANNEL_MULTIPLE:
+                extra |= dict.fromkeys(self._same_channels(node.output[0]), -channels % CHANNEL_MULTIPLE)
         for node in self.convolutions():
             before, after = extra.get(node.input[0], 0), extra.get(node.output[0], 0)
             if self._is_depthwise(node):
@@ -199,12 +199,12 @@ class Network:
             statistics[name] = Statistics(min(low), max(high), np.max(largest, 0), np.mean(mean, 0))
         return statistics
 
-    def equalise(self, statistics: Mapping[str, Statistics], kept: set[str]) -> None:
+    def equalise(self, statistics: Mapping[str, Statistics], float_nodes: set[str]) -> None:
         """Give the channels of tensors between convolutions similar ranges.
 
         A convolution's output x before Relu or HardSwish is divided by a factor per channel. The convolutions that read
         the result are multiplied by it. The factors are multiples of 1 / `LEVELS`, so they are exact in 8 bits. The
-        outputs of convolutions and activations in ``kept`` are not divided.
+        outputs of convolutions and activations in ``float_nodes`` are not divided.
         """
         readers = self.readers()
         for node in self.convolutions():
@@ -213,7 +213,7 @@ class Network:
             if [reader.op_type for reader in following] == ["Relu"]:
                 y = following[0].output[0]
             convolutions = self._multiplied_with(y, readers)
-            if not convolutions or kept & {node.name, *(reader.name for reader in following)}:
+            if not convolutions or float_nodes & {node.name, *(reader.name for reader in following)}:
                 continue
             largest = statistics[x].largest.clip(CLIPPED / 2 if factors_name else 1e-6)
             if not all(map(self._is_depthwise, convolutions)):
@@ -227,7 +227,7 @@ class Network:
             if factors_name:
                 self.weights[factors_name] = factors.reshape(1, -1, 1, 1)
 
-    def least_useful(self) -> dict[str, float]:
+    def zero_below(self) -> dict[str, float]:
         """Return a dict: tensor that only a HardSwish reads -> value below which the result is 0 in all channels."""
         return {x: float((-CLIPPED / self.weights[factors]).min()) for x, (factors, _) in self._factors.items()}
 
@@ -248,10 +248,10 @@ class Network:
     def _is_depthwise(self, node: onnx.NodeProto) -> bool:
         return node.op_type == "Conv" and 1 < _groups(node) == len(self.weights[node.input[1]])
 
-    def correct_biases(self, statistics: Mapping[str, Statistics], kept: set[str]) -> None:
+    def correct_biases(self, statistics: Mapping[str, Statistics], float_nodes: set[str]) -> None:
         """Subtract from each bias the mean error that rounding the weights causes."""
         for node in self.convolutions():
-            if node.name in kept or len(node.input) < 3 or not (_groups(node) == 1 or self._is_depthwise(node)):
+            if node.name in float_nodes or len(node.input) < 3 or not (_groups(node) == 1 or self._is_depthwise(node)):
                 continue
             weight = self.weights[node.input[1]]
             error = (_rounded(weight) - weight).sum((2, 3))
@@ -286,7 +286,7 @@ def _rounded(weight: np.ndarray) -> np.ndarray:
 
 
 def _quantise_static(
-    network: Network, photo: Mapping[str, np.ndarray], statistics: Mapping[str, Statistics], kept: set[str]
+    network: Network, photo: Mapping[str, np.ndarray], statistics: Mapping[str, Statistics], float_nodes: set[str]
 ) -> onnx.ModelProto:
     """Return the network in 8 bits, by ONNX Runtime's quantiser, with the ranges of ``statistics``."""
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
@@ -297,19 +297,19 @@ def _quantise_static(
         def get_next(self) -> Mapping[str, np.ndarray] | None:
             return next(self.photos, None)
 
-    readers, exact = network.readers(), []
+    readers, identities = network.readers(), []
     overrides = {name: _scale(values.low, values.high) for name, values in statistics.items()}
-    for name, least in network.least_useful().items():
+    for name, least in network.zero_below().items():
         overrides[name] = _scale(max(statistics[name].low, least), statistics[name].high)
     for node in network.nodes:
-        if node.op_type == "HardSigmoid" and node.name not in kept and len(readers[node.input[0]]) == 1:
+        if node.op_type == "HardSigmoid" and node.name not in float_nodes and len(readers[node.input[0]]) == 1:
             attributes = {item.name: item.f for item in node.attribute}
             alpha, beta = attributes.get("alpha", 0.2), attributes.get("beta", 0.5)
             # 8 bits span the inputs between which HardSigmoid rises, so input and output are the same integers
             overrides |= {node.input[0]: _scale(-beta / alpha, (1 - beta) / alpha), node.output[0]: _scale(0, 1)}
-            exact.append(node.name)
+            identities.append(node.name)
     for node in network.convolutions():
-        if node.name not in kept:
+        if node.name not in float_nodes:
             overrides[node.input[1]] = [
                 {"axis": 0, "scale": np.array(scale, np.float32), "zero_point": np.array(0, np.int8)}
                 for scale in _weight_scales(network.weights[node.input[1]])
@@ -328,12 +328,12 @@ def _quantise_static(
                 per_channel=True,
                 activation_type=QuantType.QUInt8,
                 weight_type=QuantType.QInt8,
-                nodes_to_exclude=sorted(kept),
+                nodes_to_exclude=sorted(float_nodes),
                 extra_options={"TensorQuantOverrides": overrides},
             )
         finally:
             logging.disable(disabled)
-        return _without(exact, onnx.load(paths[1]))
+        return _remove_identities(identities, onnx.load(paths[1]))
 
 
 def _scale(low: float, high: float) -> list[dict[str, np.ndarray]]:
@@ -343,14 +343,14 @@ def _scale(low: float, high: float) -> list[dict[str, np.ndarray]]:
     return [{"scale": np.array(scale, np.float32), "zero_point": np.array(round(-low / scale), np.uint8)}]
 
 
-def _without(exact: Sequence[str], model: onnx.ModelProto) -> onnx.ModelProto:
+def _remove_identities(identities: Sequence[str], model: onnx.ModelProto) -> onnx.ModelProto:
     """Remove nodes that do not change the integers, given their names, with the conversions before and after them."""
     nodes = list(model.graph.node)
     writers = {name: node for node in nodes for name in node.output}
     removed, same = set(), {}  # names of nodes; integers after -> integers before
     for node in nodes:
         before = writers.get(node.input[0]) if node.op_type == "QuantizeLinear" else None
-        if before is not None and before.name in exact:
+        if before is not None and before.name in identities:
             dequantize = writers[before.input[0]]
             removed |= {node.name, before.name, dequantize.name}
             same[node.output[0]] = dequantize.input[0]

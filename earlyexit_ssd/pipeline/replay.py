@@ -32,8 +32,8 @@ from earlyexit_ssd.config import CLOSED
 from earlyexit_ssd.console import progress
 from earlyexit_ssd.data import DetectionDataset, load_dataset, to_coco
 from earlyexit_ssd.data.dataset import fingerprint, photo_hashes, require_disjoint
+from earlyexit_ssd.data.duplicates import Duplicates, distinct
 from earlyexit_ssd.data.records import limit_photos
-from earlyexit_ssd.data.repeats import Repeats, distinct
 from earlyexit_ssd.errors import ConfigError, EarlyExitError
 from earlyexit_ssd.evaluation.cost import (
     ONNX_RUNTIME,
@@ -45,7 +45,7 @@ from earlyexit_ssd.evaluation.cost import (
 )
 from earlyexit_ssd.evaluation.matches import (
     Agreement,
-    Detections,
+    DetectionsById,
     ExitMatches,
     agreement,
     ap_of_choice,
@@ -104,9 +104,9 @@ class Replay:
         """Return the replay of the model with only these exits and the full path."""
         return replace(self, recording=self.recording.only(names))
 
-    def matches_beside(self, reference: Detections | None) -> tuple[ExitMatches, np.ndarray]:
-        """Return the matches of all exits and of the detections ``reference``, which are added as the last exit. Also
-        return the choice [n] of the last exit for every photo. None: no exit is added, so the full path is last."""
+    def matches_with_extra_exit(self, reference: DetectionsById | None) -> tuple[ExitMatches, np.ndarray]:
+        """Add the detections ``reference`` as the last exit (None: add none, so the full path is last). Return the
+        matches, and the choice [n] of the last exit for every photo."""
         if reference is None:
             return self.matches, np.full(len(self.recording), self.matches.exits - 1)
         exits = [*self.recording.detections, reference]
@@ -127,7 +127,7 @@ class Replay:
     def _losses_against_full(self) -> np.ndarray:
         return losses_against_full(self.ground_truth, self.recording.detections, self.score, self.iou)
 
-    def agreement(self, choice: np.ndarray, reference: Detections | None = None) -> Agreement:
+    def agreement(self, choice: np.ndarray, reference: DetectionsById | None = None) -> Agreement:
         """Return the agreement with ``reference`` (None: the full path) if the photos leave at the exits ``choice``
         [n]."""
         exits, image_ids = self.recording.detections, sorted(self.recording.image_ids)
@@ -157,7 +157,7 @@ class ModelOnSplits:
     architecture: Architecture
     info: dict[str, Any]  # other content of the model's file
     sets: dict[str, DetectionDataset]  # by split: TRAIN, CALIB and TEST
-    repeats: dict[str, Repeats]  # duplicate photos that were left out, by split, see `disjoint_sets`
+    duplicates: dict[str, Duplicates]  # duplicate photos that were left out, by split, see `disjoint_sets`
     folder: Path
 
     def replay(self, name: str) -> Replay:
@@ -209,7 +209,7 @@ def disjoint_sets(
     unlabelled: bool = False,
     deduplicate: Sequence[str] = ("CALIB",),
     include_near_duplicates: bool = True,
-) -> tuple[dict[str, DetectionDataset], dict[str, Repeats]]:
+) -> tuple[dict[str, DetectionDataset], dict[str, Duplicates]]:
     """Return the splits TRAIN, CALIB and TEST without augmentation, and the duplicates that were left out, by split.
     TRAIN has CALIBRATION.TRAIN_PHOTOS photos.
 
@@ -228,12 +228,12 @@ def disjoint_sets(
         name: load_dataset(cfg, cfg.DATA[name], labels=condition if name in with_labels else "optional")
         for name in ("TRAIN", "CALIB", "TEST")
     }
-    repeats = {}
+    duplicates = {}
     for name in deduplicate:
-        sets[name], repeats[name] = distinct(sets[name], include_near_duplicates)
+        sets[name], duplicates[name] = distinct(sets[name], include_near_duplicates)
     require_disjoint(**sets)
     sets["TRAIN"] = sets["TRAIN"].subset(limit_photos(sets["TRAIN"].records, cfg.CALIBRATION.TRAIN_PHOTOS, cfg.SEED))
-    return sets, repeats
+    return sets, duplicates
 
 
 def fit_temperatures(cfg: CfgNode, calib: Replay) -> list[FittedTemperature]:
@@ -318,7 +318,7 @@ def fit_router(
     if cross_fit and folds and train is not None and POLICIES[policy].cross_fits:
         groups = np.arange(len(calib.recording)) if groups is None else groups
         fold_of_row = np.empty(len(groups), np.int64)
-        fold_of_row[calib.order] = groups * folds // (groups.max() + 1)
+        fold_of_row[calib.order] = groups * folds // (groups.max() + 1)  # by row of the recording
         parameters, by_row = POLICIES[policy].cross_fit(*sets, torch.from_numpy(fold_of_row))
         confidences = [values.numpy()[calib.order] for values in by_row]
     elif is_fitted(policy):

@@ -22,7 +22,7 @@ from earlyexit_ssd.data import DetectionDataset, build_loader, to_coco
 from earlyexit_ssd.engine.processes import rank, world_size
 from earlyexit_ssd.errors import EarlyExitError, GateFailed, shown
 from earlyexit_ssd.evaluation.evaluate import evaluate_detections
-from earlyexit_ssd.evaluation.matches import Detections, ap_of_choice, exit_matches
+from earlyexit_ssd.evaluation.matches import DetectionsById, ap_of_choice, exit_matches
 from earlyexit_ssd.evaluation.metrics import EvaluationSettings, Figures
 from earlyexit_ssd.evaluation.outputs import choose_exits, collect, collect_detections, exit_share
 from earlyexit_ssd.files import make_folder, write_json, write_text, writing
@@ -39,7 +39,7 @@ _SETTINGS_OF_PHASES = {"baseline": "BASELINE.", "exits": ("EXITS_PHASE.", "EXITS
 
 
 @dataclass(frozen=True)
-class Check:
+class GateCheck:
     """One figure of a gate and its limit."""
 
     name: str
@@ -64,7 +64,7 @@ class Gate:
     """The checks that a phase must pass before the next phase starts, and advice for a failed check."""
 
     phase: str
-    checks: tuple[Check, ...]
+    checks: tuple[GateCheck, ...]
     advice: tuple[str, ...] = ()
     forced: bool = False  # whether the run continued although the gate failed
 
@@ -224,7 +224,7 @@ class SplitQuality:
         """Return the figures of every exit, with the full path last."""
         return list(map(self._figures, collect(model, self._loader).detections))
 
-    def _figures(self, detections: Detections) -> Figures:
+    def _figures(self, detections: DetectionsById) -> Figures:
         return evaluate_detections(self._ground_truth, detections, self._settings).figures
 
     def curve_point(self, model: EarlyExitSSDLite) -> dict[str, float | None]:
@@ -248,7 +248,7 @@ class SplitQuality:
             point |= {f"temperature/{name}": temperature, f"confidence/{name}": confidences.mean().item()}
         return point
 
-    def _ap(self, name: str, detections: Detections) -> dict[str, float | None]:
+    def _ap(self, name: str, detections: DetectionsById) -> dict[str, float | None]:
         matches = exit_matches(self._ground_truth, [detections])
         ap, ap50 = ap_of_choice(matches, np.zeros(matches.photos, np.int64))
         return {f"AP/{name}": ap, f"AP50/{name}": ap50}

@@ -32,18 +32,18 @@ from earlyexit_ssd.evaluation.results import (
     Finding,
     Interval,
     Results,
-    Row,
+    TableRow,
     Target,
     data_title,
     exit_rows,
-    static_rows,
+    rival_rows,
     timing_title,
 )
 from earlyexit_ssd.evaluation.verdict import DETECTS_AP50, SHIP_INSTEAD, target_value
 from earlyexit_ssd.files import write_text
 from earlyexit_ssd.report.page_photos import PagePhotos, photos_json
-from earlyexit_ssd.report.pictures import PLAIN, ROUTED, STYLES, Candidate, log_curves, reliability_points
-from earlyexit_ssd.report.tables import calibration_report, figure, promise, share, table_cells
+from earlyexit_ssd.report.pictures import GREY, ORANGE, STYLES, CandidateLike, log_curves, reliability_points
+from earlyexit_ssd.report.tables import calibration_report, figure, guarantee_lines, share, table_cells
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +104,7 @@ class Page:
     findings: Sequence[Finding] = ()  # reasons of the verdict
     table: Table = ()  # detectors or exits
     shares: Mapping[str, float] = field(default_factory=dict)  # exit name -> share of the photos that leave there
-    points: Sequence[Row] = ()  # detectors in the chart of AP against milliseconds
+    points: Sequence[TableRow] = ()  # detectors in the chart of AP against milliseconds
     x_title: str = ""  # title of this chart's axis of milliseconds
     photos: PagePhotos | None = None  # for the threshold explorer and the gallery
     sections: Sequence[Section] = ()
@@ -130,7 +130,7 @@ def write_page(path: Path, page: Page) -> None:
     template, style, script = ((folder / f"page.{kind}").read_text(encoding="utf-8") for kind in ("html", "css", "js"))
     content = dataclasses.asdict(dataclasses.replace(page, photos=None))
     content["photos"] = photos_json(page.photos) if page.photos else None
-    content["colors"] = {kind: color for kind, (color, _) in STYLES.items()} | {"rival": PLAIN, "chosen": ROUTED}
+    content["colors"] = {kind: color for kind, (color, _) in STYLES.items()} | {"rival": GREY, "chosen": ORANGE}
     content["closed"] = CLOSED
     parts = {
         "TITLE": html.escape(page.title),
@@ -158,7 +158,7 @@ def _packed(text: str) -> str:
 
 # Evaluation.
 
-_COLUMNS: dict[str, Callable[[Row], str]] = {
+_COLUMNS: dict[str, Callable[[TableRow], str]] = {
     "detector": lambda row: f"{row.name} (empty)" if row.empty else row.name,
     "AP": lambda row: figure(row.number("AP")),
     "AP50": lambda row: figure(row.number("AP50")),
@@ -173,7 +173,7 @@ _COLUMNS: dict[str, Callable[[Row], str]] = {
 
 def evaluation_page(results: Results, **more: Any) -> Page:
     """Return the page of an evaluation. ``more`` are further fields of `Page`."""
-    rows, context, verdict = [*exit_rows(results), *static_rows(results)], results.context, results.verdict
+    rows, context, verdict = [*exit_rows(results), *rival_rows(results)], results.context, results.verdict
     note = "" if context.labelled else "; nobody labelled them, so the figures measure agreement with the full path"
     return Page(
         title=f"{data_title(results)}, {context.empty_images} without an object{note}",
@@ -309,7 +309,7 @@ def calibration_page(
             Tile("AP50 routed", figure(measured.AP50), f"full path {figure(measured.AP50_full)}"),
             Tile("loss per photo", figure(measured.loss, 4), f"against {target.reference}"),
         ),
-        findings=tuple(map(Finding, promise(certificate))),
+        findings=tuple(map(Finding, guarantee_lines(certificate))),
         table=table,
         shares=measured.exit_share,
         photos=photos,
@@ -403,7 +403,7 @@ def training_page(section: Section, gates: Sequence[dict[str, Any]], photos: str
 # A search.
 
 
-class TestFigures(Protocol):
+class TestFiguresLike(Protocol):
     """Figures of a search, see `earlyexit_ssd.pipeline.candidates.TestFigures`."""
 
     AP50: float
@@ -416,12 +416,12 @@ class TestFigures(Protocol):
 
 
 def search_page(
-    candidates: Sequence[Candidate],
-    chosen: Candidate | None,
+    candidates: Sequence[CandidateLike],
+    chosen: CandidateLike | None,
     summary: str,
     ship: bool,
     results: Results | None,
-    test: TestFigures | None = None,
+    test: TestFiguresLike | None = None,
 ) -> Page:
     """Return the page of a search of `earlyexit_ssd.pipeline.optimize`.
 
@@ -435,7 +435,7 @@ def search_page(
         table.append((candidate.name, figure(ap50), figure(ms, 1), "chosen" if is_chosen else ""))
         if ms is not None and ap50 is not None:
             kind = "chosen" if is_chosen else "rival" if candidate.rival else "exit" if candidate.exits else "plain"
-            points.append(Row(candidate.name, kind, {"AP50": ap50}, None, ms))
+            points.append(TableRow(candidate.name, kind, {"AP50": ap50}, None, ms))
     verdict, rest = summary.split(". ", 1) if ". " in summary and chosen else (summary, "")
     tested = f" Figures at the top: {results.context.images} test photos." if results else ""
     return Page(
@@ -451,7 +451,7 @@ def search_page(
     )
 
 
-def _search_tiles(results: Results, test: TestFigures) -> tuple[Tile, ...]:
+def _search_tiles(results: Results, test: TestFiguresLike) -> tuple[Tile, ...]:
     """Return the tiles of an evaluation, compared with the user's own detector."""
     times = f"{figure(test.ms, 1)} ms, your detector {figure(test.ms_base, 1)}"
     return (

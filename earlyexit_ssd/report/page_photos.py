@@ -25,7 +25,7 @@ from torch import Tensor
 from earlyexit_ssd.calibration.thresholds import pareto_path, threshold_grid
 from earlyexit_ssd.config import CLOSED
 from earlyexit_ssd.errors import DataError
-from earlyexit_ssd.evaluation.matches import Detections, ExitMatches, ap_of_choice, photo_counts
+from earlyexit_ssd.evaluation.matches import DetectionsById, ExitMatches, ap_of_choice, photo_counts
 from earlyexit_ssd.images import read_thumbnail
 from earlyexit_ssd.modeling import EarlyExitSSDLite
 from earlyexit_ssd.modeling.branches import LightBranch
@@ -54,7 +54,7 @@ class PagePhotos:
     """The n photos of a split by rising image id, and the detections of every exit."""
 
     ground_truth: COCO  # photos and objects; for unlabelled photos, the full path's detections are the objects
-    detections: Sequence[Detections]  # per exit, the full path last
+    detections: Sequence[DetectionsById]  # per exit, the full path last
     matches: ExitMatches  # of these detections; hits and false positives are those at the IoU of the last condition
     exit_names: Sequence[str]
     confidences: np.ndarray  # float [early exits, n]
@@ -208,7 +208,7 @@ def _notable(photos: PagePhotos) -> list[int]:
     return list(dict.fromkeys(np.stack(orders, axis=1).ravel().tolist()))
 
 
-BINS = {
+GROUPS = {
     "number of objects": {"0": 1, "1": 2, "2": 3, "3 to 4": 5, "5 or more": math.inf},
     "typical size of an object, share of the side": {
         "under 10%": 0.1, "10% to 20%": 0.2, "20% to 40%": 0.4, "40% to 60%": 0.6, "60% or more": math.inf,
@@ -224,11 +224,11 @@ BINS = {
 
 
 def _groups(photos: PagePhotos, thumbnails: dict[int, Image.Image]) -> list[dict[str, object]]:
-    """Return the groups of photos for each property (`BINS`, and the classes that a photo shows): ``title``, and
+    """Return the groups of photos for each property (`GROUPS`, and the classes that a photo shows): ``title``, and
     ``bins`` with the indices of their photos."""
     truth = photos.ground_truth
     names = {category: truth.cats[category]["name"] for category in sorted(truth.cats)}
-    groups: dict[str, dict[str, list[int]]] = {title: {label: [] for label in bins} for title, bins in BINS.items()}
+    groups: dict[str, dict[str, list[int]]] = {title: {label: [] for label in bins} for title, bins in GROUPS.items()}
     groups["class shown"] = {name: [] for name in names.values()}
     for index, image_id in enumerate(photos.matches.image_ids):
         objects = [row for row in truth.imgToAnns.get(image_id, []) if not row.get("iscrowd", 0)]
@@ -237,7 +237,7 @@ def _groups(photos: PagePhotos, thumbnails: dict[int, Image.Image]) -> list[dict
         brightness = ImageStat.Stat(thumbnails[index].convert("L")).mean[0] if index in thumbnails else None
         boxes = np.array([row["bbox"] for row in objects], np.float64)
         values = len(objects), np.median(sides) if sides else None, _crowding(boxes), brightness
-        for (title, bins), value in zip(BINS.items(), values, strict=True):
+        for (title, bins), value in zip(GROUPS.items(), values, strict=True):
             if value is not None:
                 groups[title][next(label for label, limit in bins.items() if value < limit)].append(index)
         for name in {names[row["category_id"]] for row in objects}:
@@ -256,7 +256,7 @@ def _crowding(boxes: np.ndarray) -> float | None:
     return float(overlap[~np.eye(len(boxes), dtype=bool)].max())
 
 
-CHANNELS, GRADIENTS = "channel attention", "gradients"
+CHANNEL_ATTENTION, GRADIENTS = "channel attention", "gradients"
 
 
 @dataclass(frozen=True)
@@ -265,7 +265,7 @@ class Attention:
 
     photo: int  # index
     exit: str
-    method: str  # `CHANNELS` or `GRADIENTS`
+    method: str  # `CHANNEL_ATTENTION` or `GRADIENTS`
     picture: Image.Image
 
 
@@ -291,7 +291,7 @@ def attention_maps(model: EarlyExitSSDLite, image: Tensor) -> dict[str, tuple[st
             elif model.empty[at.index]:
                 continue
             elif isinstance(branch := model.branches[name], LightBranch):
-                maps[name] = CHANNELS, _scaled(branch.attention(at.tap)[0].abs().mean(0))
+                maps[name] = CHANNEL_ATTENTION, _scaled(branch.attention(at.tap)[0].abs().mean(0))
                 continue
             else:
                 features, head = at.tap, at.head()

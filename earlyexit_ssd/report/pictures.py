@@ -23,19 +23,19 @@ from torch import Tensor
 from earlyexit_ssd.calibration.thresholds import FittedTemperature, Reliability
 from earlyexit_ssd.engine.loop import LogLine
 from earlyexit_ssd.evaluation.cost import RUNTIME_TITLES
-from earlyexit_ssd.evaluation.results import Interval, Results, Row, data_title, exit_rows, static_rows, timing_title
+from earlyexit_ssd.evaluation.results import Results, TableRow, data_title, exit_rows, rival_rows, timing_title
 from earlyexit_ssd.images import color_of, draw_boxes, font_of
 
-EXITS, ROUTED, PLAIN = "#2b6cb0", "#dd6b20", "#4a5568"
+BLUE, ORANGE, GREY = "#2b6cb0", "#dd6b20", "#4a5568"
 STYLES = {
-    "exit": (EXITS, "o"),
-    "routed": (ROUTED, "D"),
+    "exit": (BLUE, "o"),
+    "routed": (ORANGE, "D"),
     "single_exit": ("#00838f", "v"),
-    "plain": (PLAIN, "s"),
+    "plain": (GREY, "s"),
     "cut_head": ("#8d6e63", "p"),
     "onnx": ("#805ad5", "^"),
 }
-"""`Row.kind` -> colour and marker."""
+"""`TableRow.kind` -> colour and marker."""
 
 
 def draw_charts(
@@ -70,7 +70,7 @@ def accuracy_against_cost(results: Results) -> Image.Image:
     Bars are 95 % intervals. Undefined points and empty exits are left out. In the column of milliseconds, markers of
     rivals in another runtime are hollow.
     """
-    rows = [row for row in (*exit_rows(results), *static_rows(results)) if not row.empty]
+    rows = [row for row in (*exit_rows(results), *rival_rows(results)) if not row.empty]
 
     def draw(all_axes: np.ndarray) -> None:
         panels = []
@@ -96,7 +96,7 @@ def accuracy_against_cost(results: Results) -> Image.Image:
     return draw_charts(draw, 2, 2, (13, 9))
 
 
-def _draw_points(axes: Axes, rows: Sequence[Row], quality: str, cost: str) -> None:
+def _draw_points(axes: Axes, rows: Sequence[TableRow], quality: str, cost: str) -> None:
     for kind in ("exit", "plain", "cut_head"):  # a line joins the points of one network, not of rivals from other files
         network = [row for row in rows if row.kind == kind and row.source is None]
         network = network if kind == "exit" else sorted(network, key=lambda row: row.number(cost))
@@ -113,7 +113,7 @@ def _draw_points(axes: Axes, rows: Sequence[Row], quality: str, cost: str) -> No
     axes.margins(0.12)
 
 
-def _bars(value: float, interval: Interval) -> list[list[float]] | None:
+def _bars(value: float, interval: list[float] | None) -> list[list[float]] | None:
     """Return the lengths of the error bars below and above ``value``. A value outside its interval, which is possible
     with a bootstrap, has a bar of length 0 on one side."""
     return [[max(value - interval[0], 0.0)], [max(interval[1] - value, 0.0)]] if interval else None
@@ -200,12 +200,12 @@ def training_curves(logs: Mapping[str, Sequence[LogLine]]) -> Image.Image | None
         for row, (kind, title) in zip(axes[:, 0], titles.items(), strict=True):
             for index, name in enumerate(names):
                 if points := curves[kind].get(name):
-                    color = PLAIN if name == "full" else f"C{index}"
+                    color = GREY if name == "full" else f"C{index}"
                     row.plot(*zip(*points, strict=True), color=color, marker=".", label=name)
             row.set_ylabel(title)
             for begin in ends[1:-1]:
-                row.axvline(begin, color=PLAIN, linewidth=0.8, linestyle=":")
-        above = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "fontsize": 9, "color": PLAIN}
+                row.axvline(begin, color=GREY, linewidth=0.8, linestyle=":")
+        above = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "fontsize": 9, "color": GREY}
         for phase, begin in zip(logs, ends, strict=False):
             axes[0, 0].annotate(phase, (begin, 1.0), (3, 3), **above)
         axes[0, 0].legend(loc="best", frameon=False)
@@ -221,9 +221,9 @@ def reliability_diagram(temperatures: Sequence[FittedTemperature]) -> Image.Imag
 
     def draw(all_axes: np.ndarray) -> None:
         for axes, fitted in zip(all_axes[0], temperatures, strict=True):
-            axes.plot([0, 1], [0, 1], color=PLAIN, linestyle=":", linewidth=1)
-            after = ROUTED if fitted.temperature != 1 else EXITS
-            for color, time, reliability in ((PLAIN, "before", fitted.before), (after, "after", fitted.after)):
+            axes.plot([0, 1], [0, 1], color=GREY, linestyle=":", linewidth=1)
+            after = ORANGE if fitted.temperature != 1 else BLUE
+            for color, time, reliability in ((GREY, "before", fitted.before), (after, "after", fitted.after)):
                 label = f"{time}, error {reliability.expected_error:.3f}"
                 axes.plot(*reliability_points(reliability), color=color, marker="o", label=label)
             axes.set_title(f"{fitted.exit_name}, temperature {fitted.temperature:.2f}")
@@ -240,7 +240,7 @@ def reliability_points(reliability: Reliability) -> tuple[list[float], list[floa
     return [reliability.confidence[index] for index in filled], [reliability.accuracy[index] for index in filled]
 
 
-class Candidate(Protocol):
+class CandidateLike(Protocol):
     """A candidate of a search, see `earlyexit_ssd.pipeline.candidates.Candidate`."""
 
     name: str
@@ -250,21 +250,21 @@ class Candidate(Protocol):
     rival: bool
 
 
-def candidates_chart(candidates: Sequence[Candidate], chosen: Candidate | None, runtime: str) -> Image.Image:
+def candidates_chart(candidates: Sequence[CandidateLike], chosen: CandidateLike | None, runtime: str) -> Image.Image:
     """Draw AP50 on the calib split against mean milliseconds (in this ``runtime``) of every candidate, and the Pareto
     frontier. The first of the ``candidates`` is the unchanged detector. Rivals are squares."""
     timed = [candidate for candidate in candidates if candidate.ms is not None and candidate.AP50 is not None]
-    frontier: list[Candidate] = []
+    frontier: list[CandidateLike] = []
     for candidate in sorted((row for row in timed if not row.rival), key=lambda row: row.ms):
         if not frontier or candidate.AP50 > frontier[-1].AP50:
             frontier.append(candidate)
 
     def draw(all_axes: np.ndarray) -> None:
         axes = all_axes[0, 0]
-        axes.plot([row.ms for row in frontier], [row.AP50 for row in frontier], color=EXITS, alpha=0.4, zorder=1)
+        axes.plot([row.ms for row in frontier], [row.AP50 for row in frontier], color=BLUE, alpha=0.4, zorder=1)
         for candidate in timed:
             ms, ap50, is_chosen = candidate.ms, candidate.AP50, candidate == chosen
-            color = ROUTED if is_chosen else PLAIN if candidate.rival or not candidate.exits else EXITS
+            color = ORANGE if is_chosen else GREY if candidate.rival or not candidate.exits else BLUE
             axes.plot(ms, ap50, "s" if candidate.rival else "o", color=color, markersize=6, zorder=2)
             if candidate in frontier or candidate.rival or candidate is candidates[0]:
                 text = {"textcoords": "offset points", "fontsize": 7, "color": color}

@@ -14,7 +14,7 @@ from earlyexit_ssd.calibration.thresholds import FittedTemperature
 from earlyexit_ssd.config import CLOSED
 from earlyexit_ssd.evaluation.matches import PhotoRow
 from earlyexit_ssd.evaluation.metrics import METRICS
-from earlyexit_ssd.evaluation.results import Results, Row, Verdict, data_title, exit_rows, static_rows, timing_title
+from earlyexit_ssd.evaluation.results import Results, TableRow, Verdict, data_title, exit_rows, rival_rows, timing_title
 from earlyexit_ssd.files import write_image, write_json, write_text
 from earlyexit_ssd.report.pictures import accuracy_against_cost, reliability_diagram
 
@@ -29,10 +29,10 @@ def share(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f} %"
 
 
-def columns() -> dict[str, Callable[[Row], str]]:
+def columns() -> dict[str, Callable[[TableRow], str]]:
     """Return heading -> function that formats a row's cell."""
 
-    def cell(name: str, digits: int) -> Callable[[Row], str]:
+    def cell(name: str, digits: int) -> Callable[[TableRow], str]:
         return lambda row: figure(row.number(name), digits)
 
     return {
@@ -46,13 +46,13 @@ def columns() -> dict[str, Callable[[Row], str]]:
     }
 
 
-def table_cells(rows: Iterable[Row], columns: Mapping[str, Callable[[Row], str]]) -> list[list[str]]:
+def table_cells(rows: Iterable[TableRow], columns: Mapping[str, Callable[[TableRow], str]]) -> list[list[str]]:
     """Return the headings, then the cells of each row."""
     return [list(columns), *([format_cell(row) for format_cell in columns.values()] for row in rows)]
 
 
 def _result_cells(results: Results) -> list[list[str]]:
-    return table_cells([*exit_rows(results), *static_rows(results)], columns())
+    return table_cells([*exit_rows(results), *rival_rows(results)], columns())
 
 
 def text_table(results: Results) -> str:
@@ -82,7 +82,7 @@ def text_report(results: Results) -> str:
     if not context.labelled:
         lines.append("P to loc.err: agreement with what the full path finds; AP is not known")
     ms = f"ms of one image in {timing_title(results)}"
-    if any(row.other_runtime for row in static_rows(results)):
+    if any(row.other_runtime for row in rival_rows(results)):
         ms += "; ORT: in ONNX Runtime, not to be compared"
     lines += [f"P to loc.err at score {context.score:g} and IoU {context.iou:g}; {ms}", "", text_table(results), ""]
     return "\n".join(lines + (verdict_lines(results.verdict) if results.verdict else []))
@@ -107,7 +107,7 @@ def write_calibration(folder: Path, certificate: Certificate, temperatures: Sequ
 
 
 def calibration_report(certificate: Certificate, temperatures: Sequence[FittedTemperature]) -> str:
-    """Return a line per exit, and the lines of `promise`."""
+    """Return a line per exit, and the `guarantee_lines`."""
     measured, costs, router = certificate.measured, certificate.cost_model, certificate.router
     counts = {"copies": measured.equal_photos, "photos that look equal": measured.near_equal_photos}
     names = " and ".join(f"{count} {name}" for name, count in counts.items() if count)
@@ -128,10 +128,10 @@ def calibration_report(certificate: Certificate, temperatures: Sequence[FittedTe
             line += f" {fitted.after.expected_error:7.3f}"
         lines.append(line)
     lines.append(f"{'full':8} {'':>10} {100 * measured.exit_share['full']:6.1f} % {costs.exits[-1]:9.1f}")
-    return "\n".join([*lines, "", *promise(certificate)])
+    return "\n".join([*lines, "", *guarantee_lines(certificate)])
 
 
-def promise(certificate: Certificate) -> list[str]:
+def guarantee_lines(certificate: Certificate) -> list[str]:
     """Return the figures on the calibration photos and the guarantee, one sentence a line."""
     measured, target, unit = certificate.measured, certificate.target, certificate.cost_model.unit
     reference = "what the full path says" if target.reference == "full" else "the labels"

@@ -3,7 +3,7 @@ import pytest
 
 from benchmarks import temporal_exit
 from benchmarks.temporal_exit import OnlyClasses, report
-from earlyexit_ssd.deploy.stream import Recording, StreamRule
+from earlyexit_ssd.deploy.stream import StreamRecording, StreamRule
 from earlyexit_ssd.errors import EarlyExitError
 from tests.deploy.fakes import RedBox, scene
 
@@ -11,7 +11,7 @@ RULE = StreamRule(threshold=2.0, score=0.5, most_repeats=9, classes=RedBox.class
 
 
 def test_speedup_of_a_still_scene_by_hand():
-    recording = Recording.of(RedBox(), [scene(30)] * 100, 0.5)
+    recording = StreamRecording.of(RedBox(), [scene(30)] * 100, 0.5)
     recording.ms, recording.ms_compared = 10.0, 0.0
     row = report(recording, RULE, 10)
     assert row.speedup == pytest.approx((10, 10, 10)) and row.agreement == (1, 1, 1) and row.gain == (0, 0, 0)
@@ -19,7 +19,7 @@ def test_speedup_of_a_still_scene_by_hand():
 
 
 def test_rule_agrees_with_the_detector_more_often_than_every_nth_frame():
-    recording = Recording.of(RedBox(), [scene(20 * (index // 25 % 4)) for index in range(400)], 0.5)
+    recording = StreamRecording.of(RedBox(), [scene(20 * (index // 25 % 4)) for index in range(400)], 0.5)
     row = report(recording, RULE, 25)
     assert row.agreement == (1, 1, 1)
     assert row.gain[0] > 0.05 and row.gain[1] > 0

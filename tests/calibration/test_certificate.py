@@ -17,7 +17,7 @@ from earlyexit_ssd.calibration.certificate import (
     Measured,
     load_certificate,
 )
-from earlyexit_ssd.drift import Reference
+from earlyexit_ssd.drift import DriftReference
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.modeling import Architecture, describe_exits
 from earlyexit_ssd.modeling.checkpoint import weights_hash
@@ -41,7 +41,7 @@ def certificate():
         weights_sha256=weights_hash(small_model()),
         photos_sha256=("ab" * 8, "cd" * 8),
         photo_list_sha256="ef",
-        drift=Reference.from_decisions(("exit8", "exit12", "full"), [0, 2, 2], [[0.9, 0.1, 0.2]] * 2),
+        drift=DriftReference.from_decisions(("exit8", "exit12", "full"), [0, 2, 2], [[0.9, 0.1, 0.2]] * 2),
         versions={"torch": torch.__version__},
     )
 

@@ -86,8 +86,8 @@ def test_datasets_of_the_configuration(make_coco, make_voc, voc_xml, voc_object)
 
 
 def test_user_format_precedes_built_in_formats(make_coco, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(records, "FORMATS", copy(records.FORMATS))
-    monkeypatch.setattr(catalog, "FORMATS", records.FORMATS)
+    monkeypatch.setattr(records, "DATA_FORMATS", copy(records.DATA_FORMATS))
+    monkeypatch.setattr(catalog, "DATA_FORMATS", records.DATA_FORMATS)
     monkeypatch.setitem(records.REPAIRS, "empty row", "")  # the decorator adds it; monkeypatch removes it
 
     @records.register_format(

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from onnx import TensorProto, helper
 
 from earlyexit_ssd.deploy import graph
-from earlyexit_ssd.deploy.graph import Contract, Scope, expand_log_sum_exp, last_stage, preprocess
+from earlyexit_ssd.deploy.graph import Scope, Settings, expand_log_sum_exp, last_stage, preprocess
 from earlyexit_ssd.modeling.detector import default_boxes_of_image
 from earlyexit_ssd.runtimes import OnnxRuntime, OpenVino
 from tests.deploy.conftest import build_model
@@ -18,8 +18,8 @@ from tests.deploy.conftest import build_model
 MEAN, STD = (0.5, 0.25, 0.4), (0.5, 0.2, 1.0)
 
 
-def contract(**changes) -> Contract:
-    settings = {
+def settings(**changes) -> Settings:
+    values = {
         "size": (24, 32),
         "mean": MEAN,
         "std": STD,
@@ -31,7 +31,7 @@ def contract(**changes) -> Contract:
         "topk_candidates": 300,
         "detections_per_img": 300,
     }
-    return Contract(**{**settings, **changes})
+    return Settings(**{**values, **changes})
 
 
 @pytest.mark.parametrize(("openvino", "large"), [(True, 1), (False, 0), (False, 10**9)])
@@ -40,7 +40,7 @@ def test_photos_are_resized_as_torchvision_does(monkeypatch, size, openvino, lar
     monkeypatch.setattr(graph, "LARGE", large)
     scope = Scope(itertools.count())
     photo_size = scope("Slice", scope("Shape", "image"), scope.constant([0], np.int64), scope.constant([2], np.int64))
-    x = preprocess(scope, photo_size, contract(openvino=openvino))
+    x = preprocess(scope, photo_size, settings(openvino=openvino))
     photo = helper.make_tensor_value_info("image", TensorProto.UINT8, ["h", "w", 3])
     model = helper.make_model(
         scope.graph("test", [(x, TensorProto.FLOAT, [1, 3, 24, 32])], [photo]),
@@ -71,9 +71,9 @@ def test_detections_are_torchvision_s(score_thresh, topk_candidates, detections_
     (expected,) = model.postprocess_detections(head, [anchors], [(96, 96)])
     (expected,) = model.transform.postprocess([expected], [(96, 96)], [(50, 200)])
     thresholds = [0.4, 0.001] if isinstance(score_thresh, dict) else [score_thresh] * 2
-    settings = {"score_thresh": np.array(thresholds, np.float32), "nms_thresh": model.nms_thresh}
-    settings |= {"topk_candidates": topk_candidates, "detections_per_img": detections_per_img}
-    stage = last_stage(contract(size=(96, 96), anchors=anchors.numpy(), **settings))
+    values = {"score_thresh": np.array(thresholds, np.float32), "nms_thresh": model.nms_thresh}
+    values |= {"topk_candidates": topk_candidates, "detections_per_img": detections_per_img}
+    stage = last_stage(settings(size=(96, 96), anchors=anchors.numpy(), **values))
     feeds = {name: value.numpy() for name, value in head.items()} | {"photo_size": np.array([50, 200])}
     found = OnnxRuntime(stage.SerializeToString(), "test")(feeds)
     assert found["labels"].tolist() == expected["labels"].tolist()
@@ -85,7 +85,7 @@ def test_detections_are_torchvision_s(score_thresh, topk_candidates, detections_
 def test_nms_at_0_keeps_apart_boxes_in_openvino(tmp_path):
     pytest.importorskip("openvino")
     anchors = np.array([[0, 0, 8, 8], [4, 0, 12, 8], [16, 0, 24, 8]], np.float32)
-    stage = last_stage(contract(size=(24, 24), anchors=anchors, nms_thresh=0.0, openvino=True))
+    stage = last_stage(settings(size=(24, 24), anchors=anchors, nms_thresh=0.0, openvino=True))
     (tmp_path / "stage.onnx").write_bytes(stage.SerializeToString())
     logits = np.array([[[0, 5], [0, 4], [0, 3]]], np.float32)
     feeds = {"cls_logits": logits, "bbox_regression": np.zeros((1, 3, 4), np.float32)}

@@ -17,7 +17,7 @@ import torch
 from earlyexit_ssd.data.dataset import as_tensor
 from earlyexit_ssd.deploy import Detections, Predictor
 from earlyexit_ssd.deploy.predictor import as_photo
-from earlyexit_ssd.drift import Reference
+from earlyexit_ssd.drift import DriftReference
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.pipeline.export import export_detector
 
@@ -113,7 +113,7 @@ def certified(staged_folder, tmp_path):
     """Function that writes a folder of staged files whose certificate has these exits, and confidence 0.5 at each."""
 
     def write(exit_index, block=None, names=("exit8", "exit12", "full")):
-        reference = Reference.from_decisions(names, exit_index, [np.full(len(exit_index), 0.5)] * (len(names) - 1))
+        reference = DriftReference.from_decisions(names, exit_index, [np.full(len(exit_index), 0.5)] * (len(names) - 1))
         folder = shutil.copytree(staged_folder, tmp_path / "certified", dirs_exist_ok=True)
         manifest = json.loads((folder / "manifest.json").read_text())
         certificate = {"drift": asdict(reference), "target": {"kind": "risk", "block": block}}

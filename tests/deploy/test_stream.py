@@ -13,7 +13,7 @@ from earlyexit_ssd.deploy import stream
 from earlyexit_ssd.deploy.stream import (
     REPEATED,
     Answer,
-    Recording,
+    StreamRecording,
     StreamRule,
     TemporalExit,
     block_means,
@@ -173,7 +173,7 @@ def test_calibration_keeps_the_share_and_saves_time():
 
 
 def test_a_larger_share_gives_a_larger_threshold():
-    recording = Recording.of(RedBox(), comings(60), 0.5)
+    recording = StreamRecording.of(RedBox(), comings(60), 0.5)
     small, large = (calibrate_stream(None, recording, share, None, 40) for share in (0.001, 0.1))
     assert small.threshold < large.threshold and small.figures.computed > large.figures.computed
     assert small.figures.changed <= 0.001 and large.figures.changed <= 0.1
@@ -182,7 +182,7 @@ def test_a_larger_share_gives_a_larger_threshold():
 
 def test_a_recording_predicts_the_temporal_exit():
     frames = list(comings(30))
-    recording = Recording.of(RedBox(), frames, 0.5)
+    recording = StreamRecording.of(RedBox(), frames, 0.5)
     for threshold, most_repeats in ((0.5, 5), (4.0, 1000)):
         rule = dataclasses.replace(RULE, threshold=threshold, most_repeats=most_repeats)
         computed, changed = recording.apply_rule(threshold, most_repeats)
@@ -192,7 +192,7 @@ def test_a_recording_predicts_the_temporal_exit():
 
 def test_every_nth_frame_by_hand():
     """A ball jumps every four frames, so computing frames 0, 4, 8, ... changes no answer."""
-    recording = Recording.of(RedBox(), [scene(20 * (index // 4)) for index in range(16)], 0.5)
+    recording = StreamRecording.of(RedBox(), [scene(20 * (index // 4)) for index in range(16)], 0.5)
     assert not any(recording.changed(frames).any() for frames in recording.nth_frames(1.0))
     computed = np.arange(16) % 4 == 0
     assert not recording.changed(computed).any()
@@ -203,7 +203,7 @@ def test_every_nth_frame_by_hand():
 
 
 def test_the_speedup_counts_the_comparison():
-    recording = Recording.of(RedBox(), [scene()] * 4, 0.5)
+    recording = StreamRecording.of(RedBox(), [scene()] * 4, 0.5)
     recording.ms, recording.ms_compared = 10.0, 1.0
     assert recording.speedup(np.array([True, False, False, False])) == pytest.approx(40 / 14)
 

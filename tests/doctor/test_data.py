@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from earlyexit_ssd.data.duplicates import PerceptualHashes
 from earlyexit_ssd.data.records import Annotation, Record
-from earlyexit_ssd.data.repeats import PerceptualHashes
 from earlyexit_ssd.doctor.data import DATA_CHECKS, DataEvidence, Split, summarise
 from earlyexit_ssd.doctor.findings import Diagnosis, diagnose
 

@@ -29,7 +29,7 @@ from earlyexit_ssd.evaluation.evaluate import evaluate_exits as evaluate_all
 from earlyexit_ssd.evaluation.matches import APs, bootstrap_choices, exit_matches, interval
 from earlyexit_ssd.evaluation.metrics import METRICS, DetectorEvaluation, EvaluationSettings, register_metric
 from earlyexit_ssd.evaluation.outputs import Collected, choose_exits, collect
-from earlyexit_ssd.evaluation.results import BoxSummary, Context, Row
+from earlyexit_ssd.evaluation.results import BoxSummary, Context, TableRow
 from earlyexit_ssd.modeling import PathToExit
 from earlyexit_ssd.modeling.trunk import evaluating
 from earlyexit_ssd.report.tables import columns
@@ -100,7 +100,7 @@ def test_a_metric_can_be_registered(own_metrics, random_case):
     coco, detections = random_case(1)
     figures = evaluate_detections(coco, detections, SETTINGS).figures
     assert figures["boxes_per_image"] == sum(len(one["labels"]) for one in detections.values()) / 12
-    row = Row("exit8", "exit", figures, 1.0, 1.0)
+    row = TableRow("exit8", "exit", figures, 1.0, 1.0)
     assert columns()["boxes/img"](row) == f"{figures['boxes_per_image']:.1f}"
     unlabelled = evaluate_detections(coco, detections, SETTINGS, labelled=False).figures
     undefined = {name for name, value in unlabelled.items() if value is None}

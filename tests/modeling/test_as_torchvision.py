@@ -11,7 +11,7 @@ from torch.nn.utils import parametrizations
 
 from earlyexit_ssd import EarlyExitSSDLite, ExitRouter, fuse_for_inference
 from earlyexit_ssd.calibration import DriftMonitor
-from earlyexit_ssd.drift import Reference
+from earlyexit_ssd.drift import DriftReference
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.modeling import Architecture
 from earlyexit_ssd.modeling.retrofit import fold_model
@@ -152,7 +152,7 @@ def test_routers_and_monitors_are_pickled():
         assert pickled(ExitRouter(2, policy=name)).to_dict() == ExitRouter(2, policy=name).to_dict()
     fitted = ExitRouter(2, policy="balanced_ambiguity", parameters=[1.0, 2.0])
     assert copy.deepcopy(pickled(fitted)).to_dict() == fitted.to_dict()
-    monitor = DriftMonitor(Reference(2, ("exit8", "full"), (0, 2), ((),)), window=2)
+    monitor = DriftMonitor(DriftReference(2, ("exit8", "full"), (0, 2), ((),)), window=2)
     monitor.update([1], [0.5])
     assert pickled(monitor).status() == monitor.status()
 

@@ -16,9 +16,9 @@ from earlyexit_ssd.modeling.heads import (
     FoldedClassificationHead,
     competing_rows,
     cut_head,
+    detects,
     factorise,
     find_competing_rows,
-    fires,
     num_outputs,
     plan_class_change,
     score_difference,
@@ -172,8 +172,8 @@ def test_box_counts_with_the_wanted_class_of_the_largest_rise():
 def test_box_counts_if_the_cut_head_would_detect():
     """In a head with background and chair alone, the chair has 0.0526 and 0.0476."""
     logits = torch.tensor([[[0.18, 0.72, 0.01, 0.05, 0.04], [0.2, 0.7, 0.01, 0.05, 0.04]]]).log()
-    assert fires(logits, [2]).tolist() == [[True, False]]
-    assert fires(logits, [2, 4]).tolist() == [[True, True]]
+    assert detects(logits, [2]).tolist() == [[True, False]]
+    assert detects(logits, [2, 4]).tolist() == [[True, True]]
 
 
 def even_detector():

@@ -35,7 +35,7 @@ def four_photos(monkeypatch, full_ap50, ap50, losses):
     return SimpleNamespace(
         recording=Recording(),
         matches=None,
-        matches_beside=lambda reference: (None, np.ones(4, np.int64)),
+        matches_with_extra_exit=lambda reference: (None, np.ones(4, np.int64)),
         losses=lambda reference: np.array(losses),
         ap50_of=lambda choices, title: ap50(choices),
     )
@@ -49,7 +49,7 @@ def test_an_ap_drop_opens_no_exit_that_raises_the_mean_cost(monkeypatch, caplog,
     losses = [[0.4, 0.0], [0.9, 0.0], [0.9, 0.0], [0.9, 0.0]]
     calib = four_photos(monkeypatch, 0.5, lambda choices: np.array([0.5, 0.51, 0.2]), losses)
     costs = SimpleNamespace(of_each=lambda thresholds: np.array([[4.0, 4.0], [cost, cost], [1.0, 1.0]]))
-    target = calibrate.Target("ap_drop", 0.01, 0.05)
+    target = calibrate.CalibrationTarget("ap_drop", 0.01, 0.05)
     chosen = calibrate.ThresholdSearch(load_config(), target, None, None, calib, None, costs).run()
     assert chosen.thresholds == ((0.9,) if opened else (CLOSED,))
     assert chosen.exits.tolist() == ([0, 1, 1, 1] if opened else [1, 1, 1, 1])
@@ -62,7 +62,7 @@ def test_an_ap_drop_opens_nothing_if_the_full_path_does_not_detect(monkeypatch, 
     calib = four_photos(monkeypatch, ap50, lambda choices: np.full(len(choices), ap50 or 0.0), np.zeros((4, 2)))
     costs = CostModel("mmacs", {(): 1.0, (True,): 4.0, (False,): 3.0}, 1, 3.0, {})
     confidences = [np.array([0.9, 0.8, 0.7, 0.6])]
-    target = calibrate.Target("ap_drop", 0.1)
+    target = calibrate.CalibrationTarget("ap_drop", 0.1)
     chosen = calibrate.ThresholdSearch(load_config(), target, None, confidences, calib, None, costs).run()
     assert chosen.thresholds == ((0.0,) if opened else (CLOSED,))
     assert chosen.exits.tolist() == ([0] * 4 if opened else [1] * 4)
@@ -83,7 +83,7 @@ def test_closed_exits_of_a_risk_are_explained(monkeypatch, caplog, draws, advice
         recording=range(draws),
     )
     costs = CostModel("mmacs", {(): 1.0, (True,): 4.0, (False,): 3.0}, 1, 3.0, {})
-    confidences, target = recorded.confidences(None), calibrate.Target("risk", 0.05)
+    confidences, target = recorded.confidences(None), calibrate.CalibrationTarget("risk", 0.05)
     search = calibrate.ThresholdSearch(load_config(), target, None, confidences, recorded, recorded, costs)
     assert search.run().thresholds == (CLOSED,)
     assert advice in caplog.text
@@ -92,7 +92,7 @@ def test_closed_exits_of_a_risk_are_explained(monkeypatch, caplog, draws, advice
 @pytest.mark.parametrize(("baseline", "bound"), [(None, 0.0), ({}, None)])
 def test_closed_exits_lose_nothing_only_against_their_own_full_path(monkeypatch, baseline, bound):
     calib = four_photos(monkeypatch, 0.0, lambda choices: np.zeros(len(choices)), np.zeros((4, 2)))
-    target = calibrate.Target("ap_drop", 0.1)
+    target = calibrate.CalibrationTarget("ap_drop", 0.1)
     chosen = calibrate.ThresholdSearch(load_config(), target, None, [], calib, None, None, baseline=baseline).run()
     assert chosen.thresholds == (CLOSED,) and chosen.measured.AP50_lost_bound == bound
 
@@ -102,18 +102,18 @@ def test_closed_exits_lose_nothing_only_against_their_own_full_path(monkeypatch,
 )
 def test_number_of_photos_that_an_ap_drop_needs(value, delta, needed):
     """0.99^299 < 0.05 < 0.99^298: 299 photos show a fault of one photo in a hundred with probability 0.95."""
-    assert calibrate.draws_needed(calibrate.Target("ap_drop", value, delta)) == needed
+    assert calibrate.draws_needed(calibrate.CalibrationTarget("ap_drop", value, delta)) == needed
 
 
 def test_a_speedup_has_no_blocks():
     with pytest.raises(EarlyExitError, match="--block is for --risk and --ap-drop"):
-        calibrate.Target("speedup", 1.2, block=5)
+        calibrate.CalibrationTarget("speedup", 1.2, block=5)
 
 
 def test_used_splits_need_labels():
     cfg = load_config(overrides=["CALIBRATION.REFERENCE", "labels", "DATA.TRAIN", "[frames]"])
     sets = {"CALIB": SimpleNamespace(labelled=True), "TRAIN": SimpleNamespace(labelled=False)}
-    recorded, target = SimpleNamespace(sets=sets), calibrate.Target("speedup", 1.2)
+    recorded, target = SimpleNamespace(sets=sets), calibrate.CalibrationTarget("speedup", 1.2)
     calibrate._require_labels(cfg, target, recorded, ("CALIB",))
     with pytest.raises(EarlyExitError, match=r"REFERENCE is labels, but DATA.TRAIN \(frames\) has unlabelled photos"):
         calibrate._require_labels(cfg, target, recorded, ("CALIB", "TRAIN"))
@@ -162,7 +162,7 @@ def test_calibration_with_a_users_policy(own_policy, tmp_path):
         "DATA.DATASETS", f"[{names}]", "DATA.TRAIN", "[train]", "DATA.CALIB", "[calib]", "DATA.TEST", "[test]",
         "DATA.WORKERS", "0", "DATA.CLASSES", "[chair]", "CALIBRATION.COST", "mmacs", "ROUTING.POLICY", own_policy,
     ]  # fmt: skip
-    target = calibrate.Target("speedup", 1.01)
+    target = calibrate.CalibrationTarget("speedup", 1.01)
     calibrate.calibrate(load_config(None, settings), tmp_path / "weights.pth", target, tmp_path / "out")
     certificate = load_certificate(tmp_path / "out" / "certificate.json")
     assert certificate.router["policy"] == own_policy and not certificate.closed

@@ -9,7 +9,7 @@ import torch
 
 from earlyexit_ssd.calibration.certificate import Certificate, CertifiedCosts, CertifiedTarget, Measured
 from earlyexit_ssd.config import load_config
-from earlyexit_ssd.drift import Reference
+from earlyexit_ssd.drift import DriftReference
 from earlyexit_ssd.errors import ConfigError, EarlyExitError
 from earlyexit_ssd.evaluation.cost import export_onnx, mmacs_to_exit
 from earlyexit_ssd.modeling import Architecture, PathToExit, save_model
@@ -27,7 +27,7 @@ from earlyexit_ssd.routing import ExitRouter
 
 
 def certificate(kind="risk", score=0.5, block=None, **costs):
-    reference = Reference.from_decisions(("exit8", "full"), [0] * 150 + [1] * 150, [[0.75] * 300])
+    reference = DriftReference.from_decisions(("exit8", "full"), [0] * 150 + [1] * 150, [[0.75] * 300])
     numbers = {"value": 2.0, "epsilon": 0.02, "delta": 0.05, "bound": "betting"}
     return Certificate(
         router=ExitRouter(1).to_dict(),

@@ -119,8 +119,8 @@ def test_the_file_has_the_score_thresholds_of_the_classes(tmp_path, paths, model
 def test_a_file_with_another_exit_or_other_detections_is_not_written(
     tmp_path, paths, model, traced_once, monkeypatch, change, message, file_format
 ):
-    real = export._contract
-    monkeypatch.setattr(export, "_contract", lambda model: dataclasses.replace(real(model), **change))
+    real = export._settings
+    monkeypatch.setattr(export, "_settings", lambda model: dataclasses.replace(real(model), **change))
     with pytest.raises(EarlyExitError, match=message):
         export_detector(model, tmp_path / ("a" if file_format == "staged" else "a.onnx"), file_format, paths)
     assert list(tmp_path.iterdir()) == []
@@ -237,4 +237,4 @@ def test_the_file_has_the_certificate_only_of_the_calibrated_router(model):
     router.certificate = SimpleNamespace(router=router.to_dict(), to_dict=lambda: {"format": "x"})
     for thresholds, expected in ((router.thresholds.tolist(), {"format": "x"}), (0.9, None)):
         router.thresholds = thresholds
-        assert json.loads(export._metadata(calibrated, export._contract(calibrated))["certificate"]) == expected
+        assert json.loads(export._metadata(calibrated, export._settings(calibrated))["certificate"]) == expected

@@ -20,11 +20,11 @@ from earlyexit_ssd.config import CLOSED
 from earlyexit_ssd.deploy import Predictor
 from earlyexit_ssd.deploy.benchmark import Ratio
 from earlyexit_ssd.deploy.graph import Segment
-from earlyexit_ssd.drift import Reference
+from earlyexit_ssd.drift import DriftReference
 from earlyexit_ssd.errors import DataError, EarlyExitError
 from earlyexit_ssd.pipeline import int8
 from earlyexit_ssd.pipeline.int8 import (
-    Kept,
+    FloatLayers,
     _by_nncf,
     _by_onnx_runtime,
     _is_quantised,
@@ -73,7 +73,7 @@ def in_float(file) -> list[str]:
 
 def test_a_faster_file_is_written_and_as_many_photos_leave(folder, model, traced_once, tmp_path, monkeypatch):
     monkeypatch.setattr(int8, "speed_of", lambda *_: Ratio(1.4, 1.3, 1.5))
-    monkeypatch.setattr(int8, "LADDER", (Kept(0, False), Kept(3, False)))  # the first is for OpenVINO
+    monkeypatch.setattr(int8, "LADDER", (FloatLayers(0, False), FloatLayers(3, False)))  # the first is for OpenVINO
     dataset = photos_to_quantise_on(folder, None, model.classes)
     figures = export_int8(model, tmp_path / "detector.onnx", "onnx", dataset, ap_drop=1.0)
     assert figures.size == (tmp_path / "detector.onnx").stat().st_size and not figures.labelled
@@ -94,7 +94,7 @@ def test_a_file_for_openvino_is_quantised_by_nncf(folder, model, traced_once, tm
     monkeypatch.setattr(int8, "speed_of", lambda *_: Ratio(1.4, 1.3, 1.5))
     dataset = photos_to_quantise_on(folder, None, model.classes)
     figures = export_int8(model, tmp_path / "detector.xml", "openvino", dataset, ap_drop=1.0)
-    assert figures.kept == Kept(0, False) and figures.runtime == "openvino"
+    assert figures.float_layers == FloatLayers(0, False) and figures.runtime == "openvino"
     predictor = Predictor(tmp_path / "detector.xml", "openvino")
     left = [predictor(int8.read_image(photo)).exit_name for photo in folder.iterdir()]
     assert left.count("exit8") == 4
@@ -117,19 +117,19 @@ NOISE = [{"x_in": np.random.default_rng(seed).normal(size=(1, 3, 8, 8)).astype(n
 
 
 @pytest.mark.parametrize(
-    ("runtime", "kept", "names"),
+    ("runtime", "layers", "names"),
     [
-        ("OpenVINO", Kept(1, True), ["/features/0/Conv", "/head/Conv"]),
-        ("ONNX Runtime", Kept(1, True), ["/features/0/Conv", "/head/Conv"]),
-        ("ONNX Runtime", Kept(3, False), ["/features/0/Conv", "/features/1/Conv", "/head/Conv"]),
-        ("ONNX Runtime", Kept(9, False), ["/features/0/Conv", "/features/1/Conv", "/head/Conv"]),  # there are three
+        ("OpenVINO", FloatLayers(1, True), ["/features/0/Conv", "/head/Conv"]),
+        ("ONNX Runtime", FloatLayers(1, True), ["/features/0/Conv", "/head/Conv"]),
+        ("ONNX Runtime", FloatLayers(3, False), ["/features/0/Conv", "/features/1/Conv", "/head/Conv"]),
+        ("ONNX Runtime", FloatLayers(9, False), ["/features/0/Conv", "/features/1/Conv", "/head/Conv"]),  # has three
     ],
 )
-def test_the_named_layers_stay_in_32_bits(runtime, kept, names, tmp_path):
+def test_the_named_layers_stay_in_32_bits(runtime, layers, names, tmp_path):
     if runtime == "OpenVINO":
         pytest.importorskip("nncf", reason="needs nncf: pip install nncf")
     quantise_segment = _by_nncf() if runtime == "OpenVINO" else _by_onnx_runtime
-    onnx.save(quantise_segment(three_convolutions(), NOISE, kept), tmp_path / "model.onnx")
+    onnx.save(quantise_segment(three_convolutions(), NOISE, layers), tmp_path / "model.onnx")
     assert in_float(tmp_path / "model.onnx") == names
 
 
@@ -137,13 +137,13 @@ def test_a_segment_gets_only_the_inputs_that_it_reads():
     """A copied branch ignores the context of a light one."""
     photos = [{**photo, "context_in": np.ones((1, 2, 4, 4), np.float32)} for photo in NOISE]
     segment = Segment(0, "full", False, three_convolutions(), full=True)
-    (quantised,) = _quantised(_by_onnx_runtime, [segment], photos, Kept(0, False))
+    (quantised,) = _quantised(_by_onnx_runtime, [segment], photos, FloatLayers(0, False))
     assert "QuantizeLinear" in {node.op_type for node in quantised.model.graph.node}
 
 
 def test_a_file_without_open_exits_has_no_certificate(folder, model, tmp_path, monkeypatch):
     router = ExitRouter(2, policy="max_foreground")
-    reference = Reference.from_decisions(model.exit_names, [2], [[0.5], [0.5]])
+    reference = DriftReference.from_decisions(model.exit_names, [2], [[0.5], [0.5]])
     content = {"drift": dataclasses.asdict(reference), "target": {}}
     router.certificate = SimpleNamespace(router=router.to_dict(), to_dict=lambda: content)
     model = copy.deepcopy(model)  # the fixture is shared
@@ -168,7 +168,7 @@ def test_a_slow_or_inaccurate_file_is_not_written(
 ):
     monkeypatch.setattr(int8, "speed_of", lambda *_: speed)
     monkeypatch.setattr(int8, "_quantised", lambda quantise_segment, segments, inputs, kept: segments)
-    monkeypatch.setattr(int8, "LADDER", (Kept(0, True), Kept(3, True)))
+    monkeypatch.setattr(int8, "LADDER", (FloatLayers(0, True), FloatLayers(3, True)))
     dataset = photos_to_quantise_on(folder, None, model.classes)
     with pytest.raises(EarlyExitError, match=message):
         export_int8(model, tmp_path / "detector.onnx", "onnx", dataset, ap_drop, coco_ap_drop=-1.0)

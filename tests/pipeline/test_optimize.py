@@ -15,7 +15,7 @@ from earlyexit_ssd.errors import ConfigError, EarlyExitError
 from earlyexit_ssd.evaluation.cost import Timing
 from earlyexit_ssd.modeling import Architecture
 from earlyexit_ssd.pipeline import optimize
-from earlyexit_ssd.pipeline.int8 import Int8Figures, Kept
+from earlyexit_ssd.pipeline.int8 import FloatLayers, Int8Figures
 from earlyexit_ssd.pipeline.optimize import (
     Candidate,
     CandidateSearch,
@@ -95,7 +95,7 @@ def test_8_bits_are_a_candidate_unless_they_are_refused(tmp_path, monkeypatch, c
     def quantised(*arguments):
         assert arguments == ("model", tmp_path / name, file_format, "calib", 0.02, ["train.jpg"], "base", 0.1, 0.03)
         aps, speed = ((0.5, 0.4), (0.7, 0.69)), Ratio(1.25, 1.2, 1.3)
-        return Int8Figures(tmp_path, 1, Kept(3, False), 9, True, *aps, 0.015, 0.02, 0.1, 20, 19, speed, runtime)
+        return Int8Figures(tmp_path, 1, FloatLayers(3, False), 9, True, *aps, 0.015, 0.02, 0.1, 20, 19, speed, runtime)
 
     monkeypatch.setattr(optimize, "open_any", lambda path: "model")
     monkeypatch.setattr(optimize, "export_int8", quantised)
@@ -227,7 +227,7 @@ def test_a_rival_that_was_timed_in_another_runtime_says_so(monkeypatch, runtime,
         architecture=Architecture(**SMALL),
         sets={"CALIB": None},
         model=model,
-        base=SimpleNamespace(matches_beside=lambda detections: (None, 4)),
+        base=SimpleNamespace(matches_with_extra_exit=lambda detections: (None, 4)),
     )
     (found,) = CandidateSearch.rivals(search)
     assert (found.name, found.ms, found.speedup, found.image_size) == (name, 2.0, 3.0, 416)

@@ -19,8 +19,8 @@ from earlyexit_ssd.modeling.detector import TapBatch
 from earlyexit_ssd.pipeline import phases
 from earlyexit_ssd.pipeline.build import build_router, with_values
 from earlyexit_ssd.pipeline.phases import (
-    SeveralSizes,
-    TaughtFullPath,
+    DistillationLosses,
+    MultiScaleLosses,
     baseline_advice,
     baseline_gate,
     exits_advice,
@@ -75,7 +75,7 @@ def test_sizes_take_turns_and_share_all_weights():
     model = architecture.build().train()
     model.router = build_router(load_config(), {"num_exits": 1}, learn=True)
     model.norm_frozen = True
-    module = SeveralSizes(model, architecture, (96, 64))
+    module = MultiScaleLosses(model, architecture, (96, 64))
     assert set(map(id, module.parameters())) == set(map(id, model.parameters()))
     images = [torch.rand(3, 80, 90)]
     targets = [{"boxes": torch.tensor([[10.0, 10, 60, 70]]), "labels": torch.tensor([1]), "image_id": 4}]
@@ -286,7 +286,7 @@ def batch():
 
 
 def losses_of(detector, sides, labelled=False):
-    student = TaughtFullPath(detector.train(), detector, sides, labelled)
+    student = DistillationLosses(detector.train(), detector, sides, labelled)
     detector.norm_frozen = True
     detector.train()
     detector.losses = LossSettings(distillation_weight=1.0)

@@ -178,9 +178,9 @@ def test_least_useful_value_by_hand():
     node = helper.make_node("HardSwish", ["x_in"], ["x"], "swish")
     network = Network(tiny(node))
     network.split_hard_swish()
-    assert network.least_useful() == {"x_in": -3}
+    assert network.zero_below() == {"x_in": -3}
     network.weights["x_factors"] = np.array([1, 0.25], np.float32).reshape(1, 2, 1, 1)
-    assert network.least_useful() == {"x_in": -12}
+    assert network.zero_below() == {"x_in": -12}
 
 
 def test_channels_of_an_output_are_not_padded():
@@ -227,7 +227,7 @@ def test_the_input_of_a_hard_swish_may_be_read_elsewhere():
     network.split_hard_swish()
     network.equalise(network.measure(rows, {node.output[0] for node in network.convolutions()}), set())
     np.testing.assert_allclose(output(network.model(), rows[0]), output(model, rows[0]), rtol=1e-5)
-    assert network.least_useful() == {}
+    assert network.zero_below() == {}
 
 
 def test_an_output_may_be_constant_and_a_node_may_compute_whole_numbers():

@@ -5,7 +5,7 @@ import pytest
 from earlyexit_ssd.config import load_config
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.files import write_json
-from earlyexit_ssd.pipeline.run import Check, Gate, RunFolder
+from earlyexit_ssd.pipeline.run import Gate, GateCheck, RunFolder
 
 
 def started(folder, *keys, finished=()):
@@ -54,10 +54,10 @@ def test_files_of_a_changed_phase_move_to_a_new_folder(tmp_path):
 
 
 def test_an_undefined_figure_reaches_only_a_limit_of_0():
-    assert Check("precision", None, 0.0).passed and not Check("precision", None, 0.1).passed
+    assert GateCheck("precision", None, 0.0).passed and not GateCheck("precision", None, 0.1).passed
 
 
 def test_a_failed_gate_gives_advice():
-    error = Gate("exits", (Check("x", 0.1, 0.2),), ("move it",)).failed()
+    error = Gate("exits", (GateCheck("x", 0.1, 0.2),), ("move it",)).failed()
     assert str(error) == "gate of phase exits failed: x 0.100 < 0.200"
     assert error.advice == ["  try: move it", "  or continue with --force, which every later report will mention"]

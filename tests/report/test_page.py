@@ -32,7 +32,7 @@ from earlyexit_ssd.report.page import (
     write_page,
 )
 from earlyexit_ssd.report.page_photos import (
-    CHANNELS,
+    CHANNEL_ATTENTION,
     GRADIENTS,
     OpenCosts,
     PagePhotos,
@@ -320,7 +320,7 @@ def model():
 def test_every_exit_with_a_head_has_a_map(model):
     maps = attention_maps(model, torch.rand(3, 60, 80))
     methods = {name: method for name, (method, _) in maps.items()}
-    assert methods == {"exit4": CHANNELS, "exit8": GRADIENTS, "full": GRADIENTS}
+    assert methods == {"exit4": CHANNEL_ATTENTION, "exit8": GRADIENTS, "full": GRADIENTS}
     for _, values in maps.values():
         assert values.dim() == 2 and values.min() >= 0 and values.max() == pytest.approx(1.0, abs=1e-5)
     assert all(parameter.grad is None for parameter in model.parameters())

@@ -20,10 +20,10 @@ from earlyexit_ssd.images import PALETTE
 from earlyexit_ssd.report.pictures import (
     FRAME,
     GAP,
+    GREY,
     HEADER,
     IGNORED,
-    PLAIN,
-    ROUTED,
+    ORANGE,
     STYLES,
     TILE,
     Example,
@@ -180,7 +180,7 @@ def test_training_curves_have_a_row_for_each_figure():
     exits = [{"epoch": 1.0, **line}, {"epoch": 2.0, **line, "AP50/exit8": None}]
     one_row, three_rows = (training_curves(phases) for phases in ({"baseline": baseline}, {"exits": exits}))
     assert one_row.height < three_rows.height
-    assert has(training_curves({"baseline": baseline, "exits": exits, "joint": []}), PLAIN)
+    assert has(training_curves({"baseline": baseline, "exits": exits, "joint": []}), GREY)
     assert training_curves({"baseline": baseline[:1], "exits": []}) is None
 
 
@@ -189,13 +189,13 @@ def test_any_name_can_be_drawn(with_rivals, name):
     with_rivals["context"]["splits"] = [name]
     with_rivals["rivals"][0]["name"] = name
     with_rivals["routed"]["AP50_interval"] = [0.7, 0.8]  # it misses the value
-    assert has(accuracy_against_cost(Results.from_json(with_rivals)), ROUTED)
+    assert has(accuracy_against_cost(Results.from_json(with_rivals)), ORANGE)
 
 
 def test_rival_without_mmacs_is_drawn_against_milliseconds_only(with_rivals):
     picture = accuracy_against_cost(Results.from_json(with_rivals))
     assert picture.size == (1664, 1152)
-    routed, foreign = where(picture, ROUTED), where(picture, STYLES["onnx"][0])
+    routed, foreign = where(picture, ORANGE), where(picture, STYLES["onnx"][0])
     half = picture.width // 2
     assert routed[:, :half].any() and routed[:, half:].any()
     assert foreign[:, :half].any() and not foreign[:, half:].any()
@@ -205,8 +205,8 @@ def test_undefined_points_are_left_out(metrics):
     for row in (*metrics["exits"], metrics["routed"]):
         row["AP50"] = None
     picture = accuracy_against_cost(Results.from_json(metrics))
-    assert where(picture, ROUTED)[: picture.height // 2].any()
-    assert not where(picture, ROUTED)[picture.height // 2 :].any()
+    assert where(picture, ORANGE)[: picture.height // 2].any()
+    assert not where(picture, ORANGE)[picture.height // 2 :].any()
 
 
 def test_labels_of_a_cluster_stay_apart_and_inside():

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from earlyexit_ssd.errors import EarlyExitError
-from earlyexit_ssd.pipeline.predictor import Rival, TorchModel
+from earlyexit_ssd.pipeline.predictor import RivalFile, TorchModel
 from tests.deploy.conftest import build_photos, folder, model, onnx_file, photos, staged_folder  # noqa: F401
 from tools.benchmark import main
 
@@ -77,5 +77,5 @@ def test_the_folder_of_the_results_is_checked_first(tmp_path, photo_folder, caps
 
 
 def test_rival_has_the_name_of_its_file():
-    rival = Rival("a/nano.onnx", "yolox")
+    rival = RivalFile("a/nano.onnx", "yolox")
     assert (rival.name, rival.runtime) == ("nano.onnx", "ONNX Runtime")

@@ -11,7 +11,7 @@ from PIL import Image
 from earlyexit_ssd.calibration.risk import certify
 from earlyexit_ssd.config import CLOSED
 from earlyexit_ssd.data import DetectionDataset, Record
-from earlyexit_ssd.data.repeats import PerceptualHashes, block_of_each, distinct, parse_block
+from earlyexit_ssd.data.duplicates import PerceptualHashes, block_of_each, distinct, parse_block
 from earlyexit_ssd.errors import DataError, EarlyExitError
 
 

@@ -70,7 +70,7 @@ def block_of_each(paths: Sequence[Path], photos: int) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Repeats:
+class Duplicates:
     """Number of duplicate photos that were left out."""
 
     equal: int = 0  # with the same content
@@ -78,7 +78,7 @@ class Repeats:
     near_sha256: tuple[str, ...] = ()  # of the files of near-duplicates
 
 
-def distinct(dataset: DetectionDataset, near: bool = True) -> tuple[DetectionDataset, Repeats]:
+def distinct(dataset: DetectionDataset, near: bool = True) -> tuple[DetectionDataset, Duplicates]:
     """Return the data set with the first of all photos that are duplicates of each other, and the number left out.
     ``near`` compares pictures too, not only files. Do not use it for frames of a video, which are similar."""
     digests = [digest for _, digest in photo_hashes(dataset)]
@@ -90,13 +90,13 @@ def distinct(dataset: DetectionDataset, near: bool = True) -> tuple[DetectionDat
         duplicate = hashes is not None and hashes.has_duplicate_of(hashes.bits[index], hashes.grey[index], kept)
         (near_duplicates if duplicate else kept).append(index)
     near_sha256 = tuple(digests[index] for index in near_duplicates)
-    repeats = Repeats(len(digests) - len(first), len(near_duplicates), near_sha256)
-    if repeats.near:
+    duplicates = Duplicates(len(digests) - len(first), len(near_duplicates), near_sha256)
+    if duplicates.near:
         advice = "for frames of a video, calibrate on blocks (--block) instead"
-        logger.warning("%d of %d photos are near-duplicates and left out; %s", repeats.near, len(first), advice)
-    if repeats.equal:
-        logger.warning("%d of %d photos are duplicates and left out", repeats.equal, len(digests))
-    return dataset.subset([dataset.records[index] for index in kept]), repeats
+        logger.warning("%d of %d photos are near-duplicates and left out; %s", duplicates.near, len(first), advice)
+    if duplicates.equal:
+        logger.warning("%d of %d photos are duplicates and left out", duplicates.equal, len(digests))
+    return dataset.subset([dataset.records[index] for index in kept]), duplicates
 
 
 @dataclass(frozen=True)
