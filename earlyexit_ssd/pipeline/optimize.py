@@ -464,10 +464,15 @@ def _write_model(search: CandidateSearch, chosen: Candidate) -> Candidate:
     recorded = measured.recorded
     info: ModelInfo = {**search.info}
     if measured.search is None:
-        info = {key: value for key, value in info.items() if key not in ("router", "certificate")}
+        routing = ("router", "certificate", "trained_temperatures")
+        info = {key: value for key, value in info.items() if key not in routing}
     else:
         certificate = certificate_of(recorded, measured.search, measured.chosen)
-        info |= {"router": certificate.router, "certificate": certificate.to_dict()}
+        trained = info.get("trained_temperatures") or (info.get("router") or {}).get("temperatures", ())
+        by_name = dict(zip(search.model.exit_names, trained, strict=False))
+        # those of the router are fitted on the calib photos, so a later calibration must not use them for a risk
+        trained = [by_name.get(name, 1.0) for name in recorded.model.exit_names[:-1]]
+        info |= {"router": certificate.router, "certificate": certificate.to_dict(), "trained_temperatures": trained}
     save_model(out / "model.pth", recorded.model, recorded.architecture, info)
     photos = [record.path for record in recorded.sets["CALIB"].records[:EXPORT_PHOTOS]]
     export_detector(open_any(out / "model.pth"), out / "detector.onnx", "onnx", photos)

@@ -203,6 +203,26 @@ def test_the_candidate_is_the_one_in_the_files(monkeypatch, tmp_path):
     assert _write_model(search, FAST) == again
 
 
+@pytest.mark.parametrize("routed", [True, False])
+@pytest.mark.parametrize("trained", [{"trained_temperatures": [1.5, 2.0]}, {}], ids=["calibrated", "trained"])
+def test_the_written_model_has_the_temperatures_of_the_training(monkeypatch, tmp_path, routed, trained):
+    """A later calibration for a risk needs them, for the exits of the written model."""
+    saved = []
+    monkeypatch.setattr(optimize, "save_model", lambda path, model, architecture, info: saved.append(info))
+    monkeypatch.setattr(optimize, "certificate_of", lambda *_: Mock(router={"temperatures": [3.0, 3.0]}))
+    for name in ("open_any", "export_detector"):
+        monkeypatch.setattr(optimize, name, lambda *_: None)
+    model = SimpleNamespace(exit_names=("glance128", "exit12", "full"))
+    recorded = SimpleNamespace(model=model, architecture=None, sets={"CALIB": SimpleNamespace(records=[])})
+    measured = MeasuredCandidate(FAST, recorded, *(["search", "chosen"] if routed else []))
+    info = {"phase": "exits", "router": {"temperatures": [4.0, 4.0] if trained else [1.5, 2.0]}, **trained}
+    given = SimpleNamespace(exit_names=("exit8", "exit12", "full"))
+    search = SimpleNamespace(out=tmp_path, info=info, model=given, cfg=load_config(), measure=lambda _: measured)
+    _write_model(search, FAST)
+    assert saved[0].get("trained_temperatures") == ([1.0, 2.0] if routed else None)
+    assert ("router" in saved[0]) is ("certificate" in saved[0]) is routed and saved[0]["phase"] == "exits"
+
+
 def test_the_base_detector_is_the_first_rival_from_a_file(monkeypatch, tmp_path):
     """`TestFigures.of` finds it by its name, and the file of another search has the same name."""
     monkeypatch.setattr(optimize, "save_model", lambda *_: None)
