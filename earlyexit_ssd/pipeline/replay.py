@@ -65,6 +65,7 @@ from earlyexit_ssd.pipeline.build import (
     evaluation_loader,
     open_model,
     open_thresholds,
+    require_policy,
     with_classes,
     with_values,
 )
@@ -191,8 +192,9 @@ def open_model_on_splits(cfg: CfgNode, weights: str | os.PathLike[str], out: Pat
 
 
 def check_settings(cfg: CfgNode, device: torch.device) -> None:
-    """Raise EarlyExitError if the configured routing cannot be calibrated, or `check_rivals` finds a file or package
-    missing."""
+    """Raise EarlyExitError if the configured routing is unknown or cannot be calibrated, or `check_rivals` finds a file
+    or package missing."""
+    require_policy(cfg)
     if cfg.ROUTING.HYBRID:
         raise ConfigError("ROUTING.HYBRID is true: calibration does not support hybrid routing; set it to false")
     if cfg.ROUTING.CERTIFICATE:

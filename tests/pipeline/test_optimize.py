@@ -154,6 +154,7 @@ def test_refused_8_bits_are_not_tried_without_exits_if_the_net_was_measured_only
     ("key", "value", "message"),
     [
         ("ROUTING.CERTIFICATE", "c.json", "ROUTING.CERTIFICATE is c.json, but this command calibrates anew"),
+        ("ROUTING.POLICY", "entrop", "ROUTING.POLICY: .*did you mean 'entropy'"),
         ("ROUTING.HYBRID", "true", "calibration does not support hybrid routing"),
         ("EVAL.RIVALS.FULL_PATHS", "[none.pth]", "EVAL.RIVALS.FULL_PATHS has none.pth: no such file"),
     ],
