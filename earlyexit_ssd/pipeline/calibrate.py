@@ -309,7 +309,7 @@ def calibrate(
     cfg, model = recorded.cfg, recorded.model
     uses_train = target.kind == "risk" or POLICIES.find(cfg.ROUTING.POLICY).needs_training_photos
     _require_labels(cfg, target, recorded, ("CALIB", "TRAIN") if uses_train else ("CALIB",))
-    require_deciding(cfg.ROUTING.POLICY, model, weights)
+    require_deciding(cfg.ROUTING.POLICY, model.empty, weights)
     calib, train = recorded.replay("CALIB"), recorded.replay("TRAIN") if uses_train else None
     if not is_main():
         return None

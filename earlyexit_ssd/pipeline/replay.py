@@ -330,12 +330,13 @@ def fit_router(
     return router, confidences or calib.confidences(router)
 
 
-def require_deciding(policy: str, model: EarlyExitSSDLite, weights: str | os.PathLike[str]) -> None:
-    """Raise an EarlyExitError if no photo can leave, because all exits are empty and the policy reads logits only."""
-    if all(model.empty) and not reads_taps(policy):
+def require_deciding(policy: str, empty: Sequence[bool], source: str | os.PathLike[str]) -> None:
+    """Raise an EarlyExitError if no photo can leave, because all exits of ``source`` are empty and the policy reads
+    logits only."""
+    if all(empty) and not reads_taps(policy):
         usable = " or ".join(filter(reads_taps, POLICIES))
         raise EarlyExitError(
-            f"policy '{policy}' reads logits, but all exits of {weights} are empty and have none; "
+            f"policy '{policy}' reads logits, but all exits of {source} are empty and have none; "
             f"use {usable} (ROUTING.POLICY)"
         )
 
