@@ -69,6 +69,7 @@ from earlyexit_ssd.pipeline.replay import (
     measure_cost_model,
     temperatures_of,
 )
+from earlyexit_ssd.pipeline.run import RunFolder
 from earlyexit_ssd.pipeline.train import train_phases
 from earlyexit_ssd.plain import read_json
 from earlyexit_ssd.report.page import never_failing, search_page, write_page
@@ -237,6 +238,8 @@ class CandidateSearch:
         self.cfg = cfg = with_classes(cfg, self.architecture.classes)
         self.model = self.model.to(self.device).eval()
         self.plan = Plan(cfg, goal, self.architecture)
+        if self.plan.trains_jointly:  # raises if the folder holds a training with other settings
+            RunFolder(out / "joint").require_free(self._joint_cfg, resume=True)
         self.sets, self.repeats = disjoint_sets(cfg, ("CALIB", "TEST"))
         self._replays: dict[tuple[Candidate, str], Replay] = {}
         self.base = self._replay(Candidate("", self.architecture.image_size, OWN_HEAD), "CALIB")
@@ -434,10 +437,13 @@ class CandidateSearch:
     @functools.cached_property
     def _jointly_trained(self) -> NetWeights:
         """The detector with the configured exits after its last phase, which is the joint phase."""
-        values = {"OUTPUT_DIR": str(self.out / "joint"), "CALIBRATION.TARGET": ""}
         with locked_folder(self.out / "joint"):
-            model, architecture, _ = load_model(train_phases(with_values(self.cfg, values)))
+            model, architecture, _ = load_model(train_phases(self._joint_cfg))
         return architecture, model.state_dict()
+
+    @property
+    def _joint_cfg(self) -> CfgNode:
+        return with_values(self.cfg, {"OUTPUT_DIR": str(self.out / "joint"), "CALIBRATION.TARGET": ""})
 
 
 def _without_untrained_branches(cfg: CfgNode) -> CfgNode:

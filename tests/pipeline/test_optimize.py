@@ -169,6 +169,24 @@ def test_a_search_needs_weights(tmp_path):
         CandidateSearch(load_config(), None, Goal(), tmp_path)
 
 
+def test_a_joint_training_with_other_settings_is_found_before_the_search(monkeypatch, tmp_path):
+    """Not when its net is measured, after all others."""
+    monkeypatch.setattr(optimize, "disjoint_sets", Mock(side_effect=EarlyExitError("the search starts")))
+    monkeypatch.setattr(optimize, "open_model", lambda *_: (small_model(), Architecture(**SMALL), {}))
+    (tmp_path / "joint" / "joint").mkdir(parents=True)
+    (tmp_path / "joint" / "joint" / "gate.json").write_text('{"passed": true}')
+    keys = ["PHASES", "[baseline, exits, joint]", "DATA.CLASSES", "[chair, table]"]
+    (tmp_path / "joint" / "config.yaml").write_text(load_config(None, keys).dump())
+    changed = [*keys, "JOINT.LR", "0.5"]
+    for settings, goal, message in (
+        (keys, Goal(train=True), "the search starts"),
+        (changed, Goal(train=True), "the run to resume has JOINT.LR"),
+        (changed, Goal(), "the search starts"),
+    ):
+        with pytest.raises(EarlyExitError, match=message):
+            CandidateSearch(load_config(None, settings), "x.pth", goal, tmp_path)
+
+
 def test_calib_and_test_photos_need_labels(monkeypatch, tmp_path):
     asked = Mock(side_effect=EarlyExitError("no labels"))
     monkeypatch.setattr(optimize, "disjoint_sets", asked)
