@@ -45,7 +45,7 @@ from earlyexit_ssd.evaluation.matches import DetectionsById, ap_of_choice, boots
 from earlyexit_ssd.evaluation.outputs import exit_share
 from earlyexit_ssd.evaluation.verdict import DETECTS_AP50
 from earlyexit_ssd.modeling.checkpoint import save_model, weights_hash
-from earlyexit_ssd.pipeline.build import open_thresholds, require_policy, shares_processes, trained_temperatures
+from earlyexit_ssd.pipeline.build import open_thresholds, shares_processes, trained_temperatures
 from earlyexit_ssd.pipeline.evaluate import PAGE, attention_of, calibrate_command
 from earlyexit_ssd.pipeline.replay import (
     CostModel,
@@ -302,7 +302,6 @@ def calibrate(
         EarlyExitError: unusable weights, data or settings, splits that share photos, or a target out of reach.
     """
     out = Path(out_dir)
-    require_policy(cfg)
     # a guarantee needs independent draws, so near-duplicates count once; frames within a block may look alike
     near_duplicates_count_once = target.kind != "speedup" and target.block is None
     recorded = open_model_on_splits(
@@ -311,7 +310,7 @@ def calibrate(
     cfg, model = recorded.cfg, recorded.model
     uses_train = target.kind == "risk" or POLICIES.find(cfg.ROUTING.POLICY).needs_training_photos
     _require_labels(cfg, target, recorded, ("CALIB", "TRAIN") if uses_train else ("CALIB",))
-    require_deciding(cfg.ROUTING.POLICY, model, weights)
+    require_deciding(cfg.ROUTING.POLICY, model.empty, weights)
     calib, train = recorded.replay("CALIB"), recorded.replay("TRAIN") if uses_train else None
     if not is_main():
         return None

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from fvcore.common.config import CfgNode
 
+from earlyexit_ssd.calibration.thresholds import MOST_EXITS
 from earlyexit_ssd.config import CLOSED
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.evaluation.results import JsonDataclass, Results
@@ -225,12 +226,12 @@ class Plan:
     def _exit_sets(self, net: Candidate, with_empty_exits: bool) -> list[tuple[str, ...]]:
         """Return the sets of exits that are tried with a net: each glance alone, each other exit alone, all other
         exits, and all other exits behind each glance. Two glances are not tried together, because one of them always
-        stayed closed in our tests."""
+        stayed closed in our tests. Sets of more than `MOST_EXITS` are left out."""
         exits = [exit_ for exit_ in self.exits_of(net) if with_empty_exits or not exit_.empty]
         glances = [(exit_.name,) for exit_ in exits if exit_.pixels is not None]
         others = tuple(exit_.name for exit_ in exits if exit_.pixels is None)
         sets = [*glances, *((name,) for name in others), others, *((*glance, *others) for glance in glances)]
-        return [names for names in sets if names]
+        return [names for names in sets if 0 < len(names) <= MOST_EXITS]
 
     def skips(self, candidate: Candidate, measured: Iterable[Candidate]) -> bool:
         """Return whether a candidate is not worth trying after the ``measured`` ones.

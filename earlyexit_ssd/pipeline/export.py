@@ -10,9 +10,10 @@ import json
 import os
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -104,11 +105,12 @@ def export_detector(
     path = exportable_path(path, file_format)
     model = exportable(model)
     with evaluating(model), replacing(path) as new_path:
-        segments, compared = build_segments(model), list(_photos(photos))
-        _compare_heads(model, segments, compared[:HEAD_PHOTOS])
+        segments, count = build_segments(model), len(photos) or RENDERED_PHOTOS
+        _compare_heads(model, segments, islice(_photos(photos), HEAD_PHOTOS))
         write_segments(model, segments, new_path, file_format)
+        compared = progress(_photos(photos), desc="compare with the model", total=count)
         detections, borderline = _compare(model, Predictor(new_path, runtime_of(file_format)), compared)
-    return Exported(path, size_of(path), len(compared), detections, borderline)
+    return Exported(path, size_of(path), count, detections, borderline)
 
 
 def exportable_path(path: str | os.PathLike[str], file_format: Format) -> Path:
@@ -330,7 +332,7 @@ def write_segments(
 
 
 def _photos(paths: Sequence[str | os.PathLike[str]]) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield name and pixels of the photos to compare on."""
+    """Yield name and pixels of the photos to compare on, one at a time, because all of them may not fit in memory."""
     for path in paths:
         yield str(path), read_image(path)
     for seed in range(0 if paths else RENDERED_PHOTOS):
@@ -338,7 +340,7 @@ def _photos(paths: Sequence[str | os.PathLike[str]]) -> Iterator[tuple[str, np.n
 
 
 def _compare_heads(
-    model: EarlyExitDetector, segments: Sequence[graph.Segment], photos: Sequence[tuple[str, np.ndarray]]
+    model: EarlyExitDetector, segments: Sequence[graph.Segment], photos: Iterable[tuple[str, np.ndarray]]
 ) -> None:
     """Run the segments one after another. Raise EarlyExitError if their head outputs differ from the model's."""
     runs = [(segment, OnnxRuntime(segment.model.SerializeToString(), segment.name)) for segment in segments]
@@ -358,12 +360,12 @@ def _compare_heads(
 
 
 def _compare(
-    model: EarlyExitDetector, predictor: Predictor, photos: Sequence[tuple[str, np.ndarray]]
+    model: EarlyExitDetector, predictor: Predictor, photos: Iterable[tuple[str, np.ndarray]]
 ) -> tuple[int, int]:
     """Compare the file with the model. Return the numbers of the model's detections, and of photos that differ only by
     rounding."""
     detections = borderline = 0
-    for name, photo in progress(photos, desc="compare with the model"):
+    for name, photo in photos:
         (expected,) = model([as_tensor(photo)])
         detections += len(expected["boxes"])
         try:

@@ -69,6 +69,7 @@ from earlyexit_ssd.pipeline.replay import (
     measure_cost_model,
     temperatures_of,
 )
+from earlyexit_ssd.pipeline.run import RunFolder
 from earlyexit_ssd.pipeline.train import train_phases
 from earlyexit_ssd.plain import read_json
 from earlyexit_ssd.report.page import never_failing, search_page, write_page
@@ -251,6 +252,8 @@ class CandidateSearch:
         self.cfg = cfg = with_classes(cfg, self.architecture.classes)
         self.model = self.model.to(self.device).eval()
         self.plan = Plan(cfg, goal, self.architecture)
+        if self.plan.trains_jointly:  # raises if the folder holds a training with other settings
+            RunFolder(out / "joint").require_free(self._joint_cfg, resume=True)
         self.sets, self.duplicates = disjoint_sets(cfg, ("CALIB", "TEST"))
         self._replays: dict[tuple[Candidate, str], Replay] = {}
         self.base = self._replay(Candidate("", self.architecture.image_size, OWN_HEAD), "CALIB")
@@ -448,10 +451,13 @@ class CandidateSearch:
     @functools.cached_property
     def _jointly_trained(self) -> NetWeights:
         """The detector with the configured exits after its last phase, which is the joint phase."""
-        values = {"OUTPUT_DIR": str(self.out / "joint"), "CALIBRATION.TARGET": ""}
         with locked_folder(self.out / "joint"):
-            model, architecture, _ = load_model(train_phases(with_values(self.cfg, values)))
+            model, architecture, _ = load_model(train_phases(self._joint_cfg))
         return architecture, model.state_dict()
+
+    @property
+    def _joint_cfg(self) -> CfgNode:
+        return with_values(self.cfg, {"OUTPUT_DIR": str(self.out / "joint"), "CALIBRATION.TARGET": ""})
 
 
 def _without_untrained_branches(cfg: CfgNode) -> CfgNode:
@@ -478,10 +484,15 @@ def _write_model(search: CandidateSearch, chosen: Candidate) -> Candidate:
     recorded = measured.recorded
     info: ModelInfo = {**search.info}
     if measured.search is None:
-        info = {key: value for key, value in info.items() if key not in ("router", "certificate")}
+        routing = ("router", "certificate", "trained_temperatures")
+        info = {key: value for key, value in info.items() if key not in routing}
     else:
         certificate = certificate_of(recorded, measured.search, measured.found)
-        info |= {"router": certificate.router, "certificate": certificate.to_dict()}
+        trained = info.get("trained_temperatures") or (info.get("router") or {}).get("temperatures", ())
+        by_name = dict(zip(search.model.exit_names, trained, strict=False))
+        # those of the router are fitted on the calib photos, so a later calibration must not use them for a risk
+        trained = [by_name.get(name, 1.0) for name in recorded.model.exit_names[:-1]]
+        info |= {"router": certificate.router, "certificate": certificate.to_dict(), "trained_temperatures": trained}
     save_model(out / "model.pth", recorded.model, recorded.architecture, info)
     photos = [record.path for record in recorded.sets["CALIB"].records[:EXPORT_PHOTOS]]
     export_detector(open_any(out / "model.pth"), out / "detector.onnx", "onnx", photos)

@@ -124,9 +124,10 @@ def baseline(run: Run) -> Gate:
     """Train the full path, and check its figures on the CALIB split."""
     phase, model, reference = run.cfg.BASELINE, run.model, _reference_figures(run)
     if phase.EPOCHS:
-        model.norm_frozen = phase.FREEZE_NORM
-        fit(run, "baseline", FullPathLosses(model, phase.SIZES), photo_loader(run, phase.BATCH_SIZE))
-        model.norm_frozen = False
+        plain = type(model)(model, exits=(), classes=model.classes)  # so a stopped phase resumes with any exits
+        plain.losses, plain.norm_frozen = model.losses, phase.FREEZE_NORM
+        losses = FullPathLosses(plain, phase.SIZES)
+        fit(dataclasses.replace(run, model=plain), "baseline", losses, photo_loader(run, phase.BATCH_SIZE))
     return baseline_gate(run.cfg, run.calib_quality.of_full_path(model), reference)
 
 

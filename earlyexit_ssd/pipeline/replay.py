@@ -65,6 +65,7 @@ from earlyexit_ssd.pipeline.build import (
     evaluation_loader,
     open_model,
     open_thresholds,
+    require_policy,
     with_classes,
     with_values,
 )
@@ -191,8 +192,9 @@ def open_model_on_splits(cfg: CfgNode, weights: str | os.PathLike[str], out: Pat
 
 
 def check_settings(cfg: CfgNode, device: torch.device) -> None:
-    """Raise EarlyExitError if the configured routing cannot be calibrated, or `check_rivals` finds a file or package
-    missing."""
+    """Raise EarlyExitError if the configured routing is unknown or cannot be calibrated, or `check_rivals` finds a file
+    or package missing."""
+    require_policy(cfg)
     if cfg.ROUTING.HYBRID:
         raise ConfigError("ROUTING.HYBRID is true: calibration does not support hybrid routing; set it to false")
     if cfg.ROUTING.CERTIFICATE:
@@ -328,12 +330,13 @@ def fit_router(
     return router, confidences or calib.confidences(router)
 
 
-def require_deciding(policy: str, model: EarlyExitSSDLite, weights: str | os.PathLike[str]) -> None:
-    """Raise an EarlyExitError if no photo can leave, because all exits are empty and the policy reads logits only."""
-    if all(model.empty) and not reads_taps(policy):
+def require_deciding(policy: str, empty: Sequence[bool], source: str | os.PathLike[str]) -> None:
+    """Raise an EarlyExitError if no photo can leave, because all exits of ``source`` are empty and the policy reads
+    logits only."""
+    if all(empty) and not reads_taps(policy):
         usable = " or ".join(filter(reads_taps, POLICIES))
         raise EarlyExitError(
-            f"policy '{policy}' reads logits, but all exits of {weights} are empty and have none; "
+            f"policy '{policy}' reads logits, but all exits of {source} are empty and have none; "
             f"use {usable} (ROUTING.POLICY)"
         )
 

@@ -10,7 +10,9 @@ from pathlib import Path
 import torch
 from fvcore.common.config import CfgNode
 
+from earlyexit_ssd.calibration.thresholds import require_few_exits
 from earlyexit_ssd.config import PHASE_SECTIONS, get_cfg
+from earlyexit_ssd.config.check import num_exits
 from earlyexit_ssd.data import catalog, load_dataset, repeat_rare_classes, require_disjoint
 from earlyexit_ssd.engine import read_log
 from earlyexit_ssd.engine.processes import barrier, failing_together, is_main, process_group, world_size
@@ -24,6 +26,7 @@ from earlyexit_ssd.pipeline.build import (
     backbone_weights,
     build_architecture,
     build_device,
+    build_exits,
     build_losses,
     build_model,
     build_router,
@@ -35,6 +38,7 @@ from earlyexit_ssd.pipeline.build import (
 from earlyexit_ssd.pipeline.calibrate import build_target, calibrate
 from earlyexit_ssd.pipeline.evaluate import PAGE, check_rivals, evaluate_model, read_training
 from earlyexit_ssd.pipeline.phases import PHASE_FUNCTIONS, tap_cache
+from earlyexit_ssd.pipeline.replay import require_deciding
 from earlyexit_ssd.pipeline.run import Run, RunFolder
 from earlyexit_ssd.report.page import never_failing, training_page, write_page
 from earlyexit_ssd.report.pictures import photo_grid, training_curves
@@ -48,8 +52,10 @@ def prepare(cfg: CfgNode, folder: RunFolder, device: torch.device) -> Run:
     _check_names(cfg)
     if cfg.ROUTING.CERTIFICATE:
         raise ConfigError("ROUTING.CERTIFICATE belongs to trained weights; remove it for a training")
-    if cfg.CALIBRATION.TARGET:
-        build_target(cfg)  # raises if its number is out of range
+    if cfg.CALIBRATION.TARGET:  # these raise if the calibration after the training would fail
+        build_target(cfg)
+        require_few_exits(num_exits(cfg))
+        require_deciding(cfg.ROUTING.POLICY, [exit_.empty for exit_ in build_exits(cfg)], "the configuration")
     cfg = _closed_until_fitted(cfg)
     build_router(cfg)  # raises if the policy is unknown
     check_rivals(cfg, evaluation_device(cfg))

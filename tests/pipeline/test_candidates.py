@@ -7,6 +7,7 @@ import json
 
 import pytest
 
+from earlyexit_ssd.calibration.thresholds import MOST_EXITS
 from earlyexit_ssd.config import CLOSED, load_config
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.modeling import Architecture, describe_exits
@@ -102,6 +103,11 @@ def test_a_detector_with_branches_has_them_at_all_sizes_and_no_empty_exits():
     assert names(net(320, OWN_HEAD)) == names(net(256, "compact")) == [glance, (10, None, True)]
     plan = plan_of(())
     assert names(net(320, OWN_HEAD)) == names(net(256, "compact")) == [glance, (12, None, True)]
+
+
+def test_sets_of_exits_are_small_enough_for_a_search_of_thresholds():
+    plan = plan_of(describe_exits((4, 6, 8, 10, 12)))
+    assert max(len(candidate.exits) for candidate in plan.candidates(with_empty_exits=True)) == MOST_EXITS
 
 
 @pytest.mark.parametrize(("size", "pixels"), [(320, [128, 160, 192]), (112, [48, 64]), (64, [32])])

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -97,6 +98,20 @@ def test_without_a_router_the_file_is_the_full_path(tmp_path, paths, model, trac
     assert found.exit_name == "full" and found.exit_confidence is None and exported.detections > 0
     assert predictor.exit_names == ("full",) and predictor.thresholds == {} and found.exit_index == 0
     assert plain.exit_names == ("exit8", "exit12", "full")
+
+
+def test_few_photos_are_in_memory_at_a_time(tmp_path, paths, model, traced_once, monkeypatch):
+    read, photos, alive = export.read_image, [], []
+
+    def reading(path):
+        photo = read(path)
+        photos.append(weakref.ref(photo))
+        alive.append(sum(photo() is not None for photo in photos))
+        return photo
+
+    monkeypatch.setattr(export, "read_image", reading)
+    assert export_detector(model, tmp_path / "detector.onnx", photos=paths).photos == len(paths) == 6
+    assert max(alive) <= 2
 
 
 @pytest.mark.parametrize("routed", [True, False])

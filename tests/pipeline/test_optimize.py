@@ -154,6 +154,7 @@ def test_refused_8_bits_are_not_tried_without_exits_if_the_net_was_measured_only
     ("key", "value", "message"),
     [
         ("ROUTING.CERTIFICATE", "c.json", "ROUTING.CERTIFICATE is c.json, but this command calibrates anew"),
+        ("ROUTING.POLICY", "entrop", "ROUTING.POLICY: .*did you mean 'entropy'"),
         ("ROUTING.HYBRID", "true", "calibration does not support hybrid routing"),
         ("EVAL.RIVALS.FULL_PATHS", "[none.pth]", "EVAL.RIVALS.FULL_PATHS has none.pth: no such file"),
     ],
@@ -166,6 +167,24 @@ def test_unusable_settings_are_found_before_the_search(tmp_path, key, value, mes
 def test_a_search_needs_weights(tmp_path):
     with pytest.raises(ConfigError, match="a search needs a trained detector: set MODEL.WEIGHTS, or give --weights"):
         CandidateSearch(load_config(), None, Goal(), tmp_path)
+
+
+def test_a_joint_training_with_other_settings_is_found_before_the_search(monkeypatch, tmp_path):
+    """Not when its net is measured, after all others."""
+    monkeypatch.setattr(optimize, "disjoint_sets", Mock(side_effect=EarlyExitError("the search starts")))
+    monkeypatch.setattr(optimize, "open_model", lambda *_: (small_model(), Architecture(**SMALL), {}))
+    (tmp_path / "joint" / "joint").mkdir(parents=True)
+    (tmp_path / "joint" / "joint" / "gate.json").write_text('{"passed": true}')
+    keys = ["PHASES", "[baseline, exits, joint]", "DATA.CLASSES", "[chair, table]"]
+    (tmp_path / "joint" / "config.yaml").write_text(load_config(None, keys).dump())
+    changed = [*keys, "JOINT.LR", "0.5"]
+    for settings, goal, message in (
+        (keys, Goal(train=True), "the search starts"),
+        (changed, Goal(train=True), "the run to resume has JOINT.LR"),
+        (changed, Goal(), "the search starts"),
+    ):
+        with pytest.raises(EarlyExitError, match=message):
+            CandidateSearch(load_config(None, settings), "x.pth", goal, tmp_path)
 
 
 def test_calib_and_test_photos_need_labels(monkeypatch, tmp_path):
@@ -201,6 +220,26 @@ def test_the_candidate_is_the_one_in_the_files(monkeypatch, tmp_path):
     measure = Mock(return_value=MeasuredCandidate(again, recorded))
     search = SimpleNamespace(out=tmp_path, info={}, cfg=load_config(), measure=measure)
     assert _write_model(search, FAST) == again
+
+
+@pytest.mark.parametrize("routed", [True, False])
+@pytest.mark.parametrize("trained", [{"trained_temperatures": [1.5, 2.0]}, {}], ids=["calibrated", "trained"])
+def test_the_written_model_has_the_temperatures_of_the_training(monkeypatch, tmp_path, routed, trained):
+    """A later calibration for a risk needs them, for the exits of the written model."""
+    saved = []
+    monkeypatch.setattr(optimize, "save_model", lambda path, model, architecture, info: saved.append(info))
+    monkeypatch.setattr(optimize, "certificate_of", lambda *_: Mock(router={"temperatures": [3.0, 3.0]}))
+    for name in ("open_any", "export_detector"):
+        monkeypatch.setattr(optimize, name, lambda *_: None)
+    model = SimpleNamespace(exit_names=("glance128", "exit12", "full"))
+    recorded = SimpleNamespace(model=model, architecture=None, sets={"CALIB": SimpleNamespace(records=[])})
+    measured = MeasuredCandidate(FAST, recorded, *(["search", "chosen"] if routed else []))
+    info = {"phase": "exits", "router": {"temperatures": [4.0, 4.0] if trained else [1.5, 2.0]}, **trained}
+    given = SimpleNamespace(exit_names=("exit8", "exit12", "full"))
+    search = SimpleNamespace(out=tmp_path, info=info, model=given, cfg=load_config(), measure=lambda _: measured)
+    _write_model(search, FAST)
+    assert saved[0].get("trained_temperatures") == ([1.0, 2.0] if routed else None)
+    assert ("router" in saved[0]) is ("certificate" in saved[0]) is routed and saved[0]["phase"] == "exits"
 
 
 def test_the_base_detector_is_the_first_rival_from_a_file(monkeypatch, tmp_path):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib
 import json
+from unittest.mock import Mock
 
 import pytest
 import torch
 
 from earlyexit_ssd.config import load_config
-from earlyexit_ssd.errors import ConfigError
+from earlyexit_ssd.errors import ConfigError, EarlyExitError
 from earlyexit_ssd.files import write_text
 from earlyexit_ssd.pipeline.evaluate import read_training
 from earlyexit_ssd.pipeline.train import learns_from_labels, write_training_page
@@ -52,6 +53,22 @@ def test_the_runtime_is_checked_on_the_device_of_the_evaluation(monkeypatch):
     cfg = load_config(None, ["EVAL.RUNTIME", "onnxruntime"])
     with pytest.raises(RuntimeError, match="^cpu$"):
         module.prepare(cfg, None, torch.device("cuda"))
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (["EXITS.LAYERS", "[3, 5, 7, 9, 11, 13]"], "the model has 6 early exits, expected at most 5"),
+        (["EXITS.LAYERS", "[12]", "EXITS.EMPTY", "[12]"], "all exits of the configuration are empty"),
+        (["EXITS.LAYERS", "[12]", "EXITS.EMPTY", "[12]", "ROUTING.POLICY", "foreseen_emptiness"], None),
+    ],
+)
+def test_a_calibration_that_would_fail_is_refused_before_the_training(monkeypatch, keys, message):
+    module = importlib.import_module("earlyexit_ssd.pipeline.train")
+    monkeypatch.setattr(module, "check_rivals", Mock(side_effect=EarlyExitError("no file")))  # the next check
+    for target, expected in (("speedup", message or "no file"), ("", "no file")):
+        with pytest.raises(EarlyExitError, match=expected):
+            module.prepare(load_config(None, [*keys, "CALIBRATION.TARGET", target]), None, torch.device("cpu"))
 
 
 def test_a_training_has_a_page_once_a_gate_is_checked(tmp_path):

@@ -47,6 +47,13 @@ def test_failed_exits_phase_resumes_with_other_exits(tiny, failed, tmp_path, cap
     assert "the run to resume has BASELINE.LR" in capsys.readouterr().err
 
 
+def test_trained_baseline_resumes_with_other_exits(tiny, failed, tmp_path, capsys):
+    shutil.copytree(failed, tmp_path / "run")
+    assert train_net.main(tiny("run", "--resume", *ONLY_BASELINE, "EXITS.LAYERS", "[10]")) == 3
+    assert "gate of phase baseline failed" in capsys.readouterr().err
+    assert len(log(tmp_path / "run", "baseline")) == 12 and not list((tmp_path / "run" / "baseline").glob("before_*"))
+
+
 def test_resume_with_bad_input_does_not_change_the_run(tiny, failed, tmp_path, capsys):
     shutil.copytree(failed, tmp_path / "run")
     (tmp_path / "elsewhere").mkdir()
