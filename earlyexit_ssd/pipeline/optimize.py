@@ -603,6 +603,8 @@ def _summary(chosen: Candidate, test: TestFigures, ship: bool, goal: Goal) -> st
     )
     if ship:
         verdict = "ship it."
+        if high > goal.ap_drop:
+            compared += ". The interval includes losses above the budget: more test photos would tell"
     elif not test.base_detects:
         verdict = f"do not ship it: your detector itself does not detect (AP50 {test.AP50_base:.3f})."
     else:
