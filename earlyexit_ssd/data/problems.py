@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from earlyexit_ssd.config.check import CHOICES
-from earlyexit_ssd.errors import DataError, one_line
+from earlyexit_ssd.errors import DataError, one_line, suggest
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +81,11 @@ class Problems:
             self._skips[kind] += 1
 
     def note(self, kind: str, message: str) -> None:
-        """Count something that is not an error of a record. It is never refused, and no photo is left out."""
+        """Count something that is not an error of a record. It is never refused, and no photo is left out. Raise
+        DataError if the kind is none of `REPAIRS`."""
+        if kind not in REPAIRS:
+            fix = "name a kind of REPAIRS, or give its repair to register_format"
+            raise DataError(f"{message}: {kind!r} is no kind of problem{suggest(kind, REPAIRS)}; {fix}")
         self.counts[kind] += 1
         self.examples.setdefault(kind, message)
 

@@ -6,6 +6,7 @@ import contextlib
 import csv
 import itertools
 import json
+import logging
 import os
 import time
 from collections import Counter
@@ -23,6 +24,8 @@ from earlyexit_ssd.deploy.stream import CLOSE_MARGIN, REPEATED, StreamRule, Temp
 from earlyexit_ssd.errors import CannotWrite, DataError, EarlyExitError, suggest
 from earlyexit_ssd.files import atomic_path, make_folder, write_image
 from earlyexit_ssd.images import SMALLEST_TEXT, color_of, draw_boxes
+
+logger = logging.getLogger(__name__)
 
 SAVES = ("pictures", "json", "csv", "counts")
 """Outputs: annotated photos (PNG) and videos (MP4), COCO results, a row per detection, a row per frame."""
@@ -135,12 +138,16 @@ def predict(
 
 
 def images_of(sources: Sequence[Source], stride: int = 1, most_frames: int | None = None) -> Iterator[np.ndarray]:
-    """Yield the pictures of all sources, uint8 [H, W, 3] RGB. Raise a DataError if one cannot be read."""
+    """Yield the pictures of all sources, uint8 [H, W, 3] RGB. A frame that cannot be read is logged and skipped. If it
+    is the first of its source, raise a DataError."""
     for source in sources:
-        for frame in itertools.islice(read_frames(source, stride), most_frames):
-            if isinstance(frame, DataError):
+        for place, frame in enumerate(itertools.islice(read_frames(source, stride), most_frames)):
+            if not isinstance(frame, DataError):
+                yield frame.image
+            elif place == 0:
                 raise frame
-            yield frame.image
+            else:
+                logger.warning("%s", frame)
 
 
 class _Loop:
@@ -252,7 +259,9 @@ class _Tables:
             self.rows.writerow([*frame_columns, "class", "score", "x1", "y1", "x2", "y2"])
         if "counts" in save:
             self.counts = csv.writer(open_file("counts.csv"), lineterminator="\n")
-            self.counts.writerow([*frame_columns, "exit", "confidence", "ms", "found", *classes])
+            self.counted = [label for label, name in enumerate(classes, 1) if name != "N/A"]  # an unused id of COCO
+            names = [classes[label - 1] for label in self.counted]
+            self.counts.writerow([*frame_columns, "exit", "confidence", "ms", "found", *names])
 
     def write(self, image_id: int, frame: Frame, detections: Detections) -> None:
         """Write the detections of a frame. ``image_id`` counts the frames of all sources from 1."""
@@ -278,7 +287,7 @@ class _Tables:
                     [image_id, title, frame.index, seconds, name, f"{score:.5f}", *(f"{value:.2f}" for value in box)]
                 )
         if self.counts:
-            counts = np.bincount(detections.labels[keep], minlength=len(self.classes) + 1)[1:].tolist()
+            counts = np.bincount(detections.labels[keep], minlength=len(self.classes) + 1)[self.counted].tolist()
             confidence = "" if detections.exit_confidence is None else f"{detections.exit_confidence:.5f}"
             routing = [detections.exit_name, confidence, f"{detections.ms:.2f}"]
             self.counts.writerow([image_id, title, frame.index, seconds, *routing, len(keep), *counts])

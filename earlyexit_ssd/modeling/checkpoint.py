@@ -92,13 +92,15 @@ def load_model(
         )
     for key in ("architecture", "model", "info"):
         if not isinstance(content.get(key), dict):
-            raise EarlyExitError(f"{path}: the file lacks '{key}'; write it again with save_model")
+            raise EarlyExitError(f"{path}: the file lacks '{key}'; write it again")
     try:
         info = typed(ModelInfo, content["info"], "info")
         architecture = Architecture.from_dict(content["architecture"])
         model = architecture.build()
     except EarlyExitError as error:
-        raise EarlyExitError(f"{path}: {error}; write it again with save_model") from None
+        raise EarlyExitError(
+            f"{path}: {error}; import the modules of its own branches and policies, or write it again"
+        ) from None
     except (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError) as error:
         raise EarlyExitError(f"{path}: its architecture cannot be built ({error}); write it again") from None
     load_every_key(model, content["model"], path)

@@ -264,6 +264,13 @@ def test_photos_that_are_not_8_bit_rgb(tmp_path, name):
     assert kind in REPAIRS
 
 
+def test_a_kind_of_problem_without_a_repair():
+    with pytest.raises(
+        DataError, match=r"a.txt, line 1: 'malformed boxes' is no .* \(did you mean 'malformed box'\?\)"
+    ):
+        Problems().add("malformed boxes", "a.txt, line 1")
+
+
 def test_16_bit_colour(tmp_path):
     """Pillow opens it as 8-bit RGB, and only its decoder's name shows the depth. Pillow cannot write such a file."""
     cv2.imwrite(str(tmp_path / "a.png"), np.full((40, 60, 3), 65535, np.uint16))

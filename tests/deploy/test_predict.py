@@ -17,7 +17,7 @@ from PIL import Image
 
 from earlyexit_ssd.deploy import Predictor
 from earlyexit_ssd.deploy.predict import SAVES, annotate, images_of, is_exported, open_predictor, output_paths, predict
-from earlyexit_ssd.deploy.sources import Source, find_sources
+from earlyexit_ssd.deploy.sources import Frame, Source, find_sources
 from earlyexit_ssd.deploy.stream import StreamRule
 from earlyexit_ssd.drift import Drift
 from earlyexit_ssd.errors import CannotWrite, DataError, EarlyExitError
@@ -250,6 +250,24 @@ def test_annotations_are_drawn():
     assert (picture[2, 2] != plain[2, 2]).any()  # the exit
     assert (picture[28, 38] == RED).all()
     assert (np.asarray(annotate(plain, found, 0.95))[30:] == plain[30:]).all()
+
+
+def test_images_of_skips_a_broken_frame(tmp_path, monkeypatch, caplog):
+    frames = [
+        Frame(scene(1), Source("a", "video")),
+        DataError("a, frame 1: broken"),
+        Frame(scene(2), Source("a", "video")),
+    ]
+    monkeypatch.setattr("earlyexit_ssd.deploy.predict.read_frames", lambda *_: iter(frames))
+    assert len(list(images_of([Source("a", "video")]))) == 2 and "a, frame 1: broken" in caplog.text
+
+
+def test_unused_ids_of_coco_are_not_counted(tmp_path):
+    detector = RedBox()
+    detector.classes = ("N/A", *detector.classes[1:])
+    list(predict(detector, [photo(tmp_path / "a.png")], tmp_path / "out", save=["counts"]))
+    (row,) = rows(tmp_path / "out" / "counts.csv")
+    assert "N/A" not in row and row["ball"] == "1"
 
 
 def test_images_of_gives_all_frames_or_an_error(tmp_path, video, fake_video):

@@ -69,6 +69,9 @@ def test_the_verdict_compares_the_loss_on_the_test_photos():
     )
     assert "compares the budget of 0.01 AP50 with the loss measured on the test photos" in summary
     assert "the loss that 90 % of the bootstrap draws of the calib photos do not exceed." in summary
+    assert ("interval includes losses above the budget" in summary) is (figures.AP50_lost_interval[1] > 0.01)
+    wide = dataclasses.replace(figures, AP50_lost_interval=[-0.1, 0.1])
+    assert "interval includes losses above the budget" in _summary(FAST, wide, True, Goal())
 
 
 @pytest.mark.parametrize(("any_size", "sides"), [(True, [300, 128]), (False, [300])])
