@@ -197,7 +197,7 @@ class DriftMonitor:
 
     The first check runs after ``window`` photos, the others after each further half window. A check compares the share
     of each exit by Fisher's exact test, and the confidences of the photos that left at an early exit by a two-sample
-    Kolmogorov-Smirnov test with :func:`nearest_sample`. Both tests allow for the finite number of calibration photos.
+    Kolmogorov-Smirnov test with `nearest_sample`. Both tests allow for the finite number of calibration photos.
 
     **False alarms.** The tests of a check share ``alpha`` equally (Bonferroni). So for photos like those of calibration
     the expected number of checks that warn is at most ``20,000 * alpha / window`` in 10,000 photos: 0.1 by default. It

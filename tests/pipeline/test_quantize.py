@@ -173,7 +173,7 @@ def test_a_filter_of_zeros_keeps_its_bias():
     np.testing.assert_allclose(found[0, :, 0, 0], [3, 5], rtol=0.01)
 
 
-def test_least_useful_value_by_hand():
+def test_zero_below_by_hand():
     """HardSwish(0.25 * x) is 0 below x = -12."""
     node = helper.make_node("HardSwish", ["x_in"], ["x"], "swish")
     network = Network(tiny(node))
