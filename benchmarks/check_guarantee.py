@@ -129,7 +129,7 @@ def check_guarantee(
         cfg, weights, out, needs_labels=needs_labels, unlabelled=not by_labels, deduplicate=both
     )
     cfg, model, reference = recorded.cfg, recorded.model, cfg.CALIBRATION.REFERENCE
-    require_deciding(cfg.ROUTING.POLICY, model, weights)
+    require_deciding(cfg.ROUTING.POLICY, model.empty, weights)
     calib, test, train = (recorded.replay(name) for name in ("CALIB", "TEST", "TRAIN"))
     temperatures = trained_temperatures(cfg, recorded.info, model.num_early_exits)
     router, on_train = fit_router(cfg, cfg.ROUTING.POLICY, temperatures, train, cross_fit=False)

@@ -531,7 +531,7 @@ def evaluate_routing(cfg: CfgNode, weights: str | Path, out: Path, policies: Seq
     recorded = open_model_on_splits(cfg, weights, out, needs_labels=("CALIB", "TEST"), include_near_duplicates=False)
     cfg, model = recorded.cfg, recorded.model
     for name in policies:
-        require_deciding(name, model, weights)
+        require_deciding(name, model.empty, weights)
     if all(model.empty):  # only policies that read taps can route
         names = [name for name in names if reads_taps(name)]
     calib, test = recorded.replay("CALIB"), recorded.replay("TEST")
