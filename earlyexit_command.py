@@ -328,6 +328,8 @@ def predict(args: argparse.Namespace) -> None:
             raise EarlyExitError(f"{args.weights} is exported; --config and --all-exits are for a model.pth")
         detector = open_predictor(args.weights, args.runtime, args.threads or 1, args.score)
     else:
+        if args.runtime == "openvino":
+            raise EarlyExitError(f"{args.weights} runs in PyTorch; for OpenVINO write a file with earlyexit export")
         try:
             import torch
         except ImportError:

@@ -17,7 +17,7 @@ C4_LAYER = 13  # the expansion of this layer is the first feature map of the ful
 PHASE_SECTIONS = {"baseline": "BASELINE", "exits": "EXITS_PHASE", "joint": "JOINT", "fine_tuning": "FINE_TUNING"}
 LAST_LAYER = 16  # of MobileNetV3's trunk
 TAIL_BLOCKS = 2  # residual blocks after `C4_LAYER`: layers 14 and 15
-LARGEST_SIDE, MAX_WIDTH, MAX_CHANNELS = 4096, 4, 4096
+SMALLEST_SIDE, LARGEST_SIDE, MAX_WIDTH, MAX_CHANNELS = 64, 4096, 4, 4096
 FOLD_CHOICES = ("exact", "compact", "rows")
 RIVAL_FORMATS = ("yolox", "boxes", "nanodet", "picodet")
 LOSS_CHOICES = {
@@ -74,15 +74,16 @@ text, {exits}, {layers} and {bounds} are replaced by those of the configuration.
 
 _SETS = "DATA.TRAIN DATA.CALIB DATA.TEST"
 _TEACHER = "'full' or 'next' with LOSS.SUPERVISION 'teacher'"
-_SIDE = f"64 to {LARGEST_SIDE} pixels"
+_SIDE = f"{SMALLEST_SIDE} to {LARGEST_SIDE} pixels"
 
 # fmt: off
 _OF_EACH_VALUE: Sequence[Rule] = (  # applied to every element of a list
-    ("MODEL.SCORE_THRESH MODEL.NMS_THRESH EVAL.SCORE EVAL.IOU EVAL.PICTURE_SCORE DATA.REPEAT_THRESHOLD EXITS.COPY "
+    ("MODEL.SCORE_THRESH MODEL.NMS_THRESH EVAL.SCORE EVAL.PICTURE_SCORE DATA.REPEAT_THRESHOLD EXITS.COPY "
      "LOSS.FOCAL_ALPHA BASELINE.GATE.AP50 BASELINE.GATE.PRECISION BASELINE.GATE.RECALL BASELINE.GATE.RELATIVE "
      "EXITS_PHASE.GATE.FIRST_EXIT_AP50 EXITS_PHASE.GATE.FIRST_EXIT_SHARE EXITS_PHASE.GATE.DEEPEST_SHARE "
      "JOINT.GATE.MAX_AP50_DROP MODEL.COMPACT_TOLERANCE " + _of_phases("WARMUP EMA"),
      "a number in [0, 1]", _number(lambda value: 0 <= value <= 1)),
+    ("EVAL.IOU", "a number in (0, 1]", _number(lambda value: 0 < value <= 1)),
     ("MODEL.WIDTH MODEL.DETECTIONS_PER_IMG MODEL.TOPK_CANDIDATES DATA.SYNTHETIC.SIZES LOSS.NEG_TO_POS_RATIO "
      "ROUTING.TEMPERATURES ROUTING.TEMPERATURE_BOUNDS EXITS_PHASE.CACHE_VIEWS EXITS_PHASE.CACHE_GIB "
      "ENGINE.CHECKPOINT_PERIOD ENGINE.LOG_PERIOD ENGINE.CURVE_PHOTOS EVAL.BATCH_SIZE EVAL.TIMING_RUNS "
@@ -103,9 +104,9 @@ _OF_EACH_VALUE: Sequence[Rule] = (  # applied to every element of a list
     ("CALIBRATION.DELTA", "a probability below 1", lambda value, *_: value < 1),
     ("CALIBRATION.FOLDS", "0, or 2 to 1000 folds", lambda value, *_: value == 0 or 2 <= value <= 1000),
     (_of_phases("EMA"), "a decay below 1", lambda value, *_: value < 1),
-    ("MODEL.IMAGE_SIZE DATA.SYNTHETIC.IMAGE_SIZE", _SIDE, _whole(64, LARGEST_SIDE)),
+    ("MODEL.IMAGE_SIZE DATA.SYNTHETIC.IMAGE_SIZE", _SIDE, _whole(SMALLEST_SIDE, LARGEST_SIDE)),
     ("BASELINE.SIZES JOINT.SIZES", f"whole numbers from 32 to {LARGEST_SIDE} pixels", _whole(32, LARGEST_SIDE)),
-    ("EVAL.RIVALS.SIZES", f"whole numbers from {_SIDE}", _whole(64, LARGEST_SIDE)),
+    ("EVAL.RIVALS.SIZES", f"whole numbers from {_SIDE}", _whole(SMALLEST_SIDE, LARGEST_SIDE)),
     ("EXITS.LAYERS", f"trunk layers 1 to {LAST_LAYER - 1}", _whole(1, LAST_LAYER - 1)),
     ("EXITS.GLANCES", f"pairs of pixels (32 to {LARGEST_SIDE}) and a trunk layer, such as [[128, 12]]",
      lambda value, *_: isinstance(value, tuple) and len(value) == 2 and _whole(32, LARGEST_SIDE)(value[0])

@@ -16,6 +16,7 @@ from fvcore.common.config import CfgNode
 
 from earlyexit_ssd.calibration.thresholds import MOST_EXITS
 from earlyexit_ssd.config import CLOSED
+from earlyexit_ssd.config.check import SMALLEST_SIDE
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.evaluation.results import JsonDataclass, Results
 from earlyexit_ssd.evaluation.verdict import DETECTS_AP50
@@ -194,7 +195,7 @@ class Plan:
         own, shares = self.architecture.image_size, FINE_TUNED_SHARES if fine_tuned else SHARES
         step = 32 if own >= 256 else 16
         any_size = DETECTORS.find(self.architecture.detector).any_size
-        smaller = [round(share * own / step) * step for share in shares] if any_size else []
+        smaller = [max(SMALLEST_SIDE, round(share * own / step) * step) for share in shares] if any_size else []
         return sorted({own, *(self.cfg.EVAL.RIVALS.SIZES or smaller)}, reverse=True)
 
     @property

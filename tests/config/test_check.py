@@ -45,6 +45,7 @@ from earlyexit_ssd.errors import ConfigError
         ("DATA.SYNTHETIC.IMAGE_SIZE", "63", "64 to 4096 pixels"),
         ("SEED", "9223372036854775808", "a number below 2"),
         ("EVAL.SCORE", "-0.1", r"in \[0, 1\]"),
+        ("EVAL.IOU", "0", r"in \(0, 1\]"),
         ("DATA.SYNTHETIC.SEED", "-1", "DATA.SYNTHETIC.SEED is -1, expected a number of at least 0"),
         ("DATA.SYNTHETIC.SIZES", "[1, -1, 1]", "DATA.SYNTHETIC.SIZES is -1, expected a number above 0"),
         ("DATA.SYNTHETIC.SIZES", "[5, 5]", "three whole numbers"),

@@ -117,6 +117,10 @@ def test_glances_of_small_inputs_are_tried_once(size, pixels):
     assert [exit_.pixels for exit_ in exits] == [*pixels, None]
 
 
+def test_small_inputs_are_not_made_too_small():
+    assert Plan(load_config(), Goal(), Architecture(("chair",), image_size=80, exits=())).sizes() == [80, 64]
+
+
 def test_names_and_json_of_candidates():
     assert net(320, "as it is").describe((), 320) == "the detector as it is"
     words = net(256, "compact", ("glance96", "exit8"), fine_tuned=True)

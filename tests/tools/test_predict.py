@@ -55,6 +55,7 @@ def test_bad_photos_are_skipped(photos, tmp_path, capsys):
         (["--most-repeats", "3"], "--most-repeats is for --calibrate-stream; leave it out"),
         (["--threads", "0"], "--threads 0: expected at least 1"),
         (["--weights", "none.onnx"], "none.onnx: no such file"),
+        (["--weights", "chair", "--runtime", "openvino"], "chair runs in PyTorch; for OpenVINO write a file"),
     ],
 )
 def test_bad_input_is_a_one_line_error(photos, tmp_path, capsys, more, message):
