@@ -99,7 +99,7 @@ def load_model(
         model = architecture.build()
     except EarlyExitError as error:
         raise EarlyExitError(
-            f"{path}: {error}; import the modules of its own branches and policies, or write it again"
+            f"{path}: {error}; write it again"
         ) from None
     except (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError) as error:
         raise EarlyExitError(f"{path}: its architecture cannot be built ({error}); write it again") from None
