@@ -98,9 +98,7 @@ def load_model(
         architecture = Architecture.from_dict(content["architecture"])
         model = architecture.build()
     except EarlyExitError as error:
-        raise EarlyExitError(
-            f"{path}: {error}; write it again"
-        ) from None
+        raise EarlyExitError(f"{path}: {error}; write it again") from None
     except (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError) as error:
         raise EarlyExitError(f"{path}: its architecture cannot be built ({error}); write it again") from None
     load_every_key(model, content["model"], path)
