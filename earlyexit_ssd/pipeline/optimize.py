@@ -134,7 +134,8 @@ def optimize(
     search = CandidateSearch(cfg, weights, goal, out)
     measured, rivals = _measure_candidates(search, stop_at), search.rivals()
     chosen = choose_candidate(measured, goal)
-    _set_aside(out, MODEL_FILES[0 if chosen is None else 4 if cfg.EVAL.RUNTIME == OPENVINO else 2 :])
+    written = () if chosen is None else MODEL_FILES if cfg.EVAL.RUNTIME == OPENVINO else MODEL_FILES[:2]
+    _set_aside(out, [name for name in MODEL_FILES if name not in written])
     results, test, ship, int8 = None, None, False, None
     if chosen is None:
         summary = _summary_without_choice(measured, goal)
