@@ -141,6 +141,8 @@ def test_example_of_a_data_format_runs(extensions, tmp_path):
     first, second = load_dataset(cfg, "cups", labels="optional")
     assert first[1]["boxes"].tolist() == [[1, 2, 11, 22]] and first[1]["labels"].tolist() == [1]
     assert second[0].shape == (3, 30, 40) and not len(second[1]["boxes"])
+    cfg = load_config(None, ["DATA.DATASETS", sets, "DATA.CLASSES", "[cup]", "DATA.ON_BAD", "skip"])
+    assert [record.path.name for record in load_dataset(cfg, "cups", labels="optional").records] == ["b.png"]
 
 
 def test_example_of_a_branch_runs(extensions):
