@@ -10,6 +10,7 @@ import hashlib
 import io
 import itertools
 import logging
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -308,14 +309,14 @@ def build_loader(
     if len(dataset) < parts:
         raise DataError(f"the data set has {len(dataset)} photos, expected at least one per process ({parts})")
     if workers:
-        _one_thread()  # forked workers would wait for ever for OpenCV's threads of this process
+        cv2.setNumThreads(0)  # forked workers would wait for ever for OpenCV's threads of this process
     return DataLoader(
         dataset,
         batch_size // parts,
         sampler=EpochSampler(dataset, batch_size, train, seed, rank, world_size),
         num_workers=workers,
         collate_fn=collate,
-        worker_init_fn=_one_thread,
+        worker_init_fn=_start_worker,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # with the global generator, a resumed run would differ
     )
@@ -332,9 +333,12 @@ def collate(samples: list[tuple[Tensor, Target]]) -> tuple[list[Tensor], list[Ta
     return [image for image, _ in samples], [target for _, target in samples]
 
 
-def _one_thread(worker: int = 0) -> None:
-    """Turn off OpenCV's threads, because the worker processes use all cores."""
+def _start_worker(worker: int) -> None:
+    """Turn off OpenCV's threads, because the workers use all cores. Leave the process group, so that a signal to the
+    group stops only the main process, which saves its state and ends the workers."""
     cv2.setNumThreads(0)
+    if hasattr(os, "setsid"):  # not on Windows
+        os.setsid()
 
 
 NO_CLASS = "{} has no classes; set DATA.CLASSES to the classes to detect"

@@ -430,6 +430,13 @@ def test_views_do_not_depend_on_the_number_of_workers(photo_file):
         assert view[1]["image_id"] == again[1]["image_id"]
 
 
+def test_workers_do_not_get_signals_to_the_process_group():
+    iterator = iter(build_loader(Numbers(2), 1, workers=1, train=False, seed=0))
+    next(iterator)
+    (worker,) = iterator._workers
+    assert os.getpgid(worker.pid) != os.getpgrp()
+
+
 class Blurred(Numbers):
     """A data set that OpenCV computes with several threads."""
 
