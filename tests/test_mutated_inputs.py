@@ -449,13 +449,13 @@ EXPORTED = onnx.parser.parse_model("""
 
 
 def write_onnx(folder: Path, rng: random.Random | None) -> None:
-    """Write the detector with a damaged graph or, if that is no graph, with damaged bytes."""
-    content, share = EXPORTED.SerializeToString(), 1.0
-    with contextlib.suppress(Exception):  # the damaged tree is no graph
-        tree = json_format.MessageToDict(EXPORTED)
-        content = json_format.ParseDict(damage(tree, rng) if rng else tree, onnx.ModelProto()).SerializeToString()
-        share = 0.1
-    write(folder / "rival.onnx", content, rng, share)
+    """Write the detector with damage of its graph and, sometimes, of its bytes."""
+    tree = json_format.MessageToDict(EXPORTED)
+    for _ in range(50):
+        with contextlib.suppress(Exception):  # most damaged trees are no graph
+            graph = json_format.ParseDict(damage(tree, rng) if rng else tree, onnx.ModelProto())
+            return write(folder / "rival.onnx", graph.SerializeToString(), rng)
+    raise AssertionError("no damaged tree is a graph")
 
 
 def use_onnx(folder: Path, _: None) -> None:
