@@ -230,7 +230,10 @@ def damage_folder(folder: Path, rng: random.Random) -> None:
         content = of_suffix(content, rng)
     else:
         encoding = "utf-16" if rng.random() < 0.02 else "utf-8"
-        content = of_suffix(content.decode(), rng).encode(encoding, "surrogatepass")
+        text = of_suffix(content.decode(), rng)
+        if rng.random() < 0.1:
+            text = re.sub(r"[\w./]*\.png", lambda _: rng.choice(PATHS), text)
+        content = text.encode(encoding, "surrogatepass")
     path.write_bytes(content.replace(b"ABSOLUTE", bytes(folder)))
 
 
