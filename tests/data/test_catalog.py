@@ -13,6 +13,7 @@ from earlyexit_ssd.data import catalog, records
 from earlyexit_ssd.data.problems import Problems
 from earlyexit_ssd.data.records import RawDataset
 from earlyexit_ssd.errors import ConfigError, DataError, EarlyExitError
+from tests.data.conftest import voc_object, voc_xml
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +53,7 @@ def test_unknown_name_suggests_the_nearest():
         catalog.get("zzz")
 
 
-def test_register(make_coco, make_voc, voc_xml, tmp_path):
+def test_register(make_coco, make_voc, tmp_path):
     cfg, raw = make_coco(), RawDataset("mine", ("a",), ())
     make_voc({"a": voc_xml()})
     catalog.register("mine", lambda root, data, problems: raw)
@@ -68,7 +69,7 @@ def test_register(make_coco, make_voc, voc_xml, tmp_path):
         catalog.register("mine", lambda root, data, problems: raw)
 
 
-def test_datasets_of_the_configuration(make_coco, make_voc, voc_xml, voc_object):
+def test_datasets_of_the_configuration(make_coco, make_voc):
     cfg = make_coco(name="furniture_test")  # it precedes the built-in data set
     make_voc({"a": voc_xml(voc_object("chair", (1, 1, 5, 5))), "b": voc_xml()}, split="mysplit", folder="kit")
     cfg.DATA.DATASETS = (
@@ -151,7 +152,7 @@ def test_missing_folder_error_names_the_path_and_the_fix(cfg, name, missing):
     assert ("DATA.DOWNLOAD" in str(error.value)) == name.startswith("voc_20")
 
 
-def test_download_by_torchvision(cfg, make_voc, voc_xml, tmp_path, monkeypatch):
+def test_download_by_torchvision(cfg, make_voc, tmp_path, monkeypatch):
     """A fake of torchvision's class unpacks devkits. VOC2007's two archives unpack into one folder."""
     devkits = {
         split: make_voc({name: voc_xml()}, split=split, folder=f"unpacked/{split}/VOC2007")

@@ -28,7 +28,7 @@ from earlyexit_ssd.data.dataset import (
 from earlyexit_ssd.data.records import Annotation, Record
 from earlyexit_ssd.data.transforms import build_transforms
 from earlyexit_ssd.errors import DataError
-from tests.data.conftest import write_photo
+from tests.data.conftest import voc_object, voc_xml, write_photo
 
 CHAIR = Annotation((5, 6, 25.5, 36), 1, area=500.0)
 CROWD = Annotation((30, 10, 40, 20), 2, ignore=True)
@@ -428,7 +428,7 @@ def test_joined_sets_have_the_classes_of_the_training_set(make_coco):
     assert class_names(cfg) == ("dog",)
 
 
-def test_classes_of_left_out_photos_are_no_classes(make_coco, make_voc, voc_xml, voc_object):
+def test_classes_of_left_out_photos_are_no_classes(make_coco, make_voc):
     cfg, boxes = make_coco(), {name: voc_object(name, (5, 5, 20, 20)) for name in ("ape", "bear")}
     make_voc({"a": voc_xml(boxes["ape"], "<object/>"), "b": voc_xml(boxes["bear"])})
     cfg.DATA.DATASETS = (("zoo", "VOCdevkit/VOC2012", "trainval"),)
@@ -496,7 +496,7 @@ def test_no_box_and_no_photo_are_errors(make_coco, tmp_path):
         load_dataset(cfg, "tiny")
 
 
-def test_classes_of_xml_folders(make_coco, make_voc, voc_xml, voc_object):
+def test_classes_of_xml_folders(make_coco, make_voc):
     """All data sets get the classes that occur in the training sets. Photos without objects are negatives."""
     cup, mug = (voc_xml(voc_object(name, (1, 1, 20, 20))) for name in ("cup", "mug"))
     folders = {"train": {"c": cup, "m": mug}, "calib": {"c": cup}, "empty": {"n": voc_xml()}}
