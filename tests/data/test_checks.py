@@ -25,7 +25,6 @@ from earlyexit_ssd.data.checks import (
     drop_repeated_files,
     has_area,
     parse_flag,
-    resize_record,
 )
 from earlyexit_ssd.data.problems import REPAIRS, Problems
 from earlyexit_ssd.data.records import Annotation, RawDataset, Record
@@ -190,21 +189,15 @@ def test_missing_and_unreadable_files(photo_file, content):
 
 def test_photo_of_another_size_than_annotated(photo_file):
     """The boxes are scaled, except if width and height are swapped."""
-    path, box = photo_file("a.jpg"), Annotation((10, 3, 50, 18), 1, area=500.0)
+    path, box = photo_file("a.jpg"), Annotation((10, 24, 50, 144), 1, area=4000.0)
     for size, annotation, kind in (
-        ((120, 20), box, "photo of another size than annotated"),
+        ((120, 160), box, "photo of another size than annotated"),  # the area, too
         ((40, 60), CHAIR, "photo with width and height swapped"),
     ):
-        record = Record(1, path, *size, (annotation,))
+        record = Record(1, path, *size, (annotation, dataclasses.replace(annotation, area=None)))
         message = rf"photo a.jpg \(id 1\) is 60 x 40, annotated as {size[0]} x {size[1]}: {kind}"
         results = repaired_and_skipped(lambda problems, r=record: check_photos([r], problems), {kind: 1}, message)
-        assert results == ([Record(1, path, 60, 40, (CHAIR,))], [])
-
-
-@pytest.mark.parametrize(("area", "resized"), [(None, None), (3.0, 18.0)])
-def test_resize_scales_known_areas(tmp_path, area, resized):
-    record = Record(1, tmp_path, 10, 10, (Annotation((1, 2, 3, 4), 1, area=area),))
-    assert resize_record(record, 20, 30).annotations[0] == Annotation((2, 6, 6, 12), 1, area=resized)
+        assert results == ([Record(1, path, 60, 40, (CHAIR, dataclasses.replace(CHAIR, area=None)))], [])
 
 
 def exif(orientation: int) -> Image.Exif:
