@@ -53,17 +53,17 @@ def test_old_file_is_kept_after_a_failure(tmp_path):
 
 
 def test_path_below_a_file_cannot_be_a_folder(tmp_path):
-    make_folder(tmp_path / "a" / "b")
-    make_folder(tmp_path / "a" / "b")
+    for _ in range(2):
+        make_folder(tmp_path / "a" / "b")
     (tmp_path / "file").touch()
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(EarlyExitError, match="cannot be a folder of results"):
             make_folder(path)
 
 
-def test_write_bytes_and_sha256(tmp_path):
-    write_bytes(tmp_path / "a" / "abc", b"abc")  # the first example of FIPS 180-2
-    assert sha256(tmp_path / "a" / "abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+def test_sha256(tmp_path):
+    (tmp_path / "abc").write_bytes(b"abc")  # the first example of FIPS 180-2
+    assert sha256(tmp_path / "abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
 
 
 def store(folder, contents="these photos"):
@@ -96,21 +96,13 @@ def test_store_is_complete_when_finished(tmp_path):
     assert again.arrays["labels"].tolist() == [7, 8, 9]  # a reader keeps the old files
 
 
-@pytest.mark.parametrize("content", ["", "[1]", "{}", "null"])
-def test_store_with_an_invalid_key_is_not_complete(tmp_path, content, caplog):
-    fill(store(tmp_path))
-    (tmp_path / "cache.key").write_text(content)
-    assert not store(tmp_path).is_complete()
-    assert not caplog.text
-
-
-@pytest.mark.parametrize("name", ["taps.npy", "labels.npy", "rest.pt"])
+@pytest.mark.parametrize("name", ["taps.npy", "labels.npy", "rest.pt", "cache.key"])
 def test_damaged_store_is_not_complete(tmp_path, name, caplog):
     fill(store(tmp_path))
     whole = (tmp_path / name).read_bytes()
     (tmp_path / name).write_bytes(whole[: len(whole) // 2])
     assert not store(tmp_path).is_complete()
-    assert f"{tmp_path}: the cache is damaged" in caplog.text
+    assert (f"{tmp_path}: the cache is damaged" in caplog.text) == (name != "cache.key")
     (tmp_path / name).unlink()
     assert not store(tmp_path).is_complete()
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from earlyexit_ssd.data import catalog, checks
-from earlyexit_ssd.data.problems import MODES, Problems
+from earlyexit_ssd.data.problems import Problems
 from earlyexit_ssd.data.records import (
     RawDataset,
     Record,
@@ -68,8 +68,7 @@ class DetectionDataset(torch.utils.data.Dataset):
     labelled: bool = True  # False if some photos have no annotations; a photo without boxes may then show objects
 
     def __post_init__(self) -> None:
-        if self.on_bad not in MODES:
-            raise DataError(f"on_bad is {self.on_bad!r:.60}, expected one of {', '.join(MODES)}")
+        Problems(self.on_bad)  # checks the mode
         self.records, self.classes, self.epoch = tuple(self.records), tuple(self.classes), 0
         self._paths = {record.image_id: record.path for record in self.records}
         self._undecodable: set[int] = set()
@@ -194,15 +193,13 @@ def fingerprint(dataset: DetectionDataset, hashes: Sequence[str] | None = None) 
 
 
 def require_disjoint(**datasets: DetectionDataset) -> None:
-    """Raise DataError if two of the data sets share a photo, a data set has a file twice, or a photo cannot be read.
+    """Raise DataError if two of the data sets share a photo (the content of a file), or a photo cannot be read.
 
-    Two data sets share a photo if they have files with the same content. Only files of equal size are read. Within a
-    data set, files are not compared by content.
+    Only files of equal size are read. Within a data set, files are not compared.
     """
     digest, sizes = functools.cache(sha256), {}
     with _readable_photos():
         for name, dataset in datasets.items():
-            require_unique(name, dataset.records)
             sizes[name] = {record.path.resolve(): record.path.stat().st_size for record in dataset.records}
         for (first_name, first), (second_name, second) in itertools.combinations(sizes.items(), 2):
             common = set(first.values()) & set(second.values())

@@ -11,8 +11,6 @@ import numpy as np
 import torch
 from torchvision.ops import box_iou
 
-from earlyexit_ssd.errors import ConfigError, suggest
-
 Window = tuple[int, int, int, int]  # of whole pixels; the transforms state its format
 
 
@@ -137,17 +135,12 @@ class Augmentation:
 
 
 def build_transforms(preset: str) -> Augmentation | None:
-    """Return the augmentation of a preset of ``DATA.AUGMENTATION``, None for "none". Raise ConfigError if unknown."""
-    if preset == "none":
-        return None
+    """Return the augmentation of a preset of ``DATA.AUGMENTATION``, None for "none"."""
     # torchvision applies each change of colour with probability 0.5, so each has its own ColorJitter
     same = {"brightness": (1.0, 1.0), "contrast": (1.0, 1.0), "saturation": (1.0, 1.0), "hue": (0.0, 0.0)}
     bounds = {"brightness": (0.875, 1.125), "contrast": (0.5, 1.5), "saturation": (0.5, 1.5), "hue": (-0.05, 0.05)}
     colours = [A.ColorJitter(**{**same, name: bound}, p=0.5) for name, bound in bounds.items()]
     flip, crop = A.HorizontalFlip(p=0.5), RandomIoUCrop(p=1.0)
     ssd = [*colours, A.ChannelShuffle(p=0.5), RandomZoomOut(p=0.5), crop, flip]
-    presets = {"flip": [flip], "ssdlite": [crop, flip], "ssd": ssd}
-    if preset not in presets:
-        expected = f"expected one of none, {', '.join(presets)}{suggest(preset, presets)}"
-        raise ConfigError(f"DATA.AUGMENTATION is {preset!r:.60}, {expected}")
-    return Augmentation(presets[preset])
+    transforms = {"none": None, "flip": [flip], "ssdlite": [crop, flip], "ssd": ssd}[preset]
+    return transforms and Augmentation(transforms)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from scipy.stats import rankdata
+from scipy.stats import mannwhitneyu
 from torch import Tensor
 from torchvision.models.detection._utils import BoxCoder
 from torchvision.ops import box_iou
@@ -160,9 +160,8 @@ def confidence_ignores_objects(evidence: ModelEvidence) -> dict[str, float]:
 def area_under_curve(values: Tensor, positive: Tensor) -> float:
     """Return the area under the ROC curve of ``values`` [n] for the positive class, bool [n]. Ties count half (Mann and
     Whitney 1947)."""
-    ranks = torch.from_numpy(rankdata(values.double().numpy()))
-    count = int(positive.sum())
-    return ((ranks[positive].sum() - count * (count + 1) / 2) / (count * (len(positive) - count))).item()
+    pairs = int(positive.sum()) * int((~positive).sum())
+    return float(mannwhitneyu(values[positive].numpy(), values[~positive].numpy()).statistic) / pairs
 
 
 # The figure is Cohen's kappa (1960): 0 is chance, 1 is perfect, below 0.2 agreement is slight (Landis and Koch 1977).

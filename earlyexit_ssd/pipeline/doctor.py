@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
 import re
@@ -240,22 +239,19 @@ class Watch(Hook):
     if all checks together would take more than `MAX_SHARE_OF_TIME`.
 
     Args:
-        photos: the CALIB split. Its first photos with objects are read once.
+        photos: the CALIB split. Its first photos with objects are read.
         model: the trained model or its average. Without a router, as before the exits phase, only its full path is
             checked.
     """
 
     def __init__(self, photos: DetectionDataset, model: EarlyExitSSDLite) -> None:
         records = [record for record in photos.records if record.has_targets][:WATCHED_PHOTOS]
-        self.photos, self.model = photos.subset(records), model
+        samples = photos.subset(records)
+        self.samples, self.model = [samples[index] for index in range(len(samples))], model
         self.temperatures: dict[str, list[float]] = {}  # after each epoch
         self.warned: set[tuple[str, str]] = set()
         self.distances: list[dict[tuple[str, str], float]] = []  # of the bad figures, in each run of the checks
         self.spent = self.longest = 0.0  # seconds
-
-    @functools.cached_property
-    def samples(self) -> list[tuple[Tensor, Any]]:
-        return [self.photos[index] for index in range(len(self.photos))]
 
     def before_training(self, trainer: Trainer) -> None:
         self.start = time.perf_counter()

@@ -84,12 +84,8 @@ def test_too_long_chain_of_base_files(tmp_path):
 
 def test_paths_that_are_not_regular_files(tmp_path):
     os.mkfifo(tmp_path / "pipe.yaml")
-    for path, message in (
-        (tmp_path / "pipe.yaml", "not a regular file"),
-        (tmp_path, "not a regular file"),
-        ("a\0b", "null byte"),
-    ):
-        with pytest.raises(ConfigError, match=f"cannot be read as a configuration file .*{message}"):
+    for path in (tmp_path / "pipe.yaml", tmp_path, "a\0b"):
+        with pytest.raises(ConfigError, match="cannot be read as a configuration file .*(not a regular|null byte)"):
             load_config(path)
 
 
@@ -140,11 +136,6 @@ def test_values_on_the_command_line(key, text, expected):
     assert value == expected and type(value) is type(expected)
 
 
-@pytest.mark.parametrize("text", ["off", "OFF", "'off'"])
-def test_off_is_text(tmp_path, text):
-    assert load_config(write(tmp_path / "amp.yaml", f"ENGINE: {{AMP: {text}}}")).ENGINE.AMP == "off"
-
-
-def test_output_dir_auto_is_the_name_of_the_file(tmp_path):
-    path = write(tmp_path / "mine.yaml", "# all defaults")
-    assert load_config(path, ["OUTPUT_DIR", "auto"]).OUTPUT_DIR == "output/mine"
+def test_output_dir_auto_is_the_name_of_the_file_and_off_is_text(tmp_path):
+    cfg = load_config(write(tmp_path / "mine.yaml", "ENGINE: {AMP: OFF}"), ["OUTPUT_DIR", "auto"])
+    assert (cfg.OUTPUT_DIR, cfg.ENGINE.AMP) == ("output/mine", "off")

@@ -79,26 +79,18 @@ def make_voc(tmp_path: Path) -> Callable[..., Path]:
     return make
 
 
-@pytest.fixture
-def voc_object() -> Callable[..., str]:
+def voc_object(name: str, box: tuple[Any, Any, Any, Any], difficult: Any = 0) -> str:
     """Return an ``<object>`` of a VOC file."""
-
-    def make(name: str, box: tuple[Any, Any, Any, Any], difficult: int = 0) -> str:
-        corners = zip(("xmin", "ymin", "xmax", "ymax"), box, strict=True)
-        corners_xml = "".join(f"<{key}>{value}</{key}>" for key, value in corners)
-        return f"<object><name>{name}</name><difficult>{difficult}</difficult><bndbox>{corners_xml}</bndbox></object>"
-
-    return make
+    corners = "".join(
+        f"<{key}>{value}</{key}>" for key, value in zip(("xmin", "ymin", "xmax", "ymax"), box, strict=True)
+    )
+    return f"<object><name>{name}</name><difficult>{difficult}</difficult><bndbox>{corners}</bndbox></object>"
 
 
-@pytest.fixture
-def voc_xml() -> Callable[..., str]:
-    """Return the text of a VOC file with these objects."""
-
-    def make(*objects: str, size: str = "<size><width>60</width><height>40</height></size>") -> str:
-        return f"<annotation><filename>other.jpg</filename>{size}{''.join(objects)}</annotation>"
-
-    return make
+def voc_xml(*objects: str, filename: str = "other.jpg") -> str:
+    """Return the text of a VOC file of a photo of 60 x 40 with these objects."""
+    size = "<size><width>60</width><height>40</height></size>"
+    return f"<annotation><filename>{filename}</filename>{size}{''.join(objects)}</annotation>"
 
 
 @pytest.fixture(params=MODES)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
 import shutil
-import time
 from pathlib import Path
 
 import cv2
@@ -16,7 +14,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from pycocotools.cocoeval import COCOeval
 
 from earlyexit_ssd.config import get_cfg
 from earlyexit_ssd.data import class_names, load_dataset, require_disjoint
@@ -31,7 +28,7 @@ from earlyexit_ssd.data.dataset import (
 from earlyexit_ssd.data.records import Annotation, Record
 from earlyexit_ssd.data.transforms import build_transforms
 from earlyexit_ssd.errors import DataError
-from tests.data.conftest import write_photo
+from tests.data.conftest import voc_object, voc_xml, write_photo
 
 CHAIR = Annotation((5, 6, 25.5, 36), 1, area=500.0)
 CROWD = Annotation((30, 10, 40, 20), 2, ignore=True)
@@ -49,26 +46,20 @@ def records(photo_file):
 def test_image_and_target_for_evaluation(records):
     dataset = DetectionDataset(records, CLASSES)
     image, target = dataset[0]
-    pixels = np.asarray(Image.open(records[0].path))
-    assert image.dtype == torch.float32
-    assert torch.equal(image, torch.from_numpy(pixels.copy()).permute(2, 0, 1) / 255)
-    assert image.is_contiguous()
-    assert torch.equal(target["boxes"], torch.tensor([[5.0, 6, 25.5, 36], [30, 10, 40, 20]]))
-    assert torch.equal(target["labels"], torch.tensor([1, 2]))
-    assert torch.equal(target["iscrowd"], torch.tensor([0, 1]))
-    assert torch.equal(target["area"], torch.tensor([500.0, 100.0]))
-    assert target["image_id"] == 7
-    assert set(target) == {"boxes", "labels", "image_id", "area", "iscrowd"}
-    assert dataset.path_of(8) == records[1].path
-    assert len(dataset) == 3
+    pixels = np.array(Image.open(records[0].path))
+    assert image.dtype == torch.float32 and image.is_contiguous()
+    assert torch.equal(image, torch.from_numpy(pixels).permute(2, 0, 1) / 255)
+    assert {key: value.tolist() for key, value in target.items() if key != "image_id"} == {
+        "boxes": [[5.0, 6, 25.5, 36], [30, 10, 40, 20]], "labels": [1, 2], "iscrowd": [0, 1], "area": [500.0, 100.0],
+    }  # fmt: skip
+    assert (target["image_id"], dataset.path_of(8), len(dataset)) == (7, records[1].path, 3)
     with pytest.raises(IndexError):
         dataset[3]
 
 
 def test_ignored_objects_are_dropped_in_training(records):
     dataset = DetectionDataset(records, CLASSES, train=True)
-    assert dataset[0][1]["labels"].tolist() == [1]
-    assert dataset[0][1]["iscrowd"].tolist() == [0]
+    assert (dataset[0][1]["labels"].tolist(), dataset[0][1]["iscrowd"].tolist()) == ([1], [0])
     empty = dataset[2][1]
     assert empty["boxes"].shape == (0, 4)
     assert empty["boxes"].dtype == empty["area"].dtype == torch.float32
@@ -76,8 +67,10 @@ def test_ignored_objects_are_dropped_in_training(records):
 
 
 def same(a, b) -> bool:
-    """Return whether two samples have the same image and boxes."""
-    return torch.equal(a[0], b[0]) and torch.equal(a[1]["boxes"], b[1]["boxes"])
+    """Return whether two samples have the same image, boxes and id."""
+    return (
+        torch.equal(a[0], b[0]) and torch.equal(a[1]["boxes"], b[1]["boxes"]) and a[1]["image_id"] == b[1]["image_id"]
+    )
 
 
 def test_views_depend_on_seed_epoch_and_index_only(records):
@@ -87,11 +80,11 @@ def test_views_depend_on_seed_epoch_and_index_only(records):
     dataset, other = make(0), make(0)
     dataset.set_epoch(3)
     other.sample(1, 9)
-    assert same(dataset[0], other.sample(0, 3))
-    assert same(dataset[-3], other.sample(0, 3))
-    assert not same(dataset[0], dataset.sample(0, 4))
-    assert not same(dataset[0], make(1).sample(0, 3))
-    assert dataset.epoch == 3
+    assert same(dataset[0], other.sample(0, 3)) and same(dataset[-3], other.sample(0, 3))
+    assert not same(dataset[0], dataset.sample(0, 4)) and not same(dataset[0], make(1).sample(0, 3))
+    repeated = dataset.subset([records[0], records[0], records[1]])
+    assert [repeated[place][1]["image_id"] for place in range(3)] == [7, 7, 8] and repeated.epoch == 3
+    assert not same(repeated[0], repeated[1])
 
 
 def test_area_after_augmentation_is_that_of_the_box(records):
@@ -123,9 +116,8 @@ def test_unreadable_photo_is_replaced_in_training(records, caplog):
 def test_unreadable_photos_are_an_error(records, train, mode, message):
     for record in records:
         record.path.unlink()
-    dataset = DetectionDataset(records, CLASSES, train=train, on_bad=mode)
     with pytest.raises(DataError, match=message):
-        dataset[2]
+        DetectionDataset(records, CLASSES, train=train, on_bad=mode)[2]
 
 
 def test_photo_of_another_size_than_its_record_is_an_error(photo_file):
@@ -137,13 +129,6 @@ def test_photo_of_another_size_than_its_record_is_an_error(photo_file):
 def test_image_ids_are_unique(records):
     with pytest.raises(DataError, match="the same image_id"):
         DetectionDataset([records[0], records[0]], ("chair",))
-
-
-def test_repeated_photos_have_different_views(records):
-    dataset = DetectionDataset(records, CLASSES, build_transforms("ssd"), train=True)
-    dataset = dataset.subset([*[records[0]] * 3, records[1]])
-    assert [int(dataset[place][1]["image_id"]) for place in range(len(dataset))] == [7, 7, 7, 8]
-    assert not same(dataset[0], dataset[1]) and not same(dataset[1], dataset[2])
 
 
 # Repeated photos of rare classes.
@@ -169,17 +154,14 @@ def test_repeat_factors_by_hand():
 def test_repeated_photos_are_adjacent_and_keep_their_ids():
     dataset = photos((1,), (1,), (1,), (1, 2))
     repeated = repeat_rare_classes(dataset, 1.0, seed=0)  # the cat's factor is sqrt(4)
-    assert [record.image_id for record in repeated.records[-2:]] == [3, 3]
-    assert repeated.path_of(3) == Path("3.jpg")
-    assert len(dataset) == 4
+    assert [record.image_id for record in repeated.records[-2:]] == [3, 3] and len(dataset) == 4
     assert repeat_rare_classes(dataset, 0.0, seed=0) is dataset
 
 
 def test_repeat_factors_are_rounded_at_random_by_seed():
     dataset = photos(*[(1,)] * 900, *[(2,)] * 100)  # factors: 1 at t = 0.225, and 1.5 for the cats
     counts = [len(repeat_rare_classes(dataset, 0.225, seed)) for seed in (0, 0, 1)]
-    assert counts[0] == counts[1] != counts[2]
-    assert np.array(counts) == pytest.approx(1050, abs=25)
+    assert counts[0] == counts[1] != counts[2] and counts == pytest.approx([1050] * 3, abs=25)
 
 
 # The fingerprint of a data set.
@@ -197,24 +179,17 @@ def fingerprint_of(*records, classes=CLASSES):
     return fingerprint(DetectionDataset(records, classes))
 
 
-def test_fingerprint_depends_on_photos_boxes_ids_and_classes(record, tmp_path):
+def test_fingerprint_depends_on_photos_boxes_ids_and_classes_but_not_on_paths(record, tmp_path):
     (tmp_path / "b.jpg").write_bytes(b"another")
+    moved = dataclasses.replace(record, path=shutil.copy(record.path, tmp_path / "c.jpg"))
+    assert fingerprint_of(record) == fingerprint_of(moved)
     boxes = [{"box": (1.0, 2.0, 3.0, 4.5)}, {"label": 2}, {"ignore": True}]
     changes = [{"annotations": (dataclasses.replace(BOX, **change),)} for change in boxes]
     changes += [{"annotations": ()}, {"path": tmp_path / "b.jpg"}, {"image_id": 8}]
-    changed = [dataclasses.replace(record, **change) for change in changes]
-    fingerprints = {
-        fingerprint_of(record),
-        fingerprint_of(record, changed[5]),
-        fingerprint_of(record, classes=("cat", "chair")),
-        *map(fingerprint_of, changed),
-    }
-    assert len(fingerprints) == 3 + len(changed)
-
-
-def test_fingerprint_does_not_depend_on_paths(record, tmp_path):
-    moved = shutil.copy(record.path, tmp_path / "c.jpg")
-    assert fingerprint_of(record) == fingerprint_of(dataclasses.replace(record, path=moved))
+    changed = [(record,), *((dataclasses.replace(record, **change),) for change in changes)]
+    changed.append((record, *changed[-1]))
+    fingerprints = {fingerprint_of(record, classes=("cat", "chair")), *(fingerprint_of(*own) for own in changed)}
+    assert len(fingerprints) == 1 + len(changed)
 
 
 # No photo in two splits.
@@ -256,8 +231,6 @@ def test_photo_listed_twice_is_an_error(make_coco):
     cfg.DATA.DATASETS = (*cfg.DATA.DATASETS, ("again", "tiny.json", "tiny"))
     with pytest.raises(DataError, match=r"^tiny \+ again has the photo .*tiny10.png twice; list each file once"):
         load_dataset(cfg, ("tiny", "again"))
-    with pytest.raises(DataError, match=r"^train has the photo .*tiny10.png twice; list each file once"):
-        require_disjoint(train=dataset(*[load_dataset(cfg, "tiny").records[0].path] * 2))
 
 
 @pytest.mark.parametrize("function", [fingerprint, lambda photos: require_disjoint(train=photos)])
@@ -266,20 +239,12 @@ def test_missing_photo_is_an_error(tmp_path, function):
         function(dataset(tmp_path / "lost.png"))
 
 
-def test_only_files_of_equal_size_are_read(photo_file, monkeypatch):
-    photos = [photo_file("a.png"), photo_file("b.png", (50, 40)), photo_file("c.png", (40, 40))]
-    monkeypatch.setattr(Path, "read_bytes", lambda self: pytest.fail(f"{self} was read"))
-    require_disjoint(train=dataset(photos[0]), calib=dataset(photos[1]), test=dataset(photos[2]))
-
-
-def test_require_disjoint_is_fast(tmp_path):
-    """3,000 photos of 100 kB, all of one size, take less than 2 s of CPU time. Other processes do not count in it."""
-    paths = [tmp_path / f"{number}.bin" for number in range(3000)]
-    for path in paths:
-        path.write_bytes(os.urandom(16) * 6250)
-    start = time.process_time()
-    require_disjoint(train=dataset(*paths[:2000]), calib=dataset(*paths[2000:2500]), test=dataset(*paths[2500:]))
-    assert time.process_time() - start < 2
+def test_only_files_of_equal_size_are_read_and_only_once(photo_file, monkeypatch):
+    read, read_bytes = [], Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda self: read.append(self.name) or read_bytes(self))
+    photos = [photo_file(f"{name}.bmp", (50 + (name == "c"), 40)) for name in "abcde"]
+    require_disjoint(train=dataset(*photos[:3]), calib=dataset(photos[3]), test=dataset(photos[4]))
+    assert sorted(read) == ["a.bmp", "b.bmp", "d.bmp", "e.bmp"]
 
 
 # Conversion to pycocotools.
@@ -288,54 +253,34 @@ def test_require_disjoint_is_fast(tmp_path):
 def test_to_coco_by_hand(records, capsys):
     coco = to_coco(DetectionDataset(records, CLASSES))
     assert capsys.readouterr().out == ""
-    assert coco.getImgIds() == [7, 8, 9]
     image = {"id": 7, "file_name": str(records[0].path), "width": 60, "height": 40}
-    assert coco.loadImgs([7]) == [image]
+    assert coco.loadImgs([7]) == [image] and coco.getImgIds() == [7, 8, 9]
     assert coco.loadCats([1, 2]) == [{"id": 1, "name": "chair"}, {"id": 2, "name": "cat"}]
+    cats = {"category_id": 2, "bbox": [30, 10, 10, 10], "area": 100, "iscrowd": 1}
     assert coco.loadAnns([1, 2, 3]) == [
         {"id": 1, "image_id": 7, "category_id": 1, "bbox": [5, 6, 20.5, 30], "area": 500.0, "iscrowd": 0},
-        {"id": 2, "image_id": 7, "category_id": 2, "bbox": [30, 10, 10, 10], "area": 100, "iscrowd": 1},
-        {"id": 3, "image_id": 9, "category_id": 2, "bbox": [30, 10, 10, 10], "area": 100, "iscrowd": 1},
+        {"id": 2, "image_id": 7, **cats},
+        {"id": 3, "image_id": 9, **cats},
     ]
-    empty = to_coco(DetectionDataset(records[1:2], CLASSES))
-    assert (empty.getImgIds(), empty.getAnnIds()) == ([8], [])
-
-
-def test_cocoeval_ignores_ignored_objects(records, capsys):
-    """The chair is detected perfectly. The detection on the crowd of cats is neither a true nor a false positive."""
-    coco = to_coco(DetectionDataset(records, CLASSES))
-    chair = {"image_id": 7, "category_id": 1, "bbox": [5, 6, 20.5, 30], "score": 0.9}
-    results = coco.loadRes([chair, {**chair, "category_id": 2, "bbox": [30, 10, 10, 10]}])
-    evaluation = COCOeval(coco, results, "bbox")
-    evaluation.evaluate()
-    evaluation.accumulate()
-    evaluation.summarize()
-    assert evaluation.stats[0] == pytest.approx(1.0)
-    assert (evaluation.eval["precision"][:, :, 1] == -1).all(), "no cat counts as ground truth"
 
 
 # The order of photos, in one process, in several, and in a resumed run.
 
 
-class Numbers:
-    """A data set of a given length that remembers its epoch."""
+class Numbers(list):
+    """A data set of numbers. A sample has the number and the epoch."""
 
-    def __init__(self, count: int) -> None:
-        self.count = count
-        self.epoch = None
-
-    def __len__(self) -> int:
-        return self.count
+    epoch = 0
 
     def __getitem__(self, index: int):
-        return torch.tensor([index, self.epoch or 0]), {}
+        return torch.tensor([super().__getitem__(index), self.epoch]), {}
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
 
 def batches(count, batch_size, epoch=0, start=0, seed=0, **options) -> list[list[int]]:
-    loader = build_loader(Numbers(count), batch_size, 0, seed=seed, **options)
+    loader = build_loader(Numbers(range(count)), batch_size, 0, seed=seed, **options)
     loader.sampler.set_epoch(epoch, start)
     indices = [[int(image[0]) for image in images] for images, _ in loader]
     assert len(indices) == len(loader)
@@ -367,13 +312,6 @@ def test_training_drops_the_last_incomplete_batch_unless_it_is_the_only_one(coun
     assert lengths == ([size] * (count // size) if count >= size else [count])
 
 
-def test_evaluation_distributes_whole_batches():
-    assert batches(7, 3, train=False) == [[0, 1, 2], [3, 4, 5], [6]]
-    assert batches(7, 3, train=False, rank=0, world_size=2) == [[0, 1, 2], [6]]
-    assert batches(7, 3, train=False, rank=1, world_size=2) == [[3, 4, 5]]
-    assert batches(2, 3, train=False, rank=1, world_size=2) == []
-
-
 @given(count=st.integers(1, 60), size=st.integers(1, 8), world=st.integers(1, 4), start=st.integers(0, 3))
 @settings(deadline=None, max_examples=40)
 def test_evaluation_batches_are_those_of_a_single_process(count, size, world, start):
@@ -383,38 +321,32 @@ def test_evaluation_batches_are_those_of_a_single_process(count, size, world, st
 
 
 def test_order_depends_on_seed_and_epoch_only():
+    """The global generator is not used, because a resumed run opens one more loader."""
+    assert batches(7, 3, train=False) == [[0, 1, 2], [3, 4, 5], [6]]
     first = batches(50, 5, 2, train=True)
     torch.manual_seed(77)
+    state = torch.get_rng_state()
     assert batches(50, 5, 2, train=True) == first
-    assert batches(50, 5, 3, train=True) != first
-    assert batches(50, 5, 2, train=True, seed=1) != first
-    unset = build_loader(Numbers(50), 5, 0, True, 0).sampler
-    assert list(unset) == [index for batch in batches(50, 5, 0, train=True) for index in batch]
-    assert sorted(index for batch in first for index in batch) == list(range(50))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert batches(50, 5, 3, train=True) != first != batches(50, 5, 2, train=True, seed=1)
+    assert (
+        list(build_loader(Numbers(range(50)), 5, 0, True, 0).sampler)
+        == np.ravel(batches(50, 5, 0, train=True)).tolist()
+    )
+    assert sorted(np.ravel(first)) == list(range(50))
 
 
 def test_resuming_within_an_epoch():
-    whole = [batches(20, 4, epoch, train=True) for epoch in (1, 2)]
-    loader = build_loader(Numbers(20), 4, 0, True, 0)
-    for epoch, start, expected in ((1, 3, whole[0][3:]), (2, 0, whole[1])):
-        loader.sampler.set_epoch(epoch, start)
-        assert len(loader) == len(expected)
-        for _ in range(2):
-            assert [[int(image[0]) for image in images] for images, _ in loader] == expected
+    for epoch, start in ((1, 3), (2, 0)):
+        whole = batches(20, 4, epoch, train=True)
+        assert batches(20, 4, epoch, start, train=True) == whole[start:]
 
 
 def test_set_epoch_reaches_the_data_set_and_its_workers():
-    loader = build_loader(Numbers(4), 2, 1, True, 0)
+    loader = build_loader(Numbers(range(4)), 2, 1, True, 0)
     for epoch in (5, 6):
         loader.sampler.set_epoch(epoch)
         assert {int(image[1]) for images, _ in loader for image in images} == {epoch}
-
-
-def test_loader_does_not_change_the_global_generator():
-    """A resumed run opens one more loader. It must get the same random numbers as an uninterrupted run."""
-    state = torch.get_rng_state()
-    batches(8, 2, train=True)
-    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_views_do_not_depend_on_the_number_of_workers(photo_file):
@@ -425,9 +357,7 @@ def test_views_do_not_depend_on_the_number_of_workers(photo_file):
         loader = build_loader(dataset, 2, workers, True, 0)
         loader.sampler.set_epoch(1)
         views.append([view for images, targets in loader for view in zip(images, targets, strict=True)])
-    for view, again in zip(*views, strict=True):
-        assert same(view, again)
-        assert view[1]["image_id"] == again[1]["image_id"]
+    assert all(same(view, again) for view, again in zip(*views, strict=True))
 
 
 def test_workers_do_not_get_signals_to_the_process_group():
@@ -449,7 +379,7 @@ def test_worker_does_not_hang_after_opencv_used_threads():
     before = cv2.getNumThreads()
     cv2.setNumThreads(4)
     try:
-        dataset = Blurred(2)
+        dataset = Blurred(range(2))
         dataset[0]  # starts OpenCV's threads
         loader = build_loader(dataset, 1, 1, True, 0)
         loader.timeout = 20  # seconds, then it raises
@@ -465,47 +395,38 @@ def test_worker_does_not_hang_after_opencv_used_threads():
 )  # fmt: skip
 def test_impossible_batches(count, size, world, message):
     with pytest.raises(DataError, match=message):
-        build_loader(Numbers(count), size, 0, True, 0, world_size=world)
+        build_loader(Numbers(range(count)), size, 0, True, 0, world_size=world)
 
 
 # load_dataset, from the configuration to the data set.
 
 
-def test_all_classes_of_the_file_by_default(make_coco):
+def test_classes_of_the_file_or_of_the_configuration(make_coco):
     cfg = make_coco()
     dataset = load_dataset(cfg, ["tiny"])
     assert dataset.classes == ("chair", "cat")
     assert [len(record.annotations) for record in dataset.records] == [2, 1, 0]
-    assert dataset[0][1]["iscrowd"].tolist() == [0, 1]
     cfg.DATA.AUGMENTATION = "ssdlite"
-    assert load_dataset(cfg, "tiny", train=True).transforms
-    assert load_dataset(cfg, "tiny").transforms is None
-
-
-def test_one_class_detector(make_coco):
-    cfg = make_coco()
-    cfg.DATA.CLASSES = ("chair",)
-    dataset = load_dataset(cfg, "tiny", train=True)
-    assert dataset.classes == ("chair",)
-    assert [dataset[i][1]["labels"].tolist() for i in range(3)] == [[1], [], []], "the difficult chair is no target"
-    assert len(to_coco(load_dataset(cfg, "tiny")).anns) == 2
+    assert load_dataset(cfg, "tiny", train=True).transforms and not dataset.transforms
+    cfg.DATA.AUGMENTATION, cfg.DATA.CLASSES = "none", ("chair",)
+    chairs = load_dataset(cfg, "tiny", train=True)
+    assert chairs.classes == ("chair",)
+    assert [chairs[i][1]["labels"].tolist() for i in range(3)] == [[1], [], []], "the difficult chair is no target"
 
 
 def test_joined_sets_have_the_classes_of_the_training_set(make_coco):
     make_coco(name="other", categories=[{"id": 62, "name": "dog"}, {"id": 3, "name": "Cat"}])
     cfg = make_coco()
-    cfg.DATA.DATASETS = (*cfg.DATA.DATASETS, ("other", "other.json", "other"))
+    cfg.DATA.DATASETS += (("other", "other.json", "other"),)
     joined = load_dataset(cfg, ("tiny", "other"))
     assert joined.classes == ("chair", "cat"), "the classes of DATA.TRAIN"
     assert [record.image_id for record in joined.records] == [1, 2, 3, 4, 5, 6]
     assert [a.label for record in joined.records for a in record.annotations] == [1, 2, 1, 2]
     cfg.DATA.TRAIN = ("tiny", "other")
     assert load_dataset(cfg, ("tiny", "other")).classes == class_names(cfg) == ("chair", "cat", "dog")
-    cfg.DATA.CLASSES = ("dog",)
-    assert class_names(cfg) == ("dog",)
 
 
-def test_classes_of_left_out_photos_are_no_classes(make_coco, make_voc, voc_xml, voc_object):
+def test_classes_of_left_out_photos_are_no_classes(make_coco, make_voc):
     cfg, boxes = make_coco(), {name: voc_object(name, (5, 5, 20, 20)) for name in ("ape", "bear")}
     make_voc({"a": voc_xml(boxes["ape"], "<object/>"), "b": voc_xml(boxes["bear"])})
     cfg.DATA.DATASETS = (("zoo", "VOCdevkit/VOC2012", "trainval"),)
@@ -515,21 +436,20 @@ def test_classes_of_left_out_photos_are_no_classes(make_coco, make_voc, voc_xml,
 
 def test_negative_share_and_limit(make_coco):
     cfg = make_coco(photos=tuple({"id": i, "file_name": f"{i}.png", "width": 60, "height": 40} for i in range(40, 50)))
+    cfg.DATA.DATASETS += (("more", "", "more"),)
+    write_photo(Path(cfg.DATA.ROOT, "more", "a.png"), (30, 30))
     cfg.DATA.NEGATIVE_SHARE = 0.5
     assert len(load_dataset(cfg, "tiny", train=True)) == 2, "a photo with only a difficult chair is a negative"
     assert len(load_dataset(cfg, "tiny")) == 13, "evaluation keeps all negatives"
-    cfg.DATA.DATASETS += (("more", "", "more"),)
-    write_photo(Path(cfg.DATA.ROOT, "more", "a.png"), (30, 30))
     joined = load_dataset(cfg, ("tiny", "more"), train=True, labels="replaced")
     assert len(joined) == 14, "a photo without labels may show objects"
     cfg.DATA.LIMIT = 2
-    first = [record.image_id for record in load_dataset(cfg, "tiny").records]
-    assert len(first) == 2
-    assert [record.image_id for record in load_dataset(cfg, "tiny").records] == first
+    first, again = (load_dataset(cfg, "tiny").records for _ in range(2))
+    assert len(first) == 2 and first == again
 
 
 def test_bad_records_of_all_kinds(make_coco, tmp_path, on_bad, caplog):
-    box = {"category_id": 62, "bbox": [5, 5, 10, 10]}
+    size, box = {"width": 60, "height": 40}, {"category_id": 62, "bbox": [5, 5, 10, 10]}
     cfg = make_coco(
         entries=(
             {"id": 4, "image_id": 30, **box, "bbox": [5, 5, 0, 5]},
@@ -537,12 +457,12 @@ def test_bad_records_of_all_kinds(make_coco, tmp_path, on_bad, caplog):
             {"id": 6, "image_id": 50, **box, "bbox": [-5, 5, 15, 10]},
         ),
         photos=(
-            {"id": 40, "file_name": "lost.png", "width": 60, "height": 40},
+            {"id": 40, "file_name": "lost.png", **size},
             {"id": 50, "file_name": "big.png", "width": 120, "height": 80},
+            {"id": 60, "file_name": "tiny20.png", **size},  # an export of two videos that both have this frame
         ),
     )
     (tmp_path / "tiny" / "lost.png").unlink()
-    (tmp_path / "tiny" / "tiny10.png").rename(tmp_path / "tiny" / "big.png")
     cfg.DATA.ON_BAD = on_bad
     if on_bad == "refuse":
         with pytest.raises(DataError, match=r"tiny.json: photo tiny30.png .id 30., annotation 4 has box"):
@@ -550,50 +470,41 @@ def test_bad_records_of_all_kinds(make_coco, tmp_path, on_bad, caplog):
         return
     dataset = load_dataset(cfg, "tiny")
     kept = {record.image_id: record for record in dataset.records}
-    assert set(kept) == ({20, 30, 50} if on_bad == "repair" else {20})
+    assert set(kept) == ({10, 30, 50} if on_bad == "repair" else {10})
     if on_bad == "repair":
-        assert kept[50].annotations[0].box == (0, 2.5, 5, 7.5)
-        assert (kept[50].width, kept[50].height) == (60, 40)
+        assert (kept[50].annotations[0].box, kept[50].width, kept[50].height) == ((0, 2.5, 5, 7.5), 60, 40)
     # "skip" leaves out the photo of another size before its boxes are checked
-    counts = {"box without area": 1, "box outside the photo": int(on_bad == "repair"), "2 x missing photo file": 1}
-    for kind, count in counts.items():
-        assert sum(kind in message for message in caplog.messages) == count
+    counts = {"box without area": 1, "box outside the photo": int(on_bad == "repair")}
+    for kind, count in {**counts, "missing photo file": 1, "one file under two ids": 1}.items():
+        assert caplog.text.count(f"1 x {kind}") == count
     assert {image.shape for image, _ in (dataset[i] for i in range(len(dataset)))} == {(3, 40, 60)}
 
 
 def test_no_box_and_no_photo_are_errors(make_coco, tmp_path):
-    cfg = make_coco()
+    cfg = make_coco(annotations=[])
     cfg.DATA.CLASSES = ("cat",)
-    (tmp_path / "tiny.json").write_text(
-        (tmp_path / "tiny.json").read_text().replace('"category_id": 3', '"category_id": 62')
-    )
     for share in (-1.0, 0.5):
         cfg.DATA.NEGATIVE_SHARE = share
         with pytest.raises(DataError, match="no box of cat in 3 photos.*DATA.CLASSES"):
             load_dataset(cfg, "tiny", train=True)
-    for photo in (tmp_path / "tiny").iterdir():
-        photo.unlink()
+    shutil.rmtree(tmp_path / "tiny")
+    (tmp_path / "tiny").mkdir()
     with pytest.raises(DataError, match="no usable photo is left"):
         load_dataset(cfg, "tiny")
 
 
-def test_classes_of_xml_folders(make_coco, make_voc, voc_xml, voc_object):
+def test_classes_of_xml_folders(make_coco, make_voc):
     """All data sets get the classes that occur in the training sets. Photos without objects are negatives."""
     cup, mug = (voc_xml(voc_object(name, (1, 1, 20, 20))) for name in ("cup", "mug"))
-    make_voc({"c": cup, "m": mug}, folder="train")
-    make_voc({"c": cup}, folder="calib")
-    make_voc({"n": voc_xml()}, folder="empty")
+    folders = {"train": {"c": cup, "m": mug}, "calib": {"c": cup}, "empty": {"n": voc_xml()}}
+    for name, texts in folders.items():
+        make_voc(texts, folder=name)
     cfg = make_coco()
-    cfg.DATA.DATASETS = tuple(
-        (name, f"{name}/Annotations", f"{name}/JPEGImages") for name in ("train", "calib", "empty")
-    )
+    cfg.DATA.DATASETS = tuple((name, f"{name}/Annotations", f"{name}/JPEGImages") for name in folders)
     cfg.DATA.TRAIN = ("train", "empty")
-    train = load_dataset(cfg, cfg.DATA.TRAIN, train=True)
-    assert (train.classes, len(train)) == (("cup", "mug"), 3)
-    for chosen in ((), ("mug",)):
-        cfg.DATA.CLASSES = chosen
-        for name in ("calib", "empty"):
-            assert (load_dataset(cfg, name).classes, len(load_dataset(cfg, name))) == (chosen or ("cup", "mug"), 1)
+    assert len(load_dataset(cfg, cfg.DATA.TRAIN, train=True)) == 3
+    for name in folders:
+        assert load_dataset(cfg, name).classes == ("cup", "mug")
     cfg.DATA.CLASSES = ("mgu",)
     with pytest.raises(DataError, match=r"'mgu', which is not a class of train, empty \(did you mean 'mug'\?\)"):
         load_dataset(cfg, cfg.DATA.TRAIN, train=True)
@@ -616,25 +527,23 @@ def test_boxes_of_a_photo_with_swapped_width_and_height(make_coco, caplog):
 
 @pytest.mark.shared
 @pytest.mark.parametrize(
-    ("name", "photos", "chair_photos", "chairs"),
+    ("name", "photos", "chairs"),
     [
-        ("voc2012_animals_test", 614, 26, 40),
-        ("furniture_test", 340, 100, 100),
-        ("coco_2017_val", 327, 41, 138),  # two of them crowds
-        ("voc_xml_sample_trainval", 74, None, 13),
+        ("voc2012_animals_test", 614, 40),
+        ("furniture_test", 340, 100),
+        ("coco_2017_val", 327, 138),  # two of them crowds
+        ("voc_xml_sample_trainval", 74, 13),
     ],
 )
-def test_shared_sets(shared_root, name, photos, chair_photos, chairs):
+def test_shared_sets(shared_root, name, photos, chairs):
     cfg = get_cfg()
     cfg.DATA.update(ROOT=str(shared_root / "data"), CLASSES=("chair",), ON_BAD="refuse")
     dataset = load_dataset(cfg, name)
     counts = [len(record.annotations) for record in dataset.records]
-    assert len(dataset) == photos
-    assert sum(counts) == chairs
-    assert chair_photos is None or sum(count > 0 for count in counts) == chair_photos
+    assert (len(dataset), sum(counts)) == (photos, chairs)
     fullest = counts.index(max(counts))
     image, target = dataset[fullest]
-    assert image.shape == (3, dataset.records[fullest].height, dataset.records[fullest].width)
+    assert image.shape[1:] == dataset.get_height_and_width(fullest)
     assert len(target["boxes"]) == counts[fullest]
 
 
@@ -642,23 +551,12 @@ def test_sets_with_ignored_boxes_only_are_reported(make_coco, caplog):
     box = {"image_id": 10, "category_id": 62, "bbox": [5, 5, 10, 10]}
     cfg = make_coco(annotations=[{"id": 1, "iscrowd": 1, **box}, {"id": 2, "difficult": "yes", **box}])
     cfg.DATA.CLASSES = ("chair",)
-    message = "tiny: all 2 boxes of chair in 3 photos are marked iscrowd, difficult or ignore; set these flags"
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(DataError, match="tiny: all 2 boxes of chair in 3 photos are marked iscrowd, difficult or ig"):
         load_dataset(cfg, "tiny", train=True)
     with caplog.at_level(logging.INFO):
         load_dataset(cfg, "tiny")
     assert "tiny has no box of chair (only boxes to ignore)" in caplog.messages
     assert "tiny: 3 photos, 0 boxes and 2 to ignore, 3 photos without boxes" in caplog.messages
-
-
-def test_file_under_two_ids_is_counted(make_coco, caplog):
-    """Exports of two videos may use one file name for two frames. The boxes would be wrong for one of them."""
-    cfg = make_coco(photos=({"id": 40, "file_name": "tiny10.png", "width": 60, "height": 40},))
-    assert [record.image_id for record in load_dataset(cfg, "tiny").records] == [20, 30]
-    assert "1 x one file under two ids" in caplog.text
-    cfg.DATA.ON_BAD = "refuse"
-    with pytest.raises(DataError, match="photo tiny10.png .id 40. is the same file as id 10, .*: one file under two"):
-        load_dataset(cfg, "tiny")
 
 
 def test_allow_outside_key(make_coco, tmp_path):

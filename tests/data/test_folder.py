@@ -74,46 +74,32 @@ def test_broken_photo_is_dropped_or_refused(folder):
         read_photo_folder("mine", folder, Problems("refuse"))
 
 
-def test_unlabelled_photos_load_with_any_classes_if_labels_are_optional(folder, tmp_path, caplog):
-    cfg = config(tmp_path, CLASSES=("chair", "cat"))
-    dataset = load_dataset(cfg, cfg.DATA.TRAIN, train=True, labels="optional")
-    assert dataset.classes == ("chair", "cat") and len(dataset) == 2
-    assert "has no box" not in caplog.text
-
-
-def test_unlabelled_photos_are_an_error_if_labels_are_required(folder, tmp_path):
-    cfg = config(tmp_path, CLASSES=("chair",))
-    with pytest.raises(DataError, match="'mine' is a folder of photos without labels.*LOSS.SUPERVISION teacher"):
-        load_dataset(cfg, cfg.DATA.TRAIN, train=True)
-    with pytest.raises(DataError, match="'mine' is a folder .*; use data sets with boxes$"):
-        load_dataset(cfg, cfg.DATA.TRAIN)  # every detection would count as a false positive
-
-
-def test_unlabelled_photos_beside_labelled_photos_are_an_error(folder, tmp_path):
+def test_unlabelled_photos_load_only_if_labels_are_optional(folder, tmp_path, caplog):
     box = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [5, 5, 20, 20], "area": 400, "iscrowd": 0}
     datasets = (write_coco(tmp_path, "theirs", [box]), ("mine", "", "photos"))
-    cfg = config(tmp_path, DATASETS=datasets, TRAIN=("theirs", "mine"))
-    with pytest.raises(DataError, match="'mine' is a folder of photos without labels"):
-        load_dataset(cfg, cfg.DATA.TRAIN, train=True)
-    assert len(load_dataset(cfg, cfg.DATA.TRAIN, train=True, labels="optional")) == 3
+    cfg = config(tmp_path, CLASSES=("chair", "cat"), DATASETS=datasets)
+    dataset = load_dataset(cfg, "mine", train=True, labels="optional")
+    assert dataset.classes == ("chair", "cat") and len(dataset) == 2
+    assert "has no box" not in caplog.text
+    assert len(load_dataset(cfg, ("theirs", "mine"), train=True, labels="optional")) == 3
+    for names in ("mine", ("theirs", "mine")):
+        with pytest.raises(DataError, match="'mine' is a folder of photos without labels.*LOSS.SUPERVISION teacher"):
+            load_dataset(cfg, names, train=True)
+    with pytest.raises(DataError, match="'mine' is a folder .*; use data sets with boxes$"):
+        load_dataset(cfg, "mine")  # every detection would count as a false positive
 
 
-def test_labels_argument_of_load_dataset(folder, tmp_path):
-    datasets = (write_coco(tmp_path, "empty", []), ("mine", "", "photos"))
-    cfg = config(tmp_path, DATASETS=datasets, CLASSES=("chair",))
-
-    def accepted_values(name):
-        accepted = set()
-        for labels in get_args(Labels):
-            with contextlib.suppress(DataError):
-                load_dataset(cfg, name, labels=labels)
-                accepted.add(labels)
-        return accepted
-
-    assert accepted_values("mine") == {"replaced", "optional"}  # without annotations
-    assert accepted_values("empty") == {"annotated", "optional"}  # without a chair
-    with pytest.raises(DataError, match="labels is 'require', expected one of required, annotated, replaced, optional"):
-        load_dataset(cfg, "empty", labels="require")
+@pytest.mark.parametrize("labels", [*get_args(Labels), "require"])
+def test_labels_argument_of_load_dataset(folder, tmp_path, labels):
+    """The set "mine" has no annotations, the set "empty" has no chair."""
+    cfg = config(tmp_path, DATASETS=(write_coco(tmp_path, "empty", []), ("mine", "", "photos")), CLASSES=("chair",))
+    accepted = set()
+    for name in ("mine", "empty"):
+        with contextlib.suppress(DataError):
+            load_dataset(cfg, name, labels=labels)
+            accepted.add(name)
+    expected = {"replaced": {"mine"}, "optional": {"mine", "empty"}, "annotated": {"empty"}}
+    assert accepted == expected.get(labels, set())
 
 
 def test_unlabelled_photos_need_classes(folder, tmp_path):

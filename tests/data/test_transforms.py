@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
@@ -33,11 +30,6 @@ def test_mixed_seed_is_pinned():
     """Other seeds would change the views of every resumed run."""
     assert mixed_seed(0, 3, 7) == 6812392217526899882
     assert len({mixed_seed(s, e, i) for s in range(4) for e in range(4) for i in range(20)}) == 320
-
-
-@given(st.lists(st.integers(0, 2**40), min_size=1, max_size=4))
-def test_mixed_seed_is_in_the_range_of_int64(numbers):
-    assert 0 <= mixed_seed(*numbers) < 2**63
 
 
 # The IoU-aware crop.
@@ -100,24 +92,21 @@ def test_crop_keeps_objects_with_centre_inside_and_limits_its_shape(boxes, seed)
 
 
 def test_photo_without_objects_is_not_cropped():
-    for seed in range(20):
-        image, boxes, kept = CROP(coordinates_image(200, 120), np.zeros((0, 4)), np.zeros(0, int), seed)
-        assert (image.shape, boxes.shape, kept.shape) == ((120, 200, 3), (0, 4), (0,))
+    image, boxes, kept = CROP(coordinates_image(200, 120), np.zeros((0, 4)), np.zeros(0, int), 0)
+    assert (image.shape, boxes.shape, kept.shape) == ((120, 200, 3), (0, 4), (0,))
 
 
 def test_crop_reaches_the_minimum_iou(monkeypatch):
     """With 0.7 as the only choice, each window has an IoU of at least 0.7 with the box."""
     monkeypatch.setattr(RandomIoUCrop, "MIN_IOUS", (0.7,))
     box = [[40, 30, 160, 110]]
-    for seed in range(30):
-        window, _, _ = crop(box, seed)
-        assert box_iou(torch.tensor(box, dtype=torch.float64), torch.from_numpy(window)[None]).item() >= 0.7
+    windows = torch.tensor(np.array([crop(box, seed)[0] for seed in range(30)]))
+    assert box_iou(torch.tensor(box, dtype=torch.float64), windows).min() >= 0.7
 
 
-@pytest.mark.parametrize("boxes", [[[40, 30, 160, 110]], [[10, 10, 40, 40], [100, 50, 130, 110]]])
-def test_distribution_of_crops_equals_torchvision(boxes):
+def test_distribution_of_crops_equals_torchvision():
     """The share of uncropped photos, and the means of window size and number of kept objects, over 150 draws."""
-    count = 150
+    count, boxes = 150, [[10, 10, 40, 40], [100, 50, 130, 110]]
     reference = v2.Compose([v2.RandomIoUCrop(), v2.SanitizeBoundingBoxes()])
     photo = tv_tensors.Image(torch.zeros(3, 120, 200, dtype=torch.uint8))
     theirs = []
@@ -141,11 +130,8 @@ BOXES = np.array([[10, 5, 40, 35], [50, 10, 95, 55]], np.float32)
 LABELS = np.array([3, 1])
 
 
-@pytest.mark.parametrize("preset", CHOICES["DATA.AUGMENTATION"])
+@pytest.mark.parametrize("preset", [preset for preset in CHOICES["DATA.AUGMENTATION"] if preset != "none"])
 def test_view_depends_on_the_seed_only(preset):
-    if preset == "none":
-        assert build_transforms(preset) is None
-        return
     first, second = build_transforms(preset), pickle.loads(pickle.dumps(build_transforms(preset)))
     differ = 0
     for seed in range(12):
@@ -154,24 +140,22 @@ def test_view_depends_on_the_seed_only(preset):
         second(IMAGE, BOXES, LABELS, 99)  # earlier draws do not matter
         for value, again in zip(view, second(IMAGE, BOXES, LABELS, seed), strict=True):
             np.testing.assert_array_equal(value, again)
-        differ += image.shape != IMAGE.shape or not np.array_equal(image, IMAGE)
-        assert image.dtype == np.uint8
-        assert (boxes.dtype, labels.dtype) == (np.float32, np.int64)
-        assert len(boxes) == len(labels)
-    assert differ > 2
+        differ += not np.array_equal(image, IMAGE)
+        assert (image.dtype, boxes.dtype, labels.dtype) == (np.uint8, np.float32, np.int64)
+    assert differ > 2 and build_transforms("none") is None
 
 
 def test_flip_mirrors_half_of_the_photos():
     flip = build_transforms("flip")
     flipped = 0
-    for seed in range(200):
+    for seed in range(60):
         image, boxes, labels = flip(IMAGE, BOXES, LABELS, seed)
         if not np.array_equal(image, IMAGE):
             flipped += 1
             np.testing.assert_array_equal(image, IMAGE[:, ::-1])
             np.testing.assert_allclose(boxes, [[60, 5, 90, 35], [5, 10, 50, 55]], atol=1e-4)
         assert labels.tolist() == [3, 1]
-    assert 70 < flipped < 130
+    assert 18 < flipped < 42
 
 
 def test_ssdlite_does_not_change_colours():
@@ -207,33 +191,14 @@ def test_zoom_out_moves_the_boxes_with_the_photo():
     sizes = []
     for seed in range(30):
         view, boxes, _ = zoom(image, np.array([[20, 10, 80, 40]]), np.array([1]), seed)
-        assert view.shape == image.shape
         rows, columns = np.nonzero((view[..., 0] > 200) & (view[..., 1] < 50))
         seen = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
         np.testing.assert_allclose(boxes[0], seen, atol=1.5)
         sizes.append((boxes[0, 2] - boxes[0, 0]) / 60)
-    assert min(sizes) >= 0.24
-    assert min(sizes) < 0.4 < 0.7 < max(sizes) <= 1
-    assert (view == np.array(CANVAS)).all(axis=2).any()
-
-
-def test_augmentation_is_fast():
-    """The median for a photo of 320 x 320 should be below 5 ms. The limit is three times that, because machines of CI
-    differ: 2 ms on most, 5.7 ms on one."""
-    photo = np.random.default_rng(0).integers(0, 256, (320, 320, 3), np.uint8)
-    for preset in ("ssdlite", "ssd"):
-        transforms = build_transforms(preset)
-        times = []
-        for seed in range(40):
-            start = time.thread_time()
-            transforms(photo, BOXES, LABELS, seed)
-            times.append(time.thread_time() - start)
-        assert sorted(times)[20] < 0.015
+    assert view.shape == image.shape and (view == np.array(CANVAS)).all(axis=2).any()
+    assert 0.24 <= min(sizes) < 0.4 < 0.7 < max(sizes) <= 1
 
 
 def test_update_check_of_albumentations_is_disabled():
     """Importing the package sets the variable."""
-    code = "import os, earlyexit_ssd; print(os.environ['NO_ALBUMENTATIONS_UPDATE'])"
-    environment = {name: value for name, value in os.environ.items() if name != "NO_ALBUMENTATIONS_UPDATE"}
-    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert run.stdout == "1\n"
+    assert os.environ["NO_ALBUMENTATIONS_UPDATE"] == "1"

@@ -11,7 +11,7 @@ from earlyexit_ssd.data.problems import Problems
 from earlyexit_ssd.data.records import RawDataset
 from earlyexit_ssd.data.voc import VOC_CLASSES, read_voc, read_xml_folder
 from earlyexit_ssd.errors import DataError
-from tests.data.conftest import repaired_and_skipped, write_photo
+from tests.data.conftest import repaired_and_skipped, voc_object, voc_xml, write_photo
 
 
 def read(devkit: Path, problems: Problems | None = None, split: str = "trainval") -> RawDataset:
@@ -27,57 +27,41 @@ def paths_of(raw: RawDataset, folder: Path) -> list[str]:
     return [os.path.relpath(record.path, folder) for record in raw.records]
 
 
-def test_one_based_pixels_become_zero_based_boxes(make_voc, voc_xml, voc_object):
-    """One box covers the whole photo of 60 x 40, the other its last pixel."""
+def test_one_based_pixels_become_zero_based_boxes(make_voc):
+    """One box covers the whole photo of 60 x 40, the other its last pixel. VOC's classes have the names of COCO."""
     text = voc_xml(voc_object("sofa", (1, 1, 60, 40)), voc_object("dog", (60, 40, 60, 40), difficult=1))
     raw = read(make_voc({"a": text}))
-    assert raw.classes == VOC_CLASSES
+    assert raw.classes == VOC_CLASSES and len(set(VOC_CLASSES)) == 20
+    assert {"airplane", "couch", "dining table", "motorcycle", "potted plant", "tv"} < set(VOC_CLASSES)
     whole, pixel = raw.records[0].annotations
-    assert whole.box == (0, 0, 60, 40)
-    assert pixel.box == (59, 39, 60, 40)
-    assert (raw.classes[whole.label - 1], raw.classes[pixel.label - 1]) == ("couch", "dog")
-    assert (whole.ignore, pixel.ignore) == (False, True)
+    assert (whole.box, raw.classes[whole.label - 1], whole.ignore) == ((0, 0, 60, 40), "couch", False)
+    assert (pixel.box, raw.classes[pixel.label - 1], pixel.ignore) == ((59, 39, 60, 40), "dog", True)
     assert (raw.records[0].width, raw.records[0].height) == (60, 40)
 
 
-def test_voc_classes_have_names_of_coco():
-    assert len(set(VOC_CLASSES)) == 20
-    for name in ("airplane", "couch", "dining table", "motorcycle", "potted plant", "tv"):
-        assert name in VOC_CLASSES
-
-
-def test_classes_are_those_that_occur_if_one_is_not_in_voc(make_voc, voc_xml, voc_object):
+def test_classes_are_those_that_occur_if_one_is_not_in_voc(make_voc):
     text = voc_xml(voc_object("stool", (1, 1, 9, 9)), voc_object("chair", (1, 1, 9, 9)))
     raw = read(make_voc({"a": text}))
     assert raw.classes == ("chair", "stool")
     assert [a.label for a in raw.records[0].annotations] == [2, 1]
 
 
-def test_xml_folder_has_the_classes_that_occur(make_voc, voc_xml, voc_object, tmp_path):
+def test_xml_folder_has_the_classes_that_occur(make_voc, tmp_path):
     """They are not VOC's twenty, even if all names are names of VOC."""
     devkit = make_voc({"b": voc_xml(), "a": voc_xml(voc_object("sofa", (1, 1, 9, 9)))})
     raw = read_xml_folder("v", devkit / "Annotations", devkit / "JPEGImages", Problems())
     assert (raw.classes, raw.open_classes) == (("couch",), True)
     assert paths_of(raw, devkit / "JPEGImages") == ["a.jpg", "b.jpg"]
-    (devkit / "Annotations/a.xml").unlink()
-    raw = read_xml_folder("v", devkit / "Annotations", devkit / "JPEGImages", Problems())
-    assert (raw.classes, raw.open_classes, len(raw.records)) == ((), True, 1)
     assert read(make_voc({"b": voc_xml()}, "negatives"), split="negatives").classes == ()
     with pytest.raises(DataError, match="no XML file here"):
         read_xml_folder("v", devkit / "JPEGImages", tmp_path, Problems())
 
 
-def test_boxes_of_parts_are_not_read(make_voc, voc_xml):
+def test_boxes_of_parts_are_not_read(make_voc):
     part = "<part><name>head</name><bndbox><xmin>2</xmin><ymin>2</ymin><xmax>3</xmax><ymax>3</ymax></bndbox></part>"
     box = "<bndbox><xmax>30</xmax><xmin>11</xmin><ymax>20.5</ymax><ymin>5</ymin></bndbox>"
     raw = read(make_voc({"a": voc_xml(f"<object><name>person</name>{part}{box}</object>")}))
     assert [a.box for a in raw.records[0].annotations] == [(10, 4, 30, 20.5)]
-
-
-def test_missing_split_is_an_error_with_the_existing_splits(make_voc, voc_xml):
-    devkit = make_voc({"a": voc_xml()})
-    with pytest.raises(DataError, match=r"val.txt: no such list of photos, expected .*: trainval"):
-        read(devkit, split="val")
 
 
 SIZE = "<size><width>60</width><height>40</height></size>"
@@ -99,7 +83,7 @@ SIZE = "<size><width>60</width><height>40</height></size>"
         (f"<annotation>{SIZE.replace('60', '0')}</annotation>", "photo without width and height", "'0'"),
     ],
 )
-def test_broken_files(make_voc, voc_xml, text, kind, value):
+def test_broken_files(make_voc, text, kind, value):
     devkit = make_voc({"good": voc_xml(), "bad": text})
     message = f"bad.xml.*{value}.*: {kind}"
     repaired, skipped = repaired_and_skipped(lambda problems: read(devkit, problems), {kind: 1}, message)
@@ -109,7 +93,7 @@ def test_broken_files(make_voc, voc_xml, text, kind, value):
     assert [record.path.stem for record in skipped.records] == ["good"]
 
 
-def test_missing_xml_and_repeated_lines_are_counted(make_voc, voc_xml):
+def test_missing_xml_and_repeated_lines_are_counted(make_voc):
     devkit = make_voc({"a": voc_xml()})
     (devkit / "ImageSets/Main/trainval.txt").write_text("a -1\n\na  1\nlost\n", encoding="utf-8-sig")
     problems = Problems()
@@ -131,7 +115,7 @@ def test_missing_xml_and_repeated_lines_are_counted(make_voc, voc_xml):
         ("sub/a 1\n", ["sub/a"], []),
     ],
 )
-def test_lines_of_a_split(make_voc, voc_xml, listing, listed, others):
+def test_lines_of_a_split(make_voc, listing, listed, others):
     """Names may have spaces or quotes, and the last column of lists per class, even if a photo with the shorter name
     exists."""
     devkit = make_voc({"good": voc_xml()})
@@ -143,8 +127,10 @@ def test_lines_of_a_split(make_voc, voc_xml, listing, listed, others):
     assert paths_of(read(devkit), devkit / "JPEGImages") == [f"{name}.jpg" for name in listed]
 
 
-def test_split_that_is_not_a_text_file_is_an_error(make_voc, voc_xml):
+def test_split_that_is_not_a_text_file_is_an_error(make_voc):
     devkit = make_voc({"a": voc_xml()})
+    with pytest.raises(DataError, match=r"val.txt: no such list of photos, expected .*: trainval"):
+        read(devkit, split="val")
     (devkit / "ImageSets/Main/latin.txt").write_bytes("b\u00e4r".encode("latin-1"))
     with pytest.raises(DataError, match=r"latin.txt: cannot be read as a list of photos .*; save it as text in UTF-8"):
         read(devkit, split="latin")
@@ -156,7 +142,7 @@ def test_split_that_is_not_a_text_file_is_an_error(make_voc, voc_xml):
 
 
 @pytest.mark.parametrize("line", ["../JPEGImages/secret", "/etc/passwd", "nul\0", "x" * 5000, "pipe"])
-def test_lines_without_an_annotation_file_are_counted(make_voc, voc_xml, line):
+def test_lines_without_an_annotation_file_are_counted(make_voc, line):
     devkit = make_voc({"a": voc_xml()})
     (devkit / "JPEGImages/secret.xml").write_text(voc_xml())
     os.mkfifo(devkit / "Annotations/pipe.xml")
@@ -183,10 +169,10 @@ def test_lines_without_an_annotation_file_are_counted(make_voc, voc_xml, line):
         ("../secret.jpg", ("a.jpg",), "a.jpg", None),
     ],
 )
-def test_photo_of_an_annotation(tmp_path, voc_xml, filename, photos, used, kind):
+def test_photo_of_an_annotation(tmp_path, filename, photos, used, kind):
     """<filename> precedes the name of the XML file. If neither is unique, no photo is used."""
     (tmp_path / "x").mkdir()
-    (tmp_path / "x/a.xml").write_text(voc_xml().replace("other.jpg", filename))
+    (tmp_path / "x/a.xml").write_text(voc_xml(filename=filename))
     for name in (*photos, "../secret.jpg"):
         write_photo(tmp_path / "p" / name)
 
@@ -198,25 +184,19 @@ def test_photo_of_an_annotation(tmp_path, voc_xml, filename, photos, used, kind)
     if kind:
         results = repaired_and_skipped(read_paths, {kind: 1}, f"a.xml: .*: {kind}")
         assert results == ([used] if used else [], [])
+        if "secret" in filename:
+            assert paths_of(read_folder(tmp_path, Problems(), allow_outside=True), tmp_path / "p") == [filename]
     else:
         assert read_paths(Problems("refuse")) == [used]
 
 
-def test_photos_outside_are_read_if_allowed(tmp_path, voc_xml):
-    for folder in ("x", "p"):
-        (tmp_path / folder).mkdir()
-    write_photo(tmp_path / "secret.jpg")
-    (tmp_path / "x/a.xml").write_text(voc_xml().replace("other.jpg", str(tmp_path / "secret.jpg")))
-    assert paths_of(read_folder(tmp_path, allow_outside=True), tmp_path) == ["secret.jpg"]
-
-
-def test_files_that_are_left_out_are_counted(tmp_path, voc_xml, caplog):
+def test_files_that_are_left_out_are_counted(tmp_path, caplog):
     for name in ("a", "b", "sub/c", "sub/d", "e"):
         write_photo(tmp_path / f"p/{name}.jpg")
     (tmp_path / "x/sub").mkdir(parents=True)
     for name in ("a.xml", "b.XML", "sub/c.xml", "e.txt"):
         (tmp_path / "x" / name).write_text(voc_xml())
-    (tmp_path / "x/sub/flat.xml").write_text(voc_xml().replace("other.jpg", "e.jpg"))
+    (tmp_path / "x/sub/flat.xml").write_text(voc_xml(filename="e.jpg"))
     problems = Problems("refuse")
     raw = read_folder(tmp_path, problems)
     assert paths_of(raw, tmp_path / "p") == ["a.jpg", "b.jpg", "sub/c.jpg", "e.jpg"]
@@ -225,18 +205,15 @@ def test_files_that_are_left_out_are_counted(tmp_path, voc_xml, caplog):
     assert "v: 1 x photo without annotations (left out); the first: " in caplog.text and "sub/d.jpg" in caplog.text
 
 
-@pytest.mark.parametrize(
-    ("text", "ignore", "unusable"),
-    [("Unspecified", False, 0), ("0.0", False, 0), ("", False, 0), ("TRUE", True, 0), ("perhaps", False, 1)],
-)
-def test_difficult_as_text(make_voc, voc_xml, voc_object, text, ignore, unusable):
-    problems = Problems()
-    raw = read(make_voc({"a": voc_xml(voc_object("cat", (1, 1, 9, 9), difficult=text))}), problems)
-    assert [annotation.ignore for annotation in raw.records[0].annotations] == [ignore]
-    assert problems.counts["unusable flag"] == unusable
+def test_difficult_as_text(make_voc):
+    problems, texts = Problems(), ("Unspecified", "0.0", "", "TRUE", "perhaps")
+    objects = [voc_object("cat", (1, 1, 9, 9), difficult=text) for text in texts]
+    raw = read(make_voc({"a": voc_xml(*objects)}), problems)
+    assert [annotation.ignore for annotation in raw.records[0].annotations] == [False, False, False, True, False]
+    assert problems.counts == {"unusable flag": 1}
 
 
-def test_normalized_boxes(make_voc, voc_xml, voc_object):
+def test_normalized_boxes(make_voc):
     normalized, pixels = voc_object("cat", (0.1, 0.2, 0.5, 0.6)), voc_object("cat", (5, 5, 9, 9))
     devkit = make_voc({"a": voc_xml(normalized), "b": voc_xml(pixels)})
     problems = Problems("skip")
@@ -247,7 +224,7 @@ def test_normalized_boxes(make_voc, voc_xml, voc_object):
         read(devkit, Problems())
 
 
-def test_two_names_of_one_class_are_counted(make_voc, voc_xml, voc_object):
+def test_two_names_of_one_class_are_counted(make_voc):
     problems = Problems()
     text = voc_xml(voc_object("sofa", (1, 1, 9, 9)), voc_object("couch", (1, 1, 9, 9)))
     assert read(make_voc({"a": text}), problems).classes == VOC_CLASSES

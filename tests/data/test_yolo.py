@@ -69,6 +69,7 @@ def test_sources_of_a_split(root, source):
     assert raw.records[0].annotations[0].box == pytest.approx(CUP)
 
 
+@pytest.mark.parametrize("above", ["", "images/yolo"])  # a folder images above the data set stays
 @pytest.mark.parametrize(
     ("photo", "labels"),
     [
@@ -78,21 +79,14 @@ def test_sources_of_a_split(root, source):
         ("images/a/images.png", "labels/a/images.txt"),
     ],
 )
-def test_label_path(root, photo, labels):
+def test_label_path(root, photo, labels, above):
+    root /= above
     write_photo(root / photo)
     write(root, labels, "1 0.5 0.5 1 1")
     write(root, "data.yaml", f"train: {Path(photo).parent.as_posix()}\nnames: [cup, mug]")
     (record,) = (record for record in read(root).records if record.path == root / photo)
     assert record.source == root / labels
     assert [(annotation.label, annotation.box) for annotation in record.annotations] == [(2, (0, 0, 60, 40))]
-
-
-def test_folder_images_above_the_data_set_is_not_replaced(root):
-    write_photo(root / "images/yolo/photos/x.png")
-    write(root / "images/yolo", "data.yaml", "train: photos\nnames: [cup]")
-    write(root / "images/yolo", "photos/x.txt", "0 0.5 0.5 0.5 0.6")
-    (record,) = read(root / "images/yolo").records
-    assert record.annotations[0].box == pytest.approx(CUP)
 
 
 def test_polygons_become_bounding_boxes_and_keypoints_are_ignored(root):
@@ -107,18 +101,11 @@ def test_polygons_become_bounding_boxes_and_keypoints_are_ignored(root):
 @pytest.mark.parametrize(
     ("line", "kind"),
     [
-        ("0 0.5 0.5 0.5", "malformed label line"),
-        ("0 0.5 0.5 0.5 0.5 0.9", "malformed label line"),
-        ("cup 0.5 0.5 0.5 0.5", "malformed label line"),
+        *((line, "malformed label line") for line in ("0 0.5 0.5 0.5", "0 0.5 0.5 0.5 0.5 0.9", "cup 0.5 0.5 0.5 0.5")),
+        *((f"{label} 0.5 0.5 0.5 0.5", "unknown label") for label in ("2", "-1", "0.5", "nan")),
+        *((line, "box with NaN or infinity") for line in ("0 nan 0.5 0.5 0.5", "0 0.5 0.5 inf 0.5")),
+        *((line, "box in pixels") for line in ("0 1.5 0.5 0.5 0.5", "0 0.5 0.5 -0.5 0.5")),
         ("0,0.5,0.5,0.5,0.5", "malformed label line"),
-        ("2 0.5 0.5 0.5 0.5", "unknown label"),
-        ("-1 0.5 0.5 0.5 0.5", "unknown label"),
-        ("0.5 0.5 0.5 0.5 0.5", "unknown label"),
-        ("nan 0.5 0.5 0.5 0.5", "unknown label"),
-        ("0 nan 0.5 0.5 0.5", "box with NaN or infinity"),
-        ("0 0.5 0.5 inf 0.5", "box with NaN or infinity"),
-        ("0 1.5 0.5 0.5 0.5", "box in pixels"),
-        ("0 0.5 0.5 -0.5 0.5", "box in pixels"),
         ("0 0.1 0.1 0.2 0.2", "duplicate label line"),
         ("0 0.5 0.5 0 0.5", "box without area"),
         ("0 0.9 0.5 0.4 0.5", "box outside the photo"),

@@ -43,17 +43,17 @@ def test_aps_of_a_run(tmp_path, name, text, aps):
 def test_other_runs_beside_a_checkpoint_are_ignored(tmp_path):
     write_text(tmp_path / "other" / "metrics.json", '{"AP50": 0.5}')
     assert run_evidence(tmp_path / "model.pth", ModelEvidence(), ExitRouter(1)) == {}
-    write_text(tmp_path / "metrics.json", '{"exit_rate": 1.0}')
-    assert run_evidence(tmp_path / "model.pth", ModelEvidence(), ExitRouter(1))["computed_aps"] == 0
 
 
-def test_curves_of_a_run(tmp_path):
+@pytest.mark.parametrize(
+    ("policy", "confidences"), [("ambiguous_mass", {"exit8": [0.4, 0.1]}), ("mean_foreground", {})]
+)
+def test_curves_of_a_run(tmp_path, policy, confidences):
     write_text(tmp_path / "config.yaml", "")
     lines = ['{"step": 1, "confidence/exit8": 0.4, "temperature/exit8": 1.5}', '{"step": 2, "confidence/exit8": 0.1}']
     write_text(tmp_path / "exits" / "log.jsonl", "\n".join(lines))
-    for policy, confidences in (("ambiguous_mass", {"exit8": [0.4, 0.1]}), ("mean_foreground", {})):
-        evidence = run_evidence(tmp_path / "model.pth", ModelEvidence(), ExitRouter(1, policy=policy))
-        assert evidence["confidences"] == confidences and evidence["temperatures"] == {"exit8": [1.5]}
+    evidence = run_evidence(tmp_path / "model.pth", ModelEvidence(), ExitRouter(1, policy=policy))
+    assert evidence["confidences"] == confidences and evidence["temperatures"] == {"exit8": [1.5]}
 
 
 def test_findings_of_undefined_figures_are_written(tmp_path):
@@ -165,24 +165,15 @@ def test_a_bad_figure_that_improves_is_reported_in_the_last_third_only(photos, m
     ]
 
 
-def test_temperatures_are_noted_after_epochs_without_checks_too(photos, model):
-    model.router = ExitRouter(1, learn_temperatures=True)
-    watch = Watch(photos, model)
-    watch.before_training(trainer_at(0))
-    watch.longest = 1e9  # there is no time for checks
-    for step in (10, 15, 20):
-        watch.after_step(trainer_at(step))
-    assert watch.temperatures == {"exit8": [1.0, 1.0]}
-
-
 def test_checks_take_at_most_one_percent_of_the_time(photos, model):
-    watch = Watch(photos, model)
+    model.router = ExitRouter(1, learn_temperatures=True)
+    watch, runs = Watch(photos, model), []
     watch.before_training(trainer_at(0))
-    runs = []
     watch.run_checks = lambda epoch, last_third: runs.append((epoch, last_third))
     watch.longest, watch.spent = 1.0, 0.0
-    watch.after_step(trainer_at(40))  # the checks take one second, and the training has not run for 100
-    assert runs == []
+    for step in (10, 15, 20):  # the checks take one second, and the training has not run for 100
+        watch.after_step(trainer_at(step))
+    assert runs == [] and watch.temperatures == {"exit8": [1.0, 1.0]}  # noted without checks too
     watch.start -= 101
     watch.after_step(trainer_at(40))
     assert runs == [(4, True)]
