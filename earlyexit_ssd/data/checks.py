@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,20 +102,32 @@ def check_boxes(raw: RawDataset, problems: Problems) -> RawDataset:
     outside their photo stay, because :func:`clip_boxes` needs the size of the photo file."""
 
     def is_usable(annotation: Annotation, record: Record) -> bool:
+        finite = all(map(math.isfinite, annotation.box))
         if not 1 <= annotation.label <= len(raw.classes):
-            kind = "unknown label"
             where = describe(record, annotation.id)
             message = f"{where} has label {annotation.label}, expected 1 to {len(raw.classes)}"
-        elif not has_area(annotation.box) or not all(map(math.isfinite, annotation.box)):
-            kind = "box without area" if all(map(math.isfinite, annotation.box)) else "box with NaN or infinity"
-            message = _describe_box(annotation, record)
+            problems.add("unknown label", message, record.image_id)
+        elif not finite or not has_area(annotation.box):
+            kind = "box without area" if finite else "box with NaN or infinity"
+            problems.add(kind, _describe_box(annotation, record), record.image_id)
         else:
             return True
-        problems.add(kind, message, record.image_id)
         return False
 
+    _note_small_boxes(raw, problems)
     records = [r.with_annotations(a for a in r.annotations if is_usable(a, r)) for r in raw.records]
     return dataclasses.replace(raw, records=problems.kept(records))
+
+
+def _note_small_boxes(raw: RawDataset, problems: Problems) -> None:
+    """Note a set of large photos whose boxes all lie in 0..100 or 0..1000: they may be in percent or thousandths."""
+    annotated = [record for record in raw.records if record.annotations]
+    corners = [max(annotation.box[2:]) for record in annotated for annotation in record.annotations]
+    for limit in (100, 1000):
+        large = all(min(record.width, record.height) > 3 * limit for record in annotated)
+        if large and len(corners) > 3 and max(corners) <= limit:
+            message = f"{raw.name}: all {len(corners)} boxes lie in 0..{limit}, but photos are over 3 times as large"
+            return problems.note("set with small boxes only", message)
 
 
 def _describe_box(annotation: Annotation, record: Record) -> str:
@@ -163,19 +175,19 @@ def check_photos(records: Sequence[Record], problems: Problems) -> list[Record]:
     return list(problems.kept(filter(None, checked)))
 
 
-def file_identity(path: Path) -> tuple[int, int] | None:
+def file_identity(path: Path) -> Hashable:
     """Return a key that is equal for all paths and links to the same file, or None if there is no file."""
     try:
         status = os.stat(path)
     except (OSError, ValueError):
         return None
-    return status.st_dev, status.st_ino
+    return (status.st_dev, status.st_ino) if status.st_ino else os.path.realpath(path)
 
 
 def drop_repeated_files(raw: RawDataset, problems: Problems) -> RawDataset:
     """Keep the first of several records of one photo file. Keep none of them if their objects differ, as in an export
     that has merged frames of two videos under the same file names."""
-    first: dict[tuple[int, int], Record] = {}
+    first: dict[Hashable, Record] = {}
     for record in raw.records:
         identity = file_identity(record.path)
         other = record if identity is None else first.setdefault(identity, record)

@@ -51,6 +51,7 @@ REPAIRS = {
     # for `Problems.note`: not an error of a record, so never refused
     "photo without annotations": "left out",
     "file of another kind": "left out",
+    "set with small boxes only": "treated as pixels; check that they are not percent or thousandths of the photo",
 }
 
 

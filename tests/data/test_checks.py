@@ -159,6 +159,17 @@ def test_normalized_boxes_are_an_error_if_most_and_counted_if_few(on_bad):
 
 
 @pytest.mark.parametrize(
+    ("size", "bottom", "count"), [((640, 480), 100, 1), ((640, 300), 100, 0), ((640, 480), 101, 0)]
+)
+def test_boxes_in_percent_are_noted(size, bottom, count):
+    """All boxes lie within 100 px, and the photos are more than three times as large. It is a note, not an error."""
+    records = [Record(i, Path("a.jpg"), *size, (Annotation((1, 1, 9, bottom), 1),)) for i in range(4)]
+    problems = Problems("refuse")
+    check_boxes(RawDataset("set", ("chair",), tuple(records)), problems)
+    assert problems.counts == ({"set with small boxes only": 1} if count else {})
+
+
+@pytest.mark.parametrize(
     ("names", "joined"),
     [(("a", "A", "b", "b"), 1), (("left_turn", "Left Turn"), 1), (("sofa", "couch"), 1), (("cup", "Cup", "CUP"), 2)],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import shutil
 from pathlib import Path
 
@@ -361,7 +362,7 @@ def test_views_do_not_depend_on_the_number_of_workers(photo_file):
 
 
 def test_workers_do_not_get_signals_to_the_process_group():
-    iterator = iter(build_loader(Numbers(2), 1, workers=1, train=False, seed=0))
+    iterator = iter(build_loader(Numbers(range(2)), 1, workers=1, train=False, seed=0))
     next(iterator)
     (worker,) = iterator._workers
     assert os.getpgid(worker.pid) != os.getpgrp()
