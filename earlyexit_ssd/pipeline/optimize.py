@@ -124,8 +124,11 @@ def optimize(
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise EarlyExitError("optimize under torchrun: it times networks and runs in one process; start it without")
-    if goal.int8:
-        _require_8_bits(cfg.EVAL.RUNTIME)
+    runtime = cfg.EVAL.RUNTIME
+    if goal.int8 and runtime not in FORMAT_OF_RUNTIME:
+        raise EarlyExitError(f"8 bits do not run in {runtime}; add --runtime onnxruntime or --runtime openvino")
+    if goal.int8 and runtime == OPENVINO:
+        import_package("nncf")
     given, out = weights or cfg.MODEL.WEIGHTS, Path(out_dir)
     if os.path.realpath(given) in [os.path.realpath(out / name) for name in (*MODEL_FILES, BASE_FILE)]:
         raise EarlyExitError(f"{given}: the search would replace these weights by its result; name another --out")
@@ -134,8 +137,12 @@ def optimize(
     search = CandidateSearch(cfg, weights, goal, out)
     measured, rivals = _measure_candidates(search, stop_at), search.rivals()
     chosen = choose_candidate(measured, goal)
-    written = () if chosen is None else MODEL_FILES if cfg.EVAL.RUNTIME == OPENVINO else MODEL_FILES[:2]
-    _set_aside(out, [name for name in MODEL_FILES if name not in written])
+    written = () if chosen is None else MODEL_FILES if runtime == OPENVINO else MODEL_FILES[:2]
+    for path in (out / name for name in MODEL_FILES if name not in written):
+        if path.exists():  # of an earlier search, and not to be taken for the result of this one
+            with writing(path):
+                os.replace(path, path.with_name(f"former_{path.name}"))
+            logger.warning("%s is of an earlier search: renamed to former_%s", path, path.name)
     results, test, ship, int8 = None, None, False, None
     if chosen is None:
         summary = _summary_without_choice(measured, goal)
@@ -155,28 +162,11 @@ def optimize(
     outcome = Outcome(measured[0], chosen, candidates, test, ship, summary)
     write_json(search.out / "optimize.json", outcome.to_json())
     write_text(search.out / "summary.txt", summary + "\n")
-    write_image(search.out / "candidates.png", candidates_chart(candidates, chosen, cfg.EVAL.RUNTIME))
+    write_image(search.out / "candidates.png", candidates_chart(candidates, chosen, runtime))
     with never_failing(search.out / "report.html"):
         page = search_page(candidates, chosen, summary, ship, results, test)
         write_page(search.out / "report.html", page)
     return outcome
-
-
-def _set_aside(folder: Path, names: Sequence[str]) -> None:
-    """Rename files of an earlier search that this search does not write, so that they are not taken for its result."""
-    for name in names:
-        if (folder / name).exists():
-            with writing(folder / name):
-                os.replace(folder / name, folder / f"former_{name}")
-            logger.warning("%s is of an earlier search: renamed to former_%s", folder / name, name)
-
-
-def _require_8_bits(runtime: str) -> None:
-    """Raise EarlyExitError if files in 8 bits cannot be made for this runtime."""
-    if runtime not in FORMAT_OF_RUNTIME:
-        raise EarlyExitError(f"8 bits do not run in {runtime}; add --runtime onnxruntime or --runtime openvino")
-    if runtime == OPENVINO:
-        import_package("nncf")
 
 
 def _warn_if_busy() -> None:
@@ -261,14 +251,9 @@ class CandidateSearch:
         self.reference = self.base.recording.detections[-1]
         self.candidates = self.plan.candidates(with_empty_exits=self.has_empty_photos)
         keys = [candidate.key for candidate in self.candidates]
-        photos = [
-            fingerprint(set_) for set_ in (load_dataset(cfg, cfg.DATA.TRAIN, labels="optional"), self.sets["CALIB"])
-        ]
-        settings = (
-            with_values(cfg, NOT_IN_KEY).dump(),
-            dataclasses.replace(goal, minutes=None, int8=False),
-            self.architecture,
-        )
+        photos = [*map(fingerprint, (load_dataset(cfg, cfg.DATA.TRAIN, labels="optional"), self.sets["CALIB"]))]
+        goal = dataclasses.replace(goal, minutes=None, int8=False)
+        settings = with_values(cfg, NOT_IN_KEY).dump(), goal, self.architecture
         text = f"{weights_hash(self.model)} {photos} {settings} {keys}"
         self.key = hashlib.sha256(text.encode()).hexdigest()
 
