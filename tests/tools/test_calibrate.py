@@ -87,25 +87,6 @@ def test_unreachable_speedup_and_too_few_photos(trained, capsys):
     assert load_certificate(root / "closed" / "certificate.json").closed
 
 
-@pytest.mark.parametrize(
-    ("more", "message"),
-    [
-        (["--risk", "1.5"], "risk is 1.5, expected a number in (0, 1)"),
-        (["--risk", "0.1", "--delta", "0"], "delta is 0"),
-        (["--speedup", "-1"], "speedup is -1, expected a number above 0"),
-        (["--ap-drop", "-0.1"], "ap_drop is -0.1, expected a number in [0, 1]"),
-        (
-            ["--risk", "0.1", "ROUTING.POLICY", "entropi"],
-            "ROUTING.POLICY: routing policy is 'entropi', expected",
-        ),
-    ],
-)
-def test_invalid_targets(trained, more, message, capsys):
-    root, arguments = trained
-    assert calibrate.main([*arguments, "--out", str(root / "wrong"), *more]) == 2
-    assert message in capsys.readouterr().err
-
-
 def test_empty_exits_are_calibrated_without_training(trained, capsys, monkeypatch):
     root, arguments = trained
     monkeypatch.setattr(DETECTS, 0.0)
