@@ -45,7 +45,7 @@ def sped_up(camera):
     return root / "speed"
 
 
-@pytest.mark.parametrize("policy", ["ambiguous_mass", "balanced_ambiguity", "learned_gain"])
+@pytest.mark.parametrize("policy", ["ambiguous_mass", "balanced_ambiguity"])
 def test_risk_on_frames_without_boxes(camera, policy, capsys):
     root, arguments = camera
     out = root / policy
