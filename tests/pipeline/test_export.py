@@ -18,15 +18,12 @@ from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.modeling.trunk import evaluating
 from earlyexit_ssd.pipeline import export
 from earlyexit_ssd.pipeline.export import export_detector, open_any
-from tests.deploy.conftest import build_model, build_photos
+from tests.deploy.conftest import build_model, build_photos, save_photos
 
 
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("photos")
-    for place, photo in enumerate(build_photos(6)):
-        Image.fromarray(photo).save(folder / f"{place}.png")
-    return sorted(folder.iterdir())
+    return sorted(save_photos(tmp_path_factory.mktemp("photos"), 6).iterdir())
 
 
 def changed(model, **attributes):
