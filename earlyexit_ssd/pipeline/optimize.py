@@ -55,7 +55,7 @@ from earlyexit_ssd.pipeline.build import (
 from earlyexit_ssd.pipeline.calibrate import FoundThresholds, ThresholdSearch, certificate_of
 from earlyexit_ssd.pipeline.candidates import BASE_FILE, OWN_HEAD, Candidate, Goal, Plan, TestFigures, choose_candidate
 from earlyexit_ssd.pipeline.evaluate import evaluate_model, onnx_rivals
-from earlyexit_ssd.pipeline.export import SUFFIXES, Format, export_detector, open_any
+from earlyexit_ssd.pipeline.export import EXPORT_PHOTOS, SUFFIXES, Format, export_detector, open_any
 from earlyexit_ssd.pipeline.int8 import detect, export_int8
 from earlyexit_ssd.pipeline.phases import fine_tune
 from earlyexit_ssd.pipeline.replay import (
@@ -82,7 +82,6 @@ logger = logging.getLogger(__name__)
 FORMAT_OF_RUNTIME: dict[str, Format] = {ONNX_RUNTIME: "onnx", OPENVINO: "openvino"}  # runtime -> format of its files
 
 MODEL_FILES = ("model.pth", "detector.onnx", "detector.xml", "detector.bin")  # the last two with OpenVINO
-EXPORT_PHOTOS = 16  # photos of the calib split on which the exported file is compared with the model
 GLANCE_COST = 0.15
 """Approximate cost of a glance as a share of the detector's time. Every photo has this cost, so a glance can save time
 only if a larger share of the photos leaves."""
@@ -183,7 +182,12 @@ def _measure_candidates(search: CandidateSearch, stop_at: float) -> list[Candida
     `time.monotonic`, only the base detector is still measured.
     """
     path, plan = search.out / "candidates.json", search.candidates
-    measured = _read_candidates(path, search.key)
+    content = read_json(path, "candidates of a search", "delete it") if path.is_file() else {"key": search.key}
+    measured: dict[str, Candidate] = {}
+    if isinstance(content, dict) and content.get("key") == search.key:
+        measured = {name: Candidate.from_json(each) for name, each in content.get("candidates", {}).items()}
+    else:
+        logger.info("%s is of a search with other settings, photos or weights: all candidates are measured again", path)
     for candidate in progress(plan, desc="candidates"):
         if measured and time.monotonic() > stop_at:
             minutes = search.goal.minutes
@@ -196,17 +200,6 @@ def _measure_candidates(search: CandidateSearch, stop_at: float) -> list[Candida
         write_json(path, {"key": search.key, "candidates": stored})
         logger.info("%s", measured[candidate.key])
     return list(measured.values())
-
-
-def _read_candidates(path: Path, key: str) -> dict[str, Candidate]:
-    """Return key -> candidate of a stopped search; empty if the file is missing or from another search."""
-    if not path.is_file():
-        return {}
-    content = read_json(path, "candidates of a search", "delete it")
-    if not isinstance(content, dict) or content.get("key") != key:
-        logger.info("%s is of a search with other settings, photos or weights: all candidates are measured again", path)
-        return {}
-    return {name: Candidate.from_json(values) for name, values in content["candidates"].items()}
 
 
 class MeasuredCandidate(NamedTuple):
