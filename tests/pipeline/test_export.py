@@ -214,13 +214,10 @@ def test_an_openvino_file_without_exits(tmp_path, paths):
         ("taken.onnx", "onnx", "taken.onnx: there is a folder of that name"),
     ],
 )
-def test_an_unusable_path_or_format_is_an_error(tmp_path, model, name, file_format, message):
+def test_an_unusable_path_format_or_router_is_an_error(tmp_path, model, name, file_format, message):
     (tmp_path / "taken.onnx").mkdir()
     with pytest.raises(EarlyExitError, match=message):
         export_detector(model, tmp_path / name, file_format)
-
-
-def test_a_hybrid_router_is_refused(tmp_path, model):
     with pytest.raises(EarlyExitError, match="a hybrid router cannot be exported"):
         export_detector(changed(model, router=ExitRouter(2, hybrid=True)), tmp_path / "a.onnx")
 
