@@ -117,6 +117,18 @@ def test_branches_start_as_copies_of_the_trained_full_path(monkeypatch, epochs):
     assert not all(value.equal(found[key]) for key, value in before.items())
 
 
+def test_a_change_of_the_frozen_full_path_ends_the_exits_phase(monkeypatch):
+    def spoil(run, *_):
+        with torch.no_grad():
+            next(run.model.backbone.parameters()).mul_(1 + 1e-6)
+
+    monkeypatch.setattr(phases, "fit", spoil)
+    monkeypatch.setattr(phases, "tap_loader", lambda run: None)
+    run = Run(load_config(), None, small_model(), *[None] * 3, torch.device("cpu"))
+    with pytest.raises(EarlyExitError, match="the exits phase changed the full path: backbone"):
+        phases.train_branches(run)
+
+
 def test_photo_names_of_both_kinds_of_batches():
     photos, targets = SimpleNamespace(path_of="{}.jpg".format), [{"image_id": torch.tensor(3)}, {"image_id": 5}]
     assert phases._photo_names(photos, TapBatch([], {}, targets)) == ["3.jpg", "5.jpg"]
