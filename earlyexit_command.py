@@ -315,10 +315,9 @@ def predict(args: argparse.Namespace) -> None:
 
     if not 0 <= args.score <= 1:
         raise EarlyExitError(f"score {args.score}: expected a number in [0, 1]")
-    if args.frames is not None and args.frames < 1:
-        raise EarlyExitError(f"--frames {args.frames}: expected at least 1")
-    if args.threads is not None and args.threads < 1:
-        raise EarlyExitError(f"--threads {args.threads}: expected at least 1")
+    for flag in ("frames", "threads"):
+        if (value := getattr(args, flag)) is not None and value < 1:
+            raise EarlyExitError(f"--{flag} {value}: expected at least 1")
     for flag in ("delta", "block", "most_repeats"):
         if getattr(args, flag) is not None and args.calibrate_stream is None:
             raise EarlyExitError(f"--{flag.replace('_', '-')} is for --calibrate-stream; leave it out")
@@ -470,9 +469,8 @@ def benchmark(args: argparse.Namespace) -> None:
     machine_before = machine()  # its load must not include this benchmark
     rows = benchmark(contestants, photos, threads, args.batch, args.rounds, args.score)
     settings = {"detectors": args.detectors, "photos": len(photos), "rounds": args.rounds, "score": args.score}
-    rows_as_dicts = [asdict(row) for row in rows]
     print(table(rows))  # before the file, which may turn out not to be writable
-    write_json(args.out, {"machine": machine_before, "settings": settings, "rows": rows_as_dicts})
+    write_json(args.out, {"machine": machine_before, "settings": settings, "rows": [*map(asdict, rows)]})
     versions = ", ".join(f"{name} {number}" for name, number in machine_before["versions"].items())
     print(f"{machine_before['processor']}, {machine_before['cores']} cores, {machine_before['system']}; {versions}")
     load = machine_before["load"]

@@ -264,7 +264,7 @@ def _add_segments(
         zero = helper.make_tensor("zero", elem_type, [1], [0])
         no_objects.append(leave("ConstantOfShape", shape, value=zero))
     no_objects += [leave.constant(segment.index, np.int64), leave("Squeeze", values[CONFIDENCE])]
-    rest = _add_segments(go_on, deeper, _next_inputs(values), size, settings)
+    rest = _add_segments(go_on, deeper, next_inputs(values), size, settings)
     return scope.if_else(condition, list(OUTPUTS.values()), (leave, no_objects), (go_on, rest))
 
 
@@ -279,7 +279,7 @@ def _add_heads(scope: Scope, segments: Sequence[Segment], values: Mapping[str, s
     if segment.full:
         return outputs
     condition, leave, go_on = _leaves(scope, segment, values), Scope(scope.numbers), Scope(scope.numbers)
-    rest = _add_heads(go_on, deeper, go_on.inline(deeper[0].model, _next_inputs(values)), settings)
+    rest = _add_heads(go_on, deeper, go_on.inline(deeper[0].model, next_inputs(values)), settings)
     anchors, classes = len(settings.anchors), len(settings.score_thresh)
     heads = (TensorProto.FLOAT, [1, anchors, classes + 1]), (TensorProto.FLOAT, [1, anchors, 4])
     return scope.if_else(condition, [*heads, *list(OUTPUTS.values())[3:]], (leave, outputs), (go_on, rest))
@@ -291,8 +291,8 @@ def _leaves(scope: Scope, segment: Segment, values: Mapping[str, str]) -> str:
     return scope("Squeeze", scope("GreaterOrEqual", values[CONFIDENCE], threshold))
 
 
-def _next_inputs(values: Mapping[str, str]) -> dict[str, str]:
-    """Return the inputs of the next segment, from the outputs of a segment."""
+def next_inputs(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the inputs of the next segment, from the outputs of a segment: their values or their names."""
     return {f"{name}_in": values[name] for name in STATE if name in values}
 
 

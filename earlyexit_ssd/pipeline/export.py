@@ -46,6 +46,7 @@ from earlyexit_ssd.runtimes import OnnxRuntime
 Format = Literal["onnx", "staged", "openvino"]
 SUFFIXES = {"onnx": ".onnx", "staged": "", "openvino": ".xml"}  # the files of format staged are in a folder
 RENDERED_PHOTOS = 8  # number of photos to compare on, if none are given
+EXPORT_PHOTOS = 16  # number of calibration photos to compare on, where a job has them
 HEAD_PHOTOS = 4  # number of photos on which the outputs of every head are compared
 MAX_HEAD_DIFFERENCE = 1e-4
 """Largest difference between a head's output and the model's; multiplied by the largest output if that is above 1."""
@@ -252,15 +253,9 @@ def _to_onnx(network: nn.Module, inputs: dict[str, Tensor], outputs: list[str], 
     return exported
 
 
-def next_inputs(outputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Return the inputs of the next segment from a segment's outputs."""
-    return {f"{name}_in": outputs[name] for name in graph.STATE if name in outputs}
-
-
 def _settings(model: EarlyExitDetector) -> graph.Settings:
-    """Return the settings of pre- and post-processing."""
     width, height = model.transform.fixed_size
-    thresholds = [] if model.router is None else model.router.thresholds.tolist()  # without a router: no early exits
+    thresholds = [] if model.router is None else model.router.thresholds.tolist()
     return graph.Settings(
         size=(height, width),
         mean=model.transform.image_mean,
@@ -348,7 +343,7 @@ def _compare_heads(
         heads = model.exit_outputs([as_tensor(photo)]).heads
         outputs = {"x": model.transform([as_tensor(photo)])[0].tensors.numpy()}
         for segment, run in runs:
-            outputs = run(next_inputs(outputs))
+            outputs = run(graph.next_inputs(outputs))
             for key in (key for key in graph.HEAD if key in outputs):
                 expected = heads[segment.index][key].numpy()
                 difference = np.abs(outputs[key] - expected).max()

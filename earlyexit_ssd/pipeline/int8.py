@@ -27,7 +27,7 @@ from earlyexit_ssd.data.dataset import DetectionDataset, as_tensor, load_dataset
 from earlyexit_ssd.data.records import canonical
 from earlyexit_ssd.deploy import Predictor
 from earlyexit_ssd.deploy.benchmark import Ratio, ratio
-from earlyexit_ssd.deploy.graph import Segment
+from earlyexit_ssd.deploy.graph import Segment, next_inputs
 from earlyexit_ssd.errors import DataError, EarlyExitError, import_package, one_line
 from earlyexit_ssd.evaluation.matches import (
     DetectionsById,
@@ -47,7 +47,6 @@ from earlyexit_ssd.runtimes import OnnxRuntime
 
 logger = logging.getLogger(__name__)
 
-EXPORT_PHOTOS = 16  # number of photos on which the file in 32 bits is compared with the model
 RANGE_PHOTOS = 200  # largest number of photos on which ranges of activations are measured, and files are timed
 SCORE, IOU = 0.5, 0.5  # an object is found by a detection with at least this score and IoU
 DELTA = 0.05  # default share of the bootstrap draws that may lose more AP50 than is allowed
@@ -101,17 +100,13 @@ class Int8Figures:
         also = "" if self.AP_lost_bound is None else f", AP {self.AP_lost_bound:.3f}"
         return f"AP50 lost in {100 * (1 - self.delta):g} % of the draws at most {self.lost_bound:.3f}{also}"
 
-    @property
-    def accuracy_text(self) -> str:
-        photos = f"{self.photos} labelled photos" if self.labelled else f"{self.photos} photos, labelled in 32 bits"
-        pairs = {"AP50": self.AP50, "AP": self.AP}
-        aps = [f"{name} {after:.3f} instead of {before:.3f}" for name, (before, after) in pairs.items()]
-        kept = f"{self.objects_kept} of {self.objects} objects kept"
-        return f"{', '.join(aps)} on {photos} ({self.bound_text}), {kept}"
-
     def __str__(self) -> str:
         size = f"{self.size / 1e6:.1f} MB in 8 bits ({self.float_layers})"
-        return f"{self.path}: {size}; {self.accuracy_text}; {self.speed_text}"
+        photos = f"{self.photos} labelled photos" if self.labelled else f"{self.photos} photos, labelled in 32 bits"
+        pairs = {"AP50": self.AP50, "AP": self.AP}
+        aps = ", ".join(f"{name} {after:.3f} instead of {before:.3f}" for name, (before, after) in pairs.items())
+        kept = f"{self.objects_kept} of {self.objects} objects kept"
+        return f"{self.path}: {size}; {aps} on {photos} ({self.bound_text}), {kept}; {self.speed_text}"
 
 
 def export_int8(
@@ -151,7 +146,7 @@ def export_int8(
     model, photos = export.exportable(model), [record.path for record in dataset.records]
     with export.replacing(path) as new_path, evaluating(model):
         float_path = new_path.with_name(f"{new_path.stem}_float32{new_path.suffix}")
-        export.export_detector(model, float_path, file_format, photos[:EXPORT_PHOTOS])
+        export.export_detector(model, float_path, file_format, photos[: export.EXPORT_PHOTOS])
         confidences = _confidences(float_path, runtime, photos)
         if reference is None:
             reference = detect(Predictor(float_path, runtime), dataset)
@@ -170,7 +165,8 @@ def export_int8(
             thresholds = _thresholds(model, confidences, _confidences(trial, runtime, photos))
             predictors = Predictor(float_path, runtime), Predictor(trial, runtime, thresholds=thresholds)
             figures = _compare(*predictors, reference, dataset, layers, delta, with_ap=coco_ap_drop is not None)
-            logger.info("8 bits, %s: %s; %s", layers, figures.accuracy_text, figures.speed_text)
+            figures = dataclasses.replace(figures, path=path)
+            logger.info("%s", figures)
             speed = figures.speed  # more layers in 32 bits would not make it faster
             if (speed.value if speed.low is None else speed.low) <= 1:
                 raise EarlyExitError(f"{path}: 8 bits are refused: {figures.speed_text}; export without --int8")
@@ -185,7 +181,7 @@ def export_int8(
             model.router.thresholds = [thresholds.get(name, CLOSED) for name in model.exit_names[:-1]]
             model.router.certificate = None
         export.write_segments(model, quantised, new_path, file_format)
-    return dataclasses.replace(figures, path=path, size=export.size_of(path))
+    return dataclasses.replace(figures, size=export.size_of(path))
 
 
 def photos_to_quantise_on(
@@ -243,7 +239,7 @@ def _quantised(
         segments_int8.append(dataclasses.replace(segment, model=quantised))
         if not segment.full:
             run = OnnxRuntime(segment.model.SerializeToString(), segment.name)
-            inputs = [export.next_inputs(run(photo)) for photo in inputs]
+            inputs = [next_inputs(run(photo)) for photo in inputs]
     return segments_int8
 
 
@@ -375,8 +371,8 @@ def _compare(
 
     kept_objects = agreement(template, reference, detections, SCORE, IOU)
     return Int8Figures(
-        path=Path(quantised.path),
-        size=export.size_of(Path(quantised.path)),
+        path=quantised.path,
+        size=export.size_of(quantised.path),
         float_layers=layers,
         photos=len(dataset),
         labelled=dataset.labelled,

@@ -55,7 +55,7 @@ from earlyexit_ssd.pipeline.build import (
 from earlyexit_ssd.pipeline.calibrate import FoundThresholds, ThresholdSearch, certificate_of
 from earlyexit_ssd.pipeline.candidates import BASE_FILE, OWN_HEAD, Candidate, Goal, Plan, TestFigures, choose_candidate
 from earlyexit_ssd.pipeline.evaluate import evaluate_model, onnx_rivals
-from earlyexit_ssd.pipeline.export import SUFFIXES, Format, export_detector, open_any
+from earlyexit_ssd.pipeline.export import EXPORT_PHOTOS, SUFFIXES, Format, export_detector, open_any
 from earlyexit_ssd.pipeline.int8 import detect, export_int8
 from earlyexit_ssd.pipeline.phases import fine_tune
 from earlyexit_ssd.pipeline.replay import (
@@ -82,7 +82,6 @@ logger = logging.getLogger(__name__)
 FORMAT_OF_RUNTIME: dict[str, Format] = {ONNX_RUNTIME: "onnx", OPENVINO: "openvino"}  # runtime -> format of its files
 
 MODEL_FILES = ("model.pth", "detector.onnx", "detector.xml", "detector.bin")  # the last two with OpenVINO
-EXPORT_PHOTOS = 16  # photos of the calib split on which the exported file is compared with the model
 GLANCE_COST = 0.15
 """Approximate cost of a glance as a share of the detector's time. Every photo has this cost, so a glance can save time
 only if a larger share of the photos leaves."""
@@ -124,8 +123,11 @@ def optimize(
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise EarlyExitError("optimize under torchrun: it times networks and runs in one process; start it without")
-    if goal.int8:
-        _require_8_bits(cfg.EVAL.RUNTIME)
+    runtime = cfg.EVAL.RUNTIME
+    if goal.int8 and runtime not in FORMAT_OF_RUNTIME:
+        raise EarlyExitError(f"8 bits do not run in {runtime}; add --runtime onnxruntime or --runtime openvino")
+    if goal.int8 and runtime == OPENVINO:
+        import_package("nncf")
     given, out = weights or cfg.MODEL.WEIGHTS, Path(out_dir)
     if os.path.realpath(given) in [os.path.realpath(out / name) for name in (*MODEL_FILES, BASE_FILE)]:
         raise EarlyExitError(f"{given}: the search would replace these weights by its result; name another --out")
@@ -134,8 +136,12 @@ def optimize(
     search = CandidateSearch(cfg, weights, goal, out)
     measured, rivals = _measure_candidates(search, stop_at), search.rivals()
     chosen = choose_candidate(measured, goal)
-    written = () if chosen is None else MODEL_FILES if cfg.EVAL.RUNTIME == OPENVINO else MODEL_FILES[:2]
-    _set_aside(out, [name for name in MODEL_FILES if name not in written])
+    written = () if chosen is None else MODEL_FILES if runtime == OPENVINO else MODEL_FILES[:2]
+    for path in (out / name for name in MODEL_FILES if name not in written):
+        if path.exists():  # of an earlier search, and not to be taken for the result of this one
+            with writing(path):
+                os.replace(path, path.with_name(f"former_{path.name}"))
+            logger.warning("%s is of an earlier search: renamed to former_%s", path, path.name)
     results, test, ship, int8 = None, None, False, None
     if chosen is None:
         summary = _summary_without_choice(measured, goal)
@@ -155,28 +161,11 @@ def optimize(
     outcome = Outcome(measured[0], chosen, candidates, test, ship, summary)
     write_json(search.out / "optimize.json", outcome.to_json())
     write_text(search.out / "summary.txt", summary + "\n")
-    write_image(search.out / "candidates.png", candidates_chart(candidates, chosen, cfg.EVAL.RUNTIME))
+    write_image(search.out / "candidates.png", candidates_chart(candidates, chosen, runtime))
     with never_failing(search.out / "report.html"):
         page = search_page(candidates, chosen, summary, ship, results, test)
         write_page(search.out / "report.html", page)
     return outcome
-
-
-def _set_aside(folder: Path, names: Sequence[str]) -> None:
-    """Rename files of an earlier search that this search does not write, so that they are not taken for its result."""
-    for name in names:
-        if (folder / name).exists():
-            with writing(folder / name):
-                os.replace(folder / name, folder / f"former_{name}")
-            logger.warning("%s is of an earlier search: renamed to former_%s", folder / name, name)
-
-
-def _require_8_bits(runtime: str) -> None:
-    """Raise EarlyExitError if files in 8 bits cannot be made for this runtime."""
-    if runtime not in FORMAT_OF_RUNTIME:
-        raise EarlyExitError(f"8 bits do not run in {runtime}; add --runtime onnxruntime or --runtime openvino")
-    if runtime == OPENVINO:
-        import_package("nncf")
 
 
 def _warn_if_busy() -> None:
@@ -193,7 +182,12 @@ def _measure_candidates(search: CandidateSearch, stop_at: float) -> list[Candida
     `time.monotonic`, only the base detector is still measured.
     """
     path, plan = search.out / "candidates.json", search.candidates
-    measured = _read_candidates(path, search.key)
+    content = read_json(path, "candidates of a search", "delete it") if path.is_file() else {"key": search.key}
+    measured: dict[str, Candidate] = {}
+    if isinstance(content, dict) and content.get("key") == search.key:
+        measured = {name: Candidate.from_json(each) for name, each in content.get("candidates", {}).items()}
+    else:
+        logger.info("%s is of a search with other settings, photos or weights: all candidates are measured again", path)
     for candidate in progress(plan, desc="candidates"):
         if measured and time.monotonic() > stop_at:
             minutes = search.goal.minutes
@@ -206,17 +200,6 @@ def _measure_candidates(search: CandidateSearch, stop_at: float) -> list[Candida
         write_json(path, {"key": search.key, "candidates": stored})
         logger.info("%s", measured[candidate.key])
     return list(measured.values())
-
-
-def _read_candidates(path: Path, key: str) -> dict[str, Candidate]:
-    """Return key -> candidate of a stopped search; empty if the file is missing or from another search."""
-    if not path.is_file():
-        return {}
-    content = read_json(path, "candidates of a search", "delete it")
-    if not isinstance(content, dict) or content.get("key") != key:
-        logger.info("%s is of a search with other settings, photos or weights: all candidates are measured again", path)
-        return {}
-    return {name: Candidate.from_json(values) for name, values in content["candidates"].items()}
 
 
 class MeasuredCandidate(NamedTuple):
@@ -261,14 +244,9 @@ class CandidateSearch:
         self.reference = self.base.recording.detections[-1]
         self.candidates = self.plan.candidates(with_empty_exits=self.has_empty_photos)
         keys = [candidate.key for candidate in self.candidates]
-        photos = [
-            fingerprint(set_) for set_ in (load_dataset(cfg, cfg.DATA.TRAIN, labels="optional"), self.sets["CALIB"])
-        ]
-        settings = (
-            with_values(cfg, NOT_IN_KEY).dump(),
-            dataclasses.replace(goal, minutes=None, int8=False),
-            self.architecture,
-        )
+        photos = [*map(fingerprint, (load_dataset(cfg, cfg.DATA.TRAIN, labels="optional"), self.sets["CALIB"]))]
+        goal = dataclasses.replace(goal, minutes=None, int8=False)
+        settings = with_values(cfg, NOT_IN_KEY).dump(), goal, self.architecture
         text = f"{weights_hash(self.model)} {photos} {settings} {keys}"
         self.key = hashlib.sha256(text.encode()).hexdigest()
 

@@ -8,7 +8,7 @@ from torch import tensor
 from torchvision.models.detection._utils import BoxCoder
 
 from benchmarks.history import run
-from benchmarks.history.attempts import ATTEMPTS, Attempt, distribution_loss, gated_confidence, round_robin
+from benchmarks.history.attempts import Attempt, distribution_loss, gated_confidence, round_robin
 from benchmarks.history.figures import detect, foreground_rule
 from benchmarks.history.training import Predictions
 from earlyexit_ssd.evaluation.matches import exit_matches
@@ -100,8 +100,3 @@ def test_tiny_reproduction_trains_all_attempts_once(tmp_path, capsys, monkeypatc
     (weights,) = (tmp_path / "out" / "rendered").glob("light_1_random_0.pth")
     before = weights.stat().st_mtime_ns
     assert run.main(arguments) == 0 and weights.stat().st_mtime_ns == before
-
-
-def test_attempts_have_names_and_published_shares():
-    assert [attempt.name for attempt in ATTEMPTS] == [f"1.{number}" for number in range(1, 10)]
-    assert all(sum(attempt.published.shares) == 100 for attempt in ATTEMPTS)

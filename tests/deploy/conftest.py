@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from earlyexit_ssd import EarlyExitSSDLite, ExitRouter
@@ -49,6 +50,14 @@ def build_photos(count: int, seed: int = 0) -> list[np.ndarray]:
         coarse = rng.integers(0, 256, (6, 6, 3), np.uint8)
         photos.append(coarse[np.arange(height) * 6 // height][:, np.arange(width) * 6 // width])
     return photos
+
+
+def save_photos(folder: Path, count: int) -> Path:
+    """Write `build_photos` into a folder, and return it."""
+    folder.mkdir(exist_ok=True)
+    for place, photo in enumerate(build_photos(count)):
+        Image.fromarray(photo).save(folder / f"{place}.png")
+    return folder
 
 
 @pytest.fixture(scope="session")

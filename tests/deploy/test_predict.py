@@ -17,7 +17,7 @@ from PIL import Image
 
 from earlyexit_ssd.deploy import Predictor
 from earlyexit_ssd.deploy.predict import SAVES, annotate, images_of, is_exported, open_predictor, output_paths, predict
-from earlyexit_ssd.deploy.sources import Frame, Source, find_sources
+from earlyexit_ssd.deploy.sources import Source, find_sources
 from earlyexit_ssd.deploy.stream import StreamRule
 from earlyexit_ssd.drift import Drift
 from earlyexit_ssd.errors import CannotWrite, DataError, EarlyExitError
@@ -119,13 +119,6 @@ def test_a_rule_of_another_stride_is_an_error(tmp_path, video, fake_video):
     assert ": 2 frames, " in line
 
 
-def test_a_broken_frame_is_reported_and_skipped(tmp_path, video, fake_video):
-    fake_video([scene(1), "broken", scene(2)], total=3)
-    error, line = predict(RedBox(), [video], tmp_path / "out", save=["counts"])
-    assert "street.mp4 frame 1: cannot be decoded" in str(error) and ": 2 frames, " in line
-    assert [row["frame"] for row in rows(tmp_path / "out" / "counts.csv")] == ["0", "2"]
-
-
 @pytest.mark.parametrize(("drifted", "rule", "warnings"), [(True, None, 1), (False, None, 0), (True, RULE, 0)])
 def test_drift_is_reported_once_at_the_end(tmp_path, drifted, rule, warnings):
     class Drifting(RedBox):
@@ -137,19 +130,13 @@ def test_drift_is_reported_once_at_the_end(tmp_path, drifted, rule, warnings):
     assert lines[2:] == ["warning: drift after 2"] * warnings
 
 
-def test_a_temporal_exit_is_reset_before_each_video(tmp_path, video, fake_video):
-    detector = RedBox()
-    fake_video([scene(30)] * 20, total=10)
-    lines = list(predict(detector, [video, video], tmp_path / "out", save=["counts"], rule=RULE, most_frames=10))
-    assert detector.calls == 2 and all("repeated 90%" in line for line in lines)
-    assert {row["ball"] for row in rows(tmp_path / "out" / "counts.csv")} == {"1"}
-
-
-def test_a_temporal_exit_is_reset_before_photos_that_follow_a_video(tmp_path, video, fake_video):
+def test_a_temporal_exit_is_reset_before_each_video_and_before_photos(tmp_path, video, fake_video):
     detector, photos = RedBox(), [photo(tmp_path / "a.png"), photo(tmp_path / "b.png")]
     fake_video([scene(30)] * 20, total=10)
-    list(predict(detector, [video, *photos], tmp_path / "out", save=[], rule=RULE, most_frames=10))
-    assert detector.calls == 2  # the second photo repeats the first
+    settings = {"save": ["counts"], "rule": RULE, "most_frames": 10}
+    lines = list(predict(detector, [video, video, *photos], tmp_path / "out", **settings))
+    assert detector.calls == 3 and all("repeated 90%" in line for line in lines[:2])  # the second photo is a repeat
+    assert {row["ball"] for row in rows(tmp_path / "out" / "counts.csv")} == {"1"}
 
 
 def interrupted():
@@ -252,16 +239,6 @@ def test_annotations_are_drawn():
     assert (np.asarray(annotate(plain, found, 0.95))[30:] == plain[30:]).all()
 
 
-def test_images_of_skips_a_broken_frame(tmp_path, monkeypatch, caplog):
-    frames = [
-        Frame(scene(1), Source("a", "video")),
-        DataError("a, frame 1: broken"),
-        Frame(scene(2), Source("a", "video")),
-    ]
-    monkeypatch.setattr("earlyexit_ssd.deploy.predict.read_frames", lambda *_: iter(frames))
-    assert len(list(images_of([Source("a", "video")]))) == 2 and "a, frame 1: broken" in caplog.text
-
-
 def test_unused_ids_of_coco_are_not_counted(tmp_path):
     detector = RedBox()
     detector.classes = ("N/A", *detector.classes[1:])
@@ -270,9 +247,16 @@ def test_unused_ids_of_coco_are_not_counted(tmp_path):
     assert "N/A" not in row and row["ball"] == "1"
 
 
-def test_images_of_gives_all_frames_or_an_error(tmp_path, video, fake_video):
-    fake_video([scene(x) for x in range(9)], total=9)
-    assert len(list(images_of([video], stride=2))) == 5
+def test_a_broken_frame_is_reported_and_skipped(tmp_path, video, fake_video, caplog):
+    frames = [scene(1), "broken", scene(2)]
+    fake_video(frames, total=3)
+    error, line = predict(RedBox(), [video], tmp_path / "out", save=["counts"])
+    assert "street.mp4 frame 1: cannot be decoded" in str(error) and ": 2 frames, " in line
+    assert [row["frame"] for row in rows(tmp_path / "out" / "counts.csv")] == ["0", "2"]
+    fake_video(frames, total=3)
+    assert len(list(images_of([video]))) == 2 and "street.mp4 frame 1: cannot be decoded" in caplog.text
+    fake_video(frames, total=3)
+    assert len(list(images_of([video], stride=2))) == 2
     with pytest.raises(DataError, match="no such photo"):
         list(images_of([Source(str(tmp_path / "none.png"), "photo")]))
 
@@ -316,7 +300,7 @@ import sys
 
 class Missing:
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in ("torch", "torchvision", "scipy", "matplotlib", "fvcore", "cv2", "tqdm", "yaml"):
+        if name.partition(".")[0] in "torch torchvision onnx scipy matplotlib fvcore cv2 tqdm yaml".split():
             raise ImportError(name)
 
 sys.meta_path.insert(0, Missing())

@@ -1,10 +1,9 @@
-"""The predictor: inputs, outputs, errors, and that it runs without PyTorch."""
+"""The predictor: inputs, outputs and errors."""
 
 import copy
 import itertools
 import json
 import shutil
-import subprocess
 import sys
 import types
 from concurrent.futures import ThreadPoolExecutor
@@ -20,18 +19,6 @@ from earlyexit_ssd.deploy.predictor import as_photo
 from earlyexit_ssd.drift import DriftReference
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.pipeline.export import export_detector
-
-WITHOUT_TORCH = """
-import sys
-for name in ("torch", "torchvision", "onnx", "scipy", "yaml", "matplotlib"):
-    sys.modules[name] = None  # importing it fails
-import numpy as np
-import earlyexit_ssd
-from earlyexit_ssd.deploy import Predictor
-
-found = Predictor(sys.argv[1])(np.zeros((50, 60, 3), np.uint8))
-print(earlyexit_ssd.__version__, found.exit_name, len(found))
-"""
 
 
 @pytest.fixture(scope="module")
@@ -62,14 +49,6 @@ def assert_same(expected: dict, found: Detections) -> None:
 def expected_of(model, photo) -> dict:
     with torch.no_grad():
         return model([as_tensor(photo)])[0]
-
-
-def test_it_runs_without_pytorch(onnx_file, predictor):
-    words = [sys.executable, "-c", WITHOUT_TORCH, str(onnx_file)]
-    result = subprocess.run(words, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    found = predictor(np.zeros((50, 60, 3), np.uint8))
-    assert result.stdout.split() == ["0.1.0", found.exit_name, str(len(found))]
 
 
 def test_every_photo_has_the_model_s_exit_and_detections(model, photos, predictor):

@@ -9,7 +9,6 @@ import re
 import numpy as np
 import pytest
 
-from earlyexit_ssd.deploy import stream
 from earlyexit_ssd.deploy.stream import (
     REPEATED,
     Answer,
@@ -78,13 +77,6 @@ def test_slow_drift_adds_up():
     computed, _ = run([scene(level=60 + index * 0.01) for index in range(3000)])
     assert 8 <= computed.sum() <= 20
     assert max(np.diff(np.flatnonzero(computed))) < 400
-
-
-def test_a_slow_ball_is_followed():
-    """It moves by its width in 1,280 frames, less than a pixel per frame."""
-    computed, right = run([scene(100 + index / 20, 100, 64, size=(360, 640)) for index in range(1280)])
-    assert right.all()
-    assert 3 <= computed.sum() <= 40
 
 
 def test_an_object_that_stands_still_is_still_detected():
@@ -168,6 +160,7 @@ def test_calibration_keeps_the_share_and_saves_time():
     assert (figures.frames, figures.blocks, figures.events) == (4000, 100, 30)
     assert figures.changed <= figures.bound <= 0.05
     assert figures.computed < 0.2 and figures.wins
+    assert sorted(block_means(np.array([1, 1, 0, 0, 1, 0, 1]), 2)) == [0.0, 0.5, 1.0]  # the last block is incomplete
     computed, right = run(comings(30), rule)
     assert computed.mean() < 0.2 and right.mean() > 0.95
 
@@ -200,17 +193,8 @@ def test_every_nth_frame_by_hand():
     assert np.flatnonzero(recording.nth_frames(16.0)[0]).tolist() == [0]
     # with offset 1/8, floor(frame / 16 + 1/8) rises at frame 14
     assert np.flatnonzero(recording.nth_frames(16.0)[1]).tolist() == [0, 14]
-
-
-def test_the_speedup_counts_the_comparison():
-    recording = StreamRecording.of(RedBox(), [scene()] * 4, 0.5)
     recording.ms, recording.ms_compared = 10.0, 1.0
-    assert recording.speedup(np.array([True, False, False, False])) == pytest.approx(40 / 14)
-
-
-def test_blocks_are_whole():
-    assert sorted(block_means(np.array([1, 1, 0, 0, 1, 0, 1]), 2).tolist()) == [0.0, 0.5, 1.0]
-    assert block_means(np.ones(3), 4).size == 0
+    assert recording.speedup(computed) == pytest.approx(160 / (16 * 1 + 4 * 10))
 
 
 def test_the_error_for_too_few_frames_has_the_number_needed(caplog):
@@ -269,8 +253,6 @@ def test_a_rule_is_saved_and_loaded(tmp_path):
 
 
 def test_a_rule_of_another_detector_or_score():
-    with pytest.raises(EarlyExitError, match="for the classes cat, the detector has lamp, ball"):
-        TemporalExit(RedBox(), dataclasses.replace(RULE, classes=("cat",)))
     detector = RedBox()
     detector.digest = "ab" * 32
     rule = calibrate_stream(detector, comings(20), 0.05, None, block=40)
@@ -283,7 +265,3 @@ def test_a_rule_of_another_detector_or_score():
         TemporalExit(RedBox(), dataclasses.replace(RULE, classes=("cup",) * 50))
     with pytest.raises(EarlyExitError, match="for a score threshold of 0.5, not 0.3"):
         TemporalExit(RedBox(), RULE, 0.3)
-
-
-def test_thresholds_increase():
-    assert list(stream.THRESHOLDS) == sorted(stream.THRESHOLDS) and stream.THRESHOLDS[0] < 0.5

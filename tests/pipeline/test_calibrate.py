@@ -105,9 +105,20 @@ def test_number_of_photos_that_an_ap_drop_needs(value, delta, needed):
     assert calibrate.draws_needed(calibrate.CalibrationTarget("ap_drop", value, delta)) == needed
 
 
-def test_a_speedup_has_no_blocks():
-    with pytest.raises(EarlyExitError, match="--block is for --risk and --ap-drop"):
-        calibrate.CalibrationTarget("speedup", 1.2, block=5)
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"kind": "risk", "value": 1.5}, r"risk is 1.5, expected a number in \(0, 1\)"),
+        ({"kind": "risk", "value": 0.1, "delta": 0.0}, "delta is 0"),
+        ({"kind": "speedup", "value": -1.0}, "speedup is -1, expected a number above 0"),
+        ({"kind": "ap_drop", "value": -0.1}, r"ap_drop is -0.1, expected a number in \[0, 1\]"),
+        ({"kind": "gain", "value": 1.0}, "the target's kind is 'gain', expected one of speedup, ap_drop, risk"),
+        ({"kind": "speedup", "value": 1.2, "block": 5}, "--block is for --risk and --ap-drop"),
+    ],
+)
+def test_invalid_targets_are_errors(values, message):
+    with pytest.raises(EarlyExitError, match=message):
+        calibrate.CalibrationTarget(**values)
 
 
 def test_used_splits_need_labels():

@@ -42,25 +42,20 @@ def certificate(kind="risk", score=0.5, block=None, **costs):
     )
 
 
-def test_a_risk_holds_at_its_own_score_only(caplog):
-    def check(checked):
-        cfg = load_config(None, ["EVAL.SCORE", "0.5", "EVAL.IOU", "0.5"])
+def test_settings_of_a_certificate_are_compared(caplog):
+    def check(checked, runtime="eager"):
+        cfg = load_config(None, ["EVAL.SCORE", "0.5", "EVAL.IOU", "0.5", "EVAL.RUNTIME", runtime])
         require_usable_certificate(cfg, checked, SimpleNamespace(records=[]), "certificate.json")
 
     check(certificate())
+    in_onnx = certificate("speedup", measured={"runtime": "onnxruntime"})
+    check(in_onnx, "onnxruntime")
     with pytest.raises(ConfigError, match="holds for score 0.3 and IoU 0.5, but EVAL has 0.5 and 0.5; set EVAL.SCORE"):
         check(certificate(score=0.3))
     assert caplog.text == ""
     check(certificate("speedup", score=0.3))
     assert "holds for score 0.3" in caplog.text
-
-
-def test_a_speedup_is_compared_in_its_own_runtime(caplog):
-    checked = certificate("speedup", measured={"runtime": "onnxruntime"})
-    for runtime in ("onnxruntime", "eager"):
-        assert caplog.text == ""
-        cfg = load_config(None, ["EVAL.RUNTIME", runtime])
-        require_usable_certificate(cfg, checked, SimpleNamespace(records=[]), "certificate.json")
+    check(in_onnx)
     assert "speed-up is in onnxruntime, but EVAL.RUNTIME is eager; set it to onnxruntime" in caplog.text
 
 
@@ -203,16 +198,9 @@ def test_an_exported_detector(tmp_path):
     detections = rival.detector([torch.zeros(3, 64, 128)])[0]
     assert detections["boxes"].tolist() == [[0, 0, 18, 9]]
     assert detections["labels"].tolist() == [1]  # COCO's chair is the first of the wanted classes
-
-
-def test_outputs_of_another_format_raise_while_rivals_are_built(tmp_path):
     (tmp_path / "net.onnx").write_bytes(export_onnx(torch.nn.ReLU(), torch.zeros(1, 3, 64, 64)))
     with pytest.raises(EarlyExitError, match="net.onnx: format boxes: expected boxes"):
         rivals("EVAL.RIVALS.ONNX", f"boxes:{tmp_path}/net.onnx")
-
-
-def test_rivals_can_be_disabled():
-    assert rivals("EVAL.RIVALS.ENABLED", "false", "EVAL.RIVALS.SIZES", "[64]") == []
 
 
 @pytest.mark.parametrize("key", ["FULL_PATHS", "SINGLE_EXITS", "ONNX"])
@@ -220,7 +208,9 @@ def test_missing_files_are_found_early(key):
     value = "boxes:none.file" if key == "ONNX" else "none.file"
     with pytest.raises(ConfigError, match=f"EVAL.RIVALS.{key} has none.file: no such file"):
         check_rivals(load_config(None, [f"EVAL.RIVALS.{key}", value]), CPU)
-    check_rivals(load_config(None, [f"EVAL.RIVALS.{key}", value, "EVAL.RIVALS.ENABLED", "false"]), CPU)
+    disabled = [f"EVAL.RIVALS.{key}", value, "EVAL.RIVALS.ENABLED", "false"]
+    check_rivals(load_config(None, disabled), CPU)
+    assert rivals(*disabled) == []
 
 
 def test_onnx_runtime_measures_the_cpu():

@@ -18,15 +18,12 @@ from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.modeling.trunk import evaluating
 from earlyexit_ssd.pipeline import export
 from earlyexit_ssd.pipeline.export import export_detector, open_any
-from tests.deploy.conftest import build_model, build_photos
+from tests.deploy.conftest import build_model, build_photos, save_photos
 
 
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("photos")
-    for place, photo in enumerate(build_photos(6)):
-        Image.fromarray(photo).save(folder / f"{place}.png")
-    return sorted(folder.iterdir())
+    return sorted(save_photos(tmp_path_factory.mktemp("photos"), 6).iterdir())
 
 
 def changed(model, **attributes):
@@ -217,13 +214,10 @@ def test_an_openvino_file_without_exits(tmp_path, paths):
         ("taken.onnx", "onnx", "taken.onnx: there is a folder of that name"),
     ],
 )
-def test_an_unusable_path_or_format_is_an_error(tmp_path, model, name, file_format, message):
+def test_an_unusable_path_format_or_router_is_an_error(tmp_path, model, name, file_format, message):
     (tmp_path / "taken.onnx").mkdir()
     with pytest.raises(EarlyExitError, match=message):
         export_detector(model, tmp_path / name, file_format)
-
-
-def test_a_hybrid_router_is_refused(tmp_path, model):
     with pytest.raises(EarlyExitError, match="a hybrid router cannot be exported"):
         export_detector(changed(model, router=ExitRouter(2, hybrid=True)), tmp_path / "a.onnx")
 

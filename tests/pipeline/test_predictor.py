@@ -38,11 +38,6 @@ def test_detections_are_those_of_the_reported_exit(thresholds, index, name):
     assert found.boxes[:, 3].max() > 60  # it is 90 high
 
 
-def test_without_a_router_all_photos_take_the_full_path():
-    found = TorchPredictor(small_model())(PHOTO)
-    assert (found.exit_index, found.exit_name, found.exit_confidence) == (2, "full", None)
-
-
 def test_digest_is_of_weights_and_routing():
     first = routed(0.0, 1.0)
     assert first.digest == routed(0.0, 1.0).digest != routed(1.0, 0.0).digest
@@ -62,6 +57,8 @@ def test_checkpoint_without_exits_gets_the_class_names_of_a_configuration(tmp_pa
     torch.save(build_ssdlite(num_classes=3).state_dict(), tmp_path / "plain.pth")
     predictor = open_torch_predictor(tmp_path / "plain.pth", load_config(None, ["DATA.CLASSES", "[cat, dog]"]))
     assert predictor.classes == ("cat", "dog") and predictor.exit_names == ("full",)
+    found = predictor(PHOTO)
+    assert (found.exit_index, found.exit_name, found.exit_confidence) == (0, "full", None)
 
 
 @pytest.mark.parametrize("hybrid", [False, True])
@@ -74,9 +71,3 @@ def test_the_framed_picture_shows_the_routed_detections(monkeypatch, hybrid):
     shown = examples[0].detections[found.exit_index]
     order = shown["scores"].argsort(descending=True)
     assert found.exit_index == 0 and np.allclose(found.boxes, shown["boxes"][order], atol=0.01)
-
-
-def test_shipped_weights_have_a_router():
-    predictor = open_torch_predictor("voc_animals")
-    assert predictor.exit_names[-1] == "full" and "cat" in predictor.classes
-    assert predictor(PHOTO).exit_confidence is not None

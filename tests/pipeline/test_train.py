@@ -15,6 +15,7 @@ from earlyexit_ssd.files import write_text
 from earlyexit_ssd.pipeline.evaluate import read_training
 from earlyexit_ssd.pipeline.train import learns_from_labels, write_training_page
 
+module = importlib.import_module("earlyexit_ssd.pipeline.train")  # the folder's ``train`` is the function
 TEACHER = ("LOSS.SUPERVISION", "teacher", "LOSS.TEACHER", "full", "BASELINE.EPOCHS", "0")
 
 
@@ -36,23 +37,17 @@ def test_labels_are_needed_unless_the_teacher_supervises_all_phases(keys, expect
 
 @pytest.mark.parametrize("key", ["BASELINE.SIZES", "JOINT.SIZES", "EVAL.RIVALS.SIZES"])
 def test_sizes_are_refused_for_a_detector_of_one_size(key):
-    prepare = importlib.import_module("earlyexit_ssd.pipeline.train").prepare
     cfg = load_config(None, ["MODEL.NAME", "ssd300_vgg16", "EXITS.BRANCH", "light", key, "[256]"])
     with pytest.raises(ConfigError, match=rf"{key} is \(256,\), expected \[\]: ssd300_vgg16 has only one input size"):
-        prepare(cfg, None, torch.device("cpu"))
+        module.prepare(cfg, None, torch.device("cpu"))
 
 
 def test_the_runtime_is_checked_on_the_device_of_the_evaluation(monkeypatch):
     """A training on a GPU ends with an evaluation on the CPU, where ONNX Runtime measures."""
-
-    def check_rivals(cfg, device):
-        raise RuntimeError(device.type)
-
-    module = importlib.import_module("earlyexit_ssd.pipeline.train")  # the folder's ``train`` is the function
-    monkeypatch.setattr(module, "check_rivals", check_rivals)
-    cfg = load_config(None, ["EVAL.RUNTIME", "onnxruntime"])
-    with pytest.raises(RuntimeError, match="^cpu$"):
-        module.prepare(cfg, None, torch.device("cuda"))
+    monkeypatch.setattr(module, "check_rivals", check := Mock(side_effect=RuntimeError))
+    with pytest.raises(RuntimeError):
+        module.prepare(load_config(None, ["EVAL.RUNTIME", "onnxruntime"]), None, torch.device("cuda"))
+    assert check.call_args.args[1].type == "cpu"
 
 
 @pytest.mark.parametrize(
@@ -64,7 +59,6 @@ def test_the_runtime_is_checked_on_the_device_of_the_evaluation(monkeypatch):
     ],
 )
 def test_a_calibration_that_would_fail_is_refused_before_the_training(monkeypatch, keys, message):
-    module = importlib.import_module("earlyexit_ssd.pipeline.train")
     monkeypatch.setattr(module, "check_rivals", Mock(side_effect=EarlyExitError("no file")))  # the next check
     for target, expected in (("speedup", message or "no file"), ("", "no file")):
         with pytest.raises(EarlyExitError, match=expected):

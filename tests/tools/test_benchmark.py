@@ -3,11 +3,10 @@
 import json
 
 import pytest
-from PIL import Image
 
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.pipeline.predictor import RivalFile, TorchModel
-from tests.deploy.conftest import build_photos, folder, model, onnx_file, photos, staged_folder  # noqa: F401
+from tests.deploy.conftest import build_photos, folder, model, onnx_file, photos, save_photos, staged_folder  # noqa: F401
 from tools.benchmark import main
 
 QUICK = ["--threads", "1", "--batch", "1"]
@@ -21,10 +20,7 @@ def model_file(model, folder):  # noqa: F811
 
 @pytest.fixture(scope="module")
 def photo_folder(tmp_path_factory):
-    root = tmp_path_factory.mktemp("photos")
-    for number, photo in enumerate(build_photos(6)):
-        Image.fromarray(photo).save(root / f"{number}.png")
-    return root
+    return save_photos(tmp_path_factory.mktemp("photos"), 6)
 
 
 def test_figures_are_written_and_printed(tmp_path, onnx_file, staged_folder, photo_folder, capsys):  # noqa: F811

@@ -1,7 +1,6 @@
 import json
 
 import numpy as np
-import pytest
 import torch
 from PIL import Image
 
@@ -12,14 +11,13 @@ from tools import calibrate, eval_exits, train_net
 DETECTS = "earlyexit_ssd.pipeline.calibrate.DETECTS_AP50"
 
 
-@pytest.mark.parametrize("policy", ["ambiguous_mass", "learned_gain"])
-def test_risk(trained, policy, capsys):
+def test_risk(trained, capsys):
     root, arguments = trained
-    out = root / policy
+    out = root / "risk"
     target = ["--out", str(out), "--risk", "0.9", "--delta", "0.2", "CALIBRATION.COST", "mmacs"]
-    assert calibrate.main([*arguments, *target, "ROUTING.POLICY", policy]) == 0
+    assert calibrate.main([*arguments, *target, "ROUTING.POLICY", "learned_gain"]) == 0
     printed = capsys.readouterr().out
-    assert f"policy {policy}, 8 calibration photos" in printed and "with probability 0.8" in printed
+    assert "policy learned_gain, 8 calibration photos" in printed and "with probability 0.8" in printed
     certificate = load_certificate(out / "certificate.json")
     assert certificate.target.epsilon == 0.9 and certificate.measured.loss <= 0.9
     assert certificate.measured.loss_bound <= 0.9 + 1e-6
@@ -85,25 +83,6 @@ def test_unreachable_speedup_and_too_few_photos(trained, capsys):
     captured = capsys.readouterr()
     assert "all exits stay closed" in captured.err and "every exit stays closed" in captured.out
     assert load_certificate(root / "closed" / "certificate.json").closed
-
-
-@pytest.mark.parametrize(
-    ("more", "message"),
-    [
-        (["--risk", "1.5"], "risk is 1.5, expected a number in (0, 1)"),
-        (["--risk", "0.1", "--delta", "0"], "delta is 0"),
-        (["--speedup", "-1"], "speedup is -1, expected a number above 0"),
-        (["--ap-drop", "-0.1"], "ap_drop is -0.1, expected a number in [0, 1]"),
-        (
-            ["--risk", "0.1", "ROUTING.POLICY", "entropi"],
-            "ROUTING.POLICY: routing policy is 'entropi', expected",
-        ),
-    ],
-)
-def test_invalid_targets(trained, more, message, capsys):
-    root, arguments = trained
-    assert calibrate.main([*arguments, "--out", str(root / "wrong"), *more]) == 2
-    assert message in capsys.readouterr().err
 
 
 def test_empty_exits_are_calibrated_without_training(trained, capsys, monkeypatch):

@@ -45,7 +45,7 @@ def sped_up(camera):
     return root / "speed"
 
 
-@pytest.mark.parametrize("policy", ["ambiguous_mass", "balanced_ambiguity", "learned_gain"])
+@pytest.mark.parametrize("policy", ["ambiguous_mass", "balanced_ambiguity"])
 def test_risk_on_frames_without_boxes(camera, policy, capsys):
     root, arguments = camera
     out = root / policy
@@ -130,6 +130,7 @@ def test_blocks_and_learnt_thresholds(camera, capsys, monkeypatch):
         ("--risk 0.1 --block 5s", "give --fps"),
         ("--risk 0.1 --fps 5", "--fps is for --block in seconds"),
         ("--speedup 1.1 --block 5", "--block is for --risk and --ap-drop"),
+        ("--risk 0.1 ROUTING.POLICY entropi", "ROUTING.POLICY: routing policy is 'entropi', expected"),
     ],
 )
 def test_unsuitable_targets_are_one_line_errors(camera, more, message, capsys):

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 from earlyexit_ssd import EarlyExitSSDLite, ExitRouter
 from earlyexit_ssd.config import get_cfg
@@ -10,7 +11,7 @@ from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.files import sha256, write_json
 from earlyexit_ssd.modeling import Architecture, save_model
 from tests.modeling.conftest import SMALL, small_model
-from tools import eval_exits, export_weights, train_net
+from tools import eval_exits, export_weights
 
 ship = export_weights.export_weights
 FIGURES = {"AP": 0.25, "AP50": 0.5, "AP50_interval": [0.25, 0.75], "mmacs": 8.0, "ms": 4.0}
@@ -102,15 +103,12 @@ def test_figures_of_other_weights_or_another_routing(tmp_path):
         ship(source, "toy", tmp_path, configuration(0.5), "", [tmp_path / "foreign.json"])
 
 
-def test_from_a_run_to_figures_of_the_shipped_file(tiny, tmp_path, capsys, without_evaluation):
-    """A forced run is refused, so the gates of this run have limits of 0."""
-    gates = [f"BASELINE.GATE.{key}" for key in ("AP50", "PRECISION", "RECALL")]
-    gates += [f"EXITS_PHASE.GATE.{key}" for key in ("FIRST_EXIT_AP50", "DEEPEST_SHARE")]
-    run = tiny("run", "EXITS_PHASE.EPOCHS", "1", *[word for gate in gates for word in (gate, "0.0")])
-    assert train_net.main(run) == 0
-    config, overrides = run[:2], run[2:]
-    capsys.readouterr()
-    command = [str(tmp_path / "run" / "model.pth"), "--name", "toy", *config, "--out", str(tmp_path / "weights")]
+def test_from_a_run_to_figures_of_the_shipped_file(trained, tmp_path, capsys):
+    content = torch.load(trained[0] / "run" / "model.pth", weights_only=True)
+    content["info"]["forced"] = False  # a forced run is refused
+    torch.save(content, tmp_path / "model.pth")
+    config, overrides = trained[1][:2], trained[1][2:]
+    command = [str(tmp_path / "model.pth"), "--name", "toy", *config, "--out", str(tmp_path / "weights")]
     assert export_weights.main(command) == 0
     weights = str(tmp_path / "weights" / "toy.pth")
     assert capsys.readouterr().out.strip() == weights

@@ -161,44 +161,29 @@ def test_a_search_does_not_replace_the_weights_that_it_starts_from(trained, caps
     assert "would replace these weights" in capsys.readouterr().err and weights.read_bytes() == before
 
 
-def test_the_configuration_has_the_default_of_delta(trained, tmp_path, monkeypatch):
-    goals = []
-
-    def search(cfg, goal, out, weights):
-        goals.append(goal.delta)
-        raise EarlyExitError("enough")
-
-    monkeypatch.setattr("earlyexit_ssd.pipeline.optimize.optimize", search)
-    for flags in ((), ("CALIBRATION.DELTA", "0.2"), ("--delta", "0.1", "CALIBRATION.DELTA", "0.2")):
-        assert optimize.main([*command(trained, tmp_path, "--ap-drop", "0.01"), *flags]) == 2
-    assert goals == [0.05, 0.2, 0.1]
-
-
-def test_the_configuration_has_the_default_of_the_runtime(trained, tmp_path, monkeypatch):
-    runtimes = []
-
-    def search(cfg, goal, out, weights):
-        runtimes.append(cfg.EVAL.RUNTIME)
-        raise EarlyExitError("enough")
-
-    monkeypatch.setattr("earlyexit_ssd.pipeline.optimize.optimize", search)
-    chosen = command(trained, tmp_path)
-    unset = [word for word in chosen if word not in ("--runtime", "eager")]
-    for words in (unset, [*unset, "EVAL.RUNTIME", "openvino"], [*chosen, "EVAL.RUNTIME", "openvino"]):
-        assert optimize.main(words) == 2
-    assert runtimes == ["onnxruntime", "openvino", "eager"]
+@pytest.mark.parametrize(
+    ("words", "delta", "runtime"),
+    [
+        ([], 0.05, "onnxruntime"),
+        (["CALIBRATION.DELTA", "0.2", "EVAL.RUNTIME", "openvino"], 0.2, "openvino"),
+        (
+            ["--delta", "0.1", "--runtime", "eager", "CALIBRATION.DELTA", "0.2", "EVAL.RUNTIME", "openvino"],
+            0.1,
+            "eager",
+        ),
+    ],
+)
+def test_the_configuration_has_the_defaults(trained, tmp_path, monkeypatch, words, delta, runtime):
+    searches = []
+    monkeypatch.setattr("earlyexit_ssd.pipeline.optimize.optimize", lambda *given: searches.append(given) or fail())
+    unset = [word for word in command(trained, tmp_path) if word not in ("--runtime", "eager")]
+    assert optimize.main([*unset, *words]) == 2
+    ((cfg, goal, out, _),) = searches
+    assert (goal.delta, cfg.EVAL.RUNTIME, out) == (delta, runtime, tmp_path)
 
 
-def test_invalid_limit_is_a_one_line_error(trained, tmp_path, capsys):
-    assert optimize.main(command(trained, tmp_path / "x", "--ap-drop", "2")) == 2
-    assert "ap_drop is 2, expected a number in [0, 1]" in capsys.readouterr().err
-
-
-def test_keys_of_the_command_line_count(trained, tmp_path, capsys):
-    assert optimize.main([*command(trained, tmp_path / "x"), "EVAL.SCORE"]) == 2
-    assert "the last key 'EVAL.SCORE' has no value" in capsys.readouterr().err
-    assert optimize.main([*command(trained, tmp_path / "x"), "EVAL.RUNTIME", "tensorrt"]) == 2
-    assert "EVAL.RUNTIME is 'tensorrt'" in capsys.readouterr().err
+def fail():
+    raise EarlyExitError("enough")
 
 
 def test_8_bits_need_a_runtime_that_has_them(trained, tmp_path, capsys):

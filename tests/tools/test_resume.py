@@ -139,19 +139,17 @@ def without_time(lines):
     return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signal_saves_the_state(tiny, tmp_path, number):
+def test_signal_saves_the_state(tiny, tmp_path):
     process = start_training(tiny("run", "--force", "BASELINE.EPOCHS", "500"), stderr=tmp_path / "stderr")
     path = tmp_path / "run" / "baseline" / "log.jsonl"
     deadline = time.monotonic() + 100
     while time.monotonic() < deadline and not (path.is_file() and path.stat().st_size > 500):
         time.sleep(0.05)
-    os.kill(process.pid, number)
+    os.kill(process.pid, signal.SIGTERM)
     process.join()
     assert process.exitcode == 130
     error = (tmp_path / "stderr").read_text()
-    assert f"{number.name}: saved step" in error
-    assert "--resume" in error
+    assert "SIGTERM: saved step" in error and "--resume" in error
     assert torch.load(tmp_path / "run" / "baseline" / "last.pth", weights_only=True)["step"] > 0
 
 
