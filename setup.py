@@ -5,7 +5,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
-RUNTIME = ["numpy", "onnxruntime", "pillow"]
+RUNTIME = ["numpy", "onnxruntime", "pillow", "tqdm"]
 
 setup(
     name="earlyexit_ssd",

@@ -9,15 +9,12 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
+
+from tqdm import tqdm
 
 from earlyexit_ssd.errors import CannotWrite, EarlyExitError, GateFailed, Interrupted
 from earlyexit_ssd.files import NO_ROOM, cannot_write
-
-try:
-    from tqdm import tqdm
-except ImportError:  # optional for `earlyexit_ssd.deploy`
-    tqdm = None
 
 EXIT_BAD_INPUT, EXIT_GATE_FAILED, EXIT_INTERRUPTED = 2, 3, 130
 
@@ -27,39 +24,18 @@ def is_first_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-class NoProgress(contextlib.AbstractContextManager):
-    """The part of tqdm's interface that `deploy` uses. It prints nothing."""
-
-    def __init__(self, iterable: Iterable | None) -> None:
-        self.iterable = iterable
-
-    def __iter__(self) -> Iterator:
-        return iter(self.iterable)
-
-    def update(self) -> None:
-        """Count an item."""
-
-    def __exit__(self, *_: object) -> None:
-        """Nothing to clear."""
-
-
 def progress(
     iterable: Iterable | None = None, desc: str | None = "", total: int | None = None, unit: str = "it"
-) -> tqdm | NoProgress:
+) -> tqdm:
     """Return a tqdm bar on stderr. It is live on a terminal, prints a line every 30 seconds into a log file, and is
-    silent without tqdm, on ranks above 0, and if ``desc`` is None."""
-    if tqdm is None:
-        return NoProgress(iterable)
+    silent on ranks above 0, and if ``desc`` is None."""
     silent, interval = desc is None or not is_first_process(), 0.2 if sys.stderr.isatty() else 30.0
     return tqdm(iterable, desc=desc, total=total, unit=unit, mininterval=interval, disable=silent, dynamic_ncols=True)
 
 
 def write_line(text: str) -> None:
     """Write a line to stderr, above a running progress bar."""
-    if tqdm is None:
-        print(text, file=sys.stderr, flush=True)
-    else:
-        tqdm.write(text, file=sys.stderr)
+    tqdm.write(text, file=sys.stderr)
 
 
 def run_tool(job: Callable[[], int | None], after_a_stop: str = "run it again") -> int:

@@ -10,7 +10,6 @@ from functools import partial
 import pytest
 from torch.utils.data import DataLoader, Dataset
 
-from earlyexit_ssd import console
 from earlyexit_ssd.console import run_tool
 from earlyexit_ssd.errors import CannotWrite, DataError
 
@@ -107,12 +106,3 @@ def test_string_streams_are_not_changed(monkeypatch):
     monkeypatch.setattr(sys, "stdout", io.StringIO())
     assert run_tool(lambda: print("\u043a")) == 0
     assert sys.stdout.getvalue() == "\u043a\n"
-
-
-def test_without_tqdm_only_lines_are_printed(monkeypatch, capsys):
-    monkeypatch.setattr(console, "tqdm", None)
-    with console.progress(range(6), desc="watch", total=6, unit="frame") as bar:
-        bar.update()
-        assert [*bar] == [*range(6)]
-    console.write_line("found")
-    assert capsys.readouterr().err == "found\n"

@@ -52,6 +52,8 @@ from earlyexit_ssd.pipeline.run import Gate, GateCheck, Run, RunFolder
 
 logger = logging.getLogger(__name__)
 
+DEEPEST_USEFUL_LAYER = 12  # a branch after a later layer saves next to nothing
+
 
 def fit(run: Run, name: str, losses: nn.Module, loader: PhotoLoader | CachedLoader) -> None:
     """Train the parameters that the module ``losses`` registers, as phase ``name``. Its forward returns the losses.
@@ -147,15 +149,23 @@ def baseline_gate(
     if reference is not None or takes_over(cfg):
         limits["AP50"] = max(limits["AP50"] or 0.0, DETECTS_AP50)
     checks = tuple(GateCheck(name, figures[name], limit) for name, limit in limits.items())
-    epochs, rate = f"{cfg.BASELINE.EPOCHS} (BASELINE.EPOCHS)", f"{cfg.BASELINE.LR:g} (BASELINE.LR)"
-    train = (
-        f"more epochs than {epochs} or another learning rate than {rate}; log.jsonl shows whether the loss still falls"
-    )
-    look = "look at training_photos.png in the run's folder: are boxes missing, shifted or of another class?"
+    return Gate("baseline", checks, baseline_advice(cfg))
+
+
+def baseline_advice(cfg: CfgNode) -> tuple[str, ...]:
+    """Return what to try if the gate fails, without settings that are in use already."""
+    phase, train = cfg.BASELINE, "train the full path: BASELINE.EPOCHS is 0"
+    if phase.EPOCHS:
+        more_epochs = f"more epochs than {phase.EPOCHS} (BASELINE.EPOCHS)"
+        other_rate = f"another learning rate than {phase.LR:g} (BASELINE.LR)"
+        train = f"{more_epochs} or {other_rate}; log.jsonl shows whether the loss still falls"
     start = "start from trained weights (MODEL.WEIGHTS) or an ImageNet trunk (MODEL.WEIGHTS_BACKBONE)"
     if cfg.MODEL.WEIGHTS:
         start = "check MODEL.IMAGE_SIZE, the order of the checkpoint's classes, and whether it detects in torchvision"
-    return Gate("baseline", checks, (train, look, start))
+    elif cfg.MODEL.WEIGHTS_BACKBONE:
+        start = "start from weights of a trained detector (MODEL.WEIGHTS)"
+    look = "look at training_photos.png in the run's folder: are boxes missing, shifted or of another class?"
+    return train, look, start
 
 
 def _reference_figures(run: Run) -> dict[str, float | None] | None:
@@ -175,16 +185,18 @@ def exits(run: Run) -> Gate:
     """Train the branches, and check the exits' figures on the CALIB split."""
     train_branches(run)
     model, figures = run.model, run.calib_quality.of_exits(run.model)
-    rows = zip(model.exit_names, (*model.empty, False), figures, strict=True)
-    return exits_gate(run.cfg, {name: row["AP50"] for name, empty, row in rows if not empty})
+    with_branch = [index for index, empty in enumerate((*model.empty, False)) if not empty]
+    ap50 = {model.exit_names[index]: figures[index]["AP50"] for index in with_branch}
+    return exits_gate(run.cfg, ap50, model.exit_layers[with_branch[0]])
 
 
-def exits_gate(cfg: CfgNode, ap50: Mapping[str, float | None]) -> Gate:
+def exits_gate(cfg: CfgNode, ap50: Mapping[str, float | None], first_layer: int) -> Gate:
     """Return the gate on the AP50 of the first exit and of the deepest early exit.
 
     The deepest exit is compared with the full path. The first exit has an absolute limit. If the full path is an
     unchanged checkpoint, the first exit is compared with it instead, and the full path must reach `DETECTS_AP50`.
-    ``ap50`` is by name, for the exits that have a branch, shallow to deep, and the full path.
+    ``ap50`` is by name, for the exits that have a branch, shallow to deep, and the full path. ``first_layer`` is the
+    trunk layer of the first exit in ``ap50``.
     """
     names = list(ap50)
     if len(names) == 1:
@@ -200,14 +212,26 @@ def exits_gate(cfg: CfgNode, ap50: Mapping[str, float | None]) -> Gate:
     if takes_over(cfg):
         checks = [GateCheck(f"{full} AP50", ap50[full], DETECTS_AP50), share_of_full(first, limits.FIRST_EXIT_SHARE)]
     checks.append(share_of_full(names[-2], limits.DEEPEST_SHARE))
-    phase = cfg.EXITS_PHASE
-    advice = (
-        f"move the exit deeper (EXITS.LAYERS), up to layer 12: {first} may see too little of the trunk",
-        f"more epochs than {phase.EPOCHS} (EXITS_PHASE.EPOCHS), more views of a photo than {phase.CACHE_VIEWS} "
-        f"(EXITS_PHASE.CACHE_VIEWS), or wider branches (EXITS.COPY)",
-        "more photos; they need no boxes with LOSS.SUPERVISION teacher",
-    )
-    return Gate("exits", tuple(checks), advice)
+    return Gate("exits", tuple(checks), exits_advice(cfg, first, first_layer))
+
+
+def exits_advice(cfg: CfgNode, first: str, layer: int) -> tuple[str, ...]:
+    """Return what to try if the gate fails, without settings that are in use or at their limit already. ``first`` and
+    ``layer`` are the name and the trunk layer of the first exit with a branch."""
+    phase, advice = cfg.EXITS_PHASE, []
+    if layer < DEEPEST_USEFUL_LAYER:
+        advice.append(f"move the exit deeper (EXITS.LAYERS): {first} sees too little of the trunk")
+    more = [f"more epochs than {phase.EPOCHS} (EXITS_PHASE.EPOCHS)"]
+    if not phase.EPOCHS:
+        more = ["train the exits: EXITS_PHASE.EPOCHS is 0"]
+    elif phase.CACHE:
+        more.append(f"more views of a photo than {phase.CACHE_VIEWS} (EXITS_PHASE.CACHE_VIEWS)")
+    if min(cfg.EXITS.COPY) < 1:
+        more.append(f"wider branches than {', '.join(f'{share:g}' for share in cfg.EXITS.COPY)} (EXITS.COPY)")
+    photos = "more photos"
+    if cfg.LOSS.SUPERVISION != "teacher":
+        photos += "; they need no boxes with LOSS.SUPERVISION teacher"
+    return (*advice, ", ".join(more), photos)
 
 
 def train_branches(run: Run) -> None:

@@ -300,7 +300,7 @@ import sys
 
 class Missing:
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in "torch torchvision onnx scipy matplotlib fvcore cv2 tqdm yaml".split():
+        if name.partition(".")[0] in "torch torchvision onnx scipy matplotlib fvcore cv2 yaml".split():
             raise ImportError(name)
 
 sys.meta_path.insert(0, Missing())

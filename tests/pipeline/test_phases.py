@@ -21,7 +21,9 @@ from earlyexit_ssd.pipeline.build import build_router, with_values
 from earlyexit_ssd.pipeline.phases import (
     DistillationLosses,
     MultiScaleLosses,
+    baseline_advice,
     baseline_gate,
+    exits_advice,
     exits_gate,
     full_path_fingerprint,
     joint,
@@ -175,10 +177,10 @@ def test_limits_are_met_or_exceeded():
 
 
 def test_deepest_exit_is_compared_with_the_full_path():
-    gate = exits_gate(load_config(), {"exit8": 0.31, "exit12": 0.5, "full": 0.6})
+    gate = exits_gate(load_config(), {"exit8": 0.31, "exit12": 0.5, "full": 0.6}, 8)
     assert [(check.value, check.limit) for check in gate.checks] == [(0.31, 0.30), (0.5, 0.85 * 0.6)]
     assert not gate.passed and str(gate).endswith("exit12 AP50 0.500 < 0.510 (85% of full's 0.600)")
-    assert str(exits_gate(load_config(), {"full": None})) == "gate of phase exits passed: "  # without branches
+    assert str(exits_gate(load_config(), {"full": None}, 16)) == "gate of phase exits passed: "  # without branches
 
 
 @pytest.mark.parametrize(
@@ -222,23 +224,34 @@ def test_gate_of_an_unchanged_checkpoint_shows_its_figures():
     ],
 )
 def test_exits_of_an_unchanged_checkpoint_are_compared_with_it(ap50, passed):
-    gate = exits_gate(load_config(None, CHECKPOINT), dict(zip(("exit8", "exit12", "full"), ap50, strict=True)))
+    gate = exits_gate(load_config(None, CHECKPOINT), dict(zip(("exit8", "exit12", "full"), ap50, strict=True)), 8)
     assert gate.passed is passed
     if passed:
         assert "full AP50 0.200 >= 0.050, exit8 AP50 0.151 >= 0.150 (75% of full's 0.200)" in str(gate)
 
 
 @pytest.mark.parametrize(
-    ("keys", "named", "unnamed"),
-    [([], "MODEL.WEIGHTS_BACKBONE", "the checkpoint"), (["MODEL.WEIGHTS", "COCO_V1"], "the checkpoint", "BACKBONE")],
+    ("keys", "layer", "named", "unnamed"),
+    [
+        ([], None, ["more epochs than 24", "BASELINE.LR", "MODEL.WEIGHTS)", "MODEL.WEIGHTS_BACKBONE"], []),
+        (["MODEL.WEIGHTS_BACKBONE", "IMAGENET1K_V1"], None, ["MODEL.WEIGHTS)"], ["MODEL.WEIGHTS_BACKBONE"]),
+        (["MODEL.WEIGHTS", "COCO_V1"], None, ["BASELINE.EPOCHS"], ["MODEL.WEIGHTS"]),
+        (CHECKPOINT, None, ["train the full path: BASELINE.EPOCHS is 0"], ["MODEL.WEIGHTS", "more epochs"]),
+        ([], 8, ["EXITS.LAYERS", "more epochs than 8", "more views of a photo than 2"], []),
+        ([], 8, ["than 0.5 (EXITS.COPY)", "SUPERVISION teacher"], []),
+        (["EXITS.COPY", "[1.0]"], 8, ["EXITS.LAYERS"], ["EXITS.COPY"]),
+        (["EXITS.COPY", "[1.0, 0.25]"], 8, ["than 1, 0.25 (EXITS.COPY)"], []),
+        (["EXITS_PHASE.CACHE", "False"], 8, ["EXITS_PHASE.EPOCHS"], ["CACHE_VIEWS"]),
+        (["EXITS_PHASE.EPOCHS", "0"], 8, ["EXITS_PHASE.EPOCHS is 0"], ["CACHE_VIEWS", "more epochs"]),
+        (["LOSS.SUPERVISION", "teacher"], 8, ["more photos"], ["SUPERVISION"]),
+        (["EXITS.LAYERS", "[12]"], 12, ["more photos"], ["EXITS.LAYERS"]),
+    ],
 )
-def test_advice_names_the_settings_to_change(keys, named, unnamed):
+def test_advice_names_no_setting_that_is_in_use(keys, layer, named, unnamed):
+    """``layer`` is that of the first exit; None: advice for the baseline."""
     cfg = load_config(None, keys)
-    advice = "\n".join(baseline_gate(cfg, full_path(0.1, 0.1, 0.1)).advice)
-    assert all(word in advice for word in ("more epochs than 24", "BASELINE.LR", named)) and unnamed not in advice
-    move, train, photos = exits_gate(cfg, {"exit8": 0.1, "full": 0.6}).advice
-    assert "EXITS.LAYERS" in move and "exit8" in move and "teacher" in photos
-    assert "more epochs than 8" in train and "more views of a photo than 2" in train
+    advice = "\n".join(baseline_advice(cfg) if layer is None else exits_advice(cfg, "exit8", layer))
+    assert all(word in advice for word in named) and not any(word in advice for word in unnamed), advice
 
 
 # Fine-tuning at smaller inputs.
