@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import io
-import itertools
-import math
 import statistics
 import time
 import warnings
@@ -15,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy import stats
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -66,7 +65,7 @@ class OnnxNetwork(nn.Module):
             inputs = self.session.get_inputs()
             self.metadata = dict(self.session.get_modelmeta().custom_metadata_map)
         except Exception as error:  # a damaged or foreign file may raise any exception
-            raise EarlyExitError(f"{name}: ONNX Runtime cannot load it ({first_line(error)})") from None
+            raise EarlyExitError(f"{name}: ONNX Runtime cannot load it ({error})") from None
         shape = inputs[0].shape if inputs else []
         self.input_shape = tuple(1 if axis == 0 and not isinstance(n, int) else n for axis, n in enumerate(shape))
         if len(inputs) != 1 or not all(isinstance(length, int) and length > 0 for length in self.input_shape):
@@ -81,7 +80,7 @@ class OnnxNetwork(nn.Module):
         try:
             return [torch.from_numpy(output) for output in self.session.run(None, {self._input_name: x.numpy()})]
         except Exception as error:  # ONNX Runtime's exceptions have no common base class
-            raise EarlyExitError(f"{self.name}: ONNX Runtime failed ({first_line(error)}); export it again") from None
+            raise EarlyExitError(f"{self.name}: ONNX Runtime failed ({error}); export it again") from None
 
 
 class OpenVinoNetwork(nn.Module):
@@ -177,13 +176,8 @@ def export_onnx(network: nn.Module, example: Tensor) -> bytes:
             # in torch 2.6 the newer exporter fails on BatchNorm with current onnxscript, and its graphs are not faster
             torch.onnx.export(network, (example.cpu(),), content, dynamo=False)
         except Exception as error:
-            raise EarlyExitError(f"export to ONNX failed ({first_line(error)}); set EVAL.RUNTIME to eager") from error
+            raise EarlyExitError(f"export to ONNX failed ({error}); set EVAL.RUNTIME to eager") from error
     return content.getvalue()
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of the error's message, or its class if it has no message."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 COUNTED = (torch.ops.aten.convolution, torch.ops.aten.addmm, torch.ops.aten.mm)  # convolutions and linear layers
@@ -252,6 +246,7 @@ def time_modules(
     """
     examples = [examples] * len(modules) if isinstance(examples, Tensor) else examples
     milliseconds: list[list[float]] = [[] for _ in modules]
+    synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     threads_before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -259,10 +254,10 @@ def time_modules(
             for _ in progress(range(runs), desc=desc):
                 for module, example, values in zip(modules, examples, milliseconds, strict=True):
                     module(example)
-                    _synchronize(example.device)
+                    synchronize()
                     start = time.perf_counter()
                     module(example)
-                    _synchronize(example.device)
+                    synchronize()
                     values.append((time.perf_counter() - start) * 1000)
     finally:
         torch.set_num_threads(threads_before)
@@ -274,10 +269,9 @@ def median_interval(values: Sequence[float]) -> tuple[float, list[float]]:
 
     Fewer than six values cannot give 95 %. Then the interval is their range.
     """
-    ordered, n = sorted(values), len(values)
+    ordered = sorted(values)
     # the number of values below the true median is binomial(n, 1/2); at most 2.5 % may lie on either side
-    below = itertools.accumulate(math.comb(n, count) / 2**n for count in range(n // 2))
-    rank = max(1, sum(share <= 0.025 for share in below))
+    rank = max(1, int(stats.binom.ppf(0.025, len(ordered), 0.5)))
     return statistics.median(ordered), [ordered[rank - 1], ordered[-rank]]
 
 
@@ -286,8 +280,3 @@ def example_input(model: nn.Module) -> Tensor:
     width, height = model.transform.fixed_size
     generator = torch.Generator().manual_seed(0)
     return torch.randn(1, 3, height, width, generator=generator).to(next(model.parameters()).device)
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

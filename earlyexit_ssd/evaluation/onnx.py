@@ -18,7 +18,7 @@ from torchvision.ops import batched_nms, clip_boxes_to_image
 
 from earlyexit_ssd.config.check import LARGEST_SIDE
 from earlyexit_ssd.errors import EarlyExitError, import_package, one_line, shown
-from earlyexit_ssd.evaluation.cost import OnnxNetwork, first_line
+from earlyexit_ssd.evaluation.cost import OnnxNetwork
 from earlyexit_ssd.evaluation.outputs import ImageDetections
 from earlyexit_ssd.modeling.retrofit import COCO_CLASSES
 from earlyexit_ssd.plain import read_bytes
@@ -301,7 +301,7 @@ def read_onnx(path: str | os.PathLike[str], constants: Mapping[str, tuple[float,
     except OSError as error:
         raise EarlyExitError(f"{path}: cannot be read as an ONNX file ({error.strerror or error})") from None
     except Exception as error:  # a damaged or foreign file may raise any exception
-        raise EarlyExitError(f"{path}: ONNX Runtime cannot load it ({first_line(error)})") from None
+        raise EarlyExitError(f"{path}: ONNX Runtime cannot load it ({error})") from None
 
 
 def _tensors(message: Any, tensor_type: type) -> Iterator[Any]:

@@ -35,8 +35,7 @@ from earlyexit_ssd.evaluation.results import (
     TableRow,
     Target,
     data_title,
-    exit_rows,
-    rival_rows,
+    table_rows,
     timing_title,
 )
 from earlyexit_ssd.evaluation.verdict import DETECTS_AP50, SHIP_INSTEAD, target_value
@@ -173,7 +172,7 @@ _COLUMNS: dict[str, Callable[[TableRow], str]] = {
 
 def evaluation_page(results: Results, **more: Any) -> Page:
     """Return the page of an evaluation. ``more`` are further fields of `Page`."""
-    rows, context, verdict = [*exit_rows(results), *rival_rows(results)], results.context, results.verdict
+    context, verdict = results.context, results.verdict
     note = "" if context.labelled else "; nobody labelled them, so the figures measure agreement with the full path"
     return Page(
         title=f"{data_title(results)}, {context.empty_images} without an object{note}",
@@ -181,9 +180,9 @@ def evaluation_page(results: Results, **more: Any) -> Page:
         good=verdict.ship if verdict else None,
         tiles=_evaluation_tiles(results),
         findings=verdict.findings if verdict else (),
-        table=table_cells(rows, _COLUMNS),
+        table=table_cells(results, _COLUMNS),
         shares=results.routed.exit_share,
-        points=[row for row in rows if row.ms is not None and not row.empty],
+        points=[row for row in table_rows(results) if row.ms is not None and not row.empty],
         x_title=f"ms per photo ({timing_title(results)})",
         **more,
     )

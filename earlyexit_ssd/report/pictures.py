@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,13 +16,13 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 
 from earlyexit_ssd.calibration.thresholds import FittedTemperature, Reliability
 from earlyexit_ssd.engine.loop import LogLine
 from earlyexit_ssd.evaluation.cost import RUNTIME_TITLES
-from earlyexit_ssd.evaluation.results import Results, TableRow, data_title, exit_rows, rival_rows, timing_title
+from earlyexit_ssd.evaluation.results import Results, TableRow, data_title, table_rows, timing_title
 from earlyexit_ssd.images import color_of, draw_boxes, font_of
 
 BLUE, ORANGE, GREY = "#2b6cb0", "#dd6b20", "#4a5568"
@@ -70,7 +69,7 @@ def accuracy_against_cost(results: Results) -> Image.Image:
     Bars are 95 % intervals. Undefined points and empty exits are left out. In the column of milliseconds, markers of
     rivals in another runtime are hollow.
     """
-    rows = [row for row in (*exit_rows(results), *rival_rows(results)) if not row.empty]
+    rows = [row for row in table_rows(results) if not row.empty]
 
     def draw(all_axes: np.ndarray) -> None:
         panels = []
@@ -304,36 +303,38 @@ def detection_grid(
     example has one."""
     has_truth = not examples or any(example.target is not None for example in examples)
     columns = ["ground truth", *exit_names] if has_truth else list(exit_names)
-    rows = [_tiles(example, classes, score, TILE)[0 if has_truth else 1 :] for example in examples]
-    width = GAP + len(columns) * (TILE + GAP)
-    picture = Image.new("RGB", (width, HEADER + sum(row[0].height + GAP for row in rows)), BACKGROUND)
+    rows = []
+    for example in examples:
+        tiles = enumerate(_tiles(example, classes, score, TILE), start=-1)
+        shown = [(index, tile) for index, tile in tiles if has_truth or index >= 0]
+        colors = [FRAME if index == example.exit_index else BACKGROUND for index, _ in shown]
+        rows.append([ImageOps.expand(tile, GAP // 2, color) for (_, tile), color in zip(shown, colors, strict=True)])
+    step = TILE + GAP
+    picture = _join(rows, len(columns) * step, HEADER)
     draw = ImageDraw.Draw(picture)
     for column, name in enumerate(columns):
-        draw.text((GAP + column * (TILE + GAP), HEADER / 2), name, INK, font_of(16), anchor="lm")
+        draw.text((column * step + GAP // 2, HEADER / 2), name, INK, font_of(16), anchor="lm")
     if any(example.exit_index is not None for example in examples):
-        draw.text((width - GAP, HEADER / 2), "framed: the exit routed to", FRAME, font_of(12), anchor="rm")
-    top = HEADER
-    for example, row in zip(examples, rows, strict=True):
-        for column, tile in enumerate(row):
-            left = GAP + column * (TILE + GAP)
-            picture.paste(tile, (left, top))
-            if example.exit_index is not None and column == example.exit_index + has_truth:  # the frame is in the gap
-                x, y = left - GAP // 2, top - GAP // 2
-                box = (x, y, x + tile.width + GAP - 1, y + tile.height + GAP - 1)
-                draw.rectangle(box, outline=FRAME, width=GAP // 2)
-        top += row[0].height + GAP
+        draw.text((picture.width - GAP, HEADER / 2), "framed: the exit routed to", FRAME, font_of(12), anchor="rm")
     return picture
 
 
 def photo_grid(samples: Sequence[tuple[Tensor, Mapping[str, Tensor]]], classes: Sequence[str]) -> Image.Image:
     """Draw augmented training photos with their boxes. ``samples`` are pairs of image and target, as in `Example`, and
     ``classes`` the names of the labels 1..K."""
-    rows, step = math.ceil(len(samples) / PHOTO_COLUMNS), PHOTO_TILE + GAP
-    picture = Image.new("RGB", (GAP + PHOTO_COLUMNS * step, GAP + rows * step), BACKGROUND)
-    for index, (image, target) in enumerate(samples):
-        row, column = divmod(index, PHOTO_COLUMNS)
-        photo = _tiles(Example(image, target, ()), classes, 0.0, PHOTO_TILE)[0]
-        picture.paste(photo, (GAP + column * step, GAP + row * step))
+    photos = [_tiles(Example(image, target, ()), classes, 0.0, PHOTO_TILE)[0] for image, target in samples]
+    photos = [ImageOps.expand(photo, GAP // 2, BACKGROUND) for photo in photos]
+    rows = [photos[start : start + PHOTO_COLUMNS] for start in range(0, len(photos), PHOTO_COLUMNS)]
+    return _join(rows, PHOTO_COLUMNS * (PHOTO_TILE + GAP))
+
+
+def _join(rows: Sequence[Sequence[Image.Image]], width: int, header: int = 0) -> Image.Image:
+    """Return a picture of pictures in rows, below an empty header. The pictures of a row are side by side."""
+    picture, top = Image.new("RGB", (width, header + sum(row[0].height for row in rows)), BACKGROUND), header
+    for row in rows:
+        for column, part in enumerate(row):
+            picture.paste(part, (column * part.width, top))
+        top += row[0].height
     return picture
 
 

@@ -55,7 +55,7 @@ EVIL = "<Script>window.evil = 1</Script><img src=x onerror='window.evil = 1'>.jp
 def page_photos(truth, detections, confidences, thresholds=(0.5, 0.5), **more) -> PagePhotos:
     matches = exit_matches(truth, detections)
     known = {"plain_mmacs": 38.0, "plain_ms": 4.0, "score": 0.4}
-    return PagePhotos(truth, detections, matches, EXITS, confidences, thresholds, COSTS, **{**known, **more})
+    return PagePhotos(truth, matches, EXITS, confidences, thresholds, COSTS, **{**known, **more})
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +100,7 @@ def test_content_of_a_photo():
 def test_detector_without_early_exits_has_no_curve():
     truth, found = build_random_case(0, images=3)
     matches = exit_matches(truth, [found])
-    photos = PagePhotos(truth, [found], matches, ("full",), np.array([]), (), [OpenCosts((), (38.0,))], None, None, 0.4)
+    photos = PagePhotos(truth, matches, ("full",), np.array([]), (), [OpenCosts((), (38.0,))], None, None, 0.4)
     content = photos_json(photos)
     assert content["curve"] == content["confidences"] == [] and np.shape(content["hits"]) == (3, 1)
 
@@ -286,14 +286,19 @@ def test_5000_photos_make_a_small_file_and_fast_answers(browser, photos, tmp_pat
     hit, zeros = np.tile(hit, (len(photos.matches.true_positive), 1)), np.zeros(count, int)
     objects = {"all": np.tile(photos.matches.objects_by_size["all"][:1], repeats) + 3}
     every = {"photo": photo, "exit": exit, "label": zeros, "rank": zeros, "score": scores, "overlap": scores}
-    every |= {"true_positive": hit, "false_positive": ~hit, "classes": ["cat"], "objects_by_size": objects}
+    every |= {
+        "box": np.zeros((4, count)),
+        "true_positive": hit,
+        "false_positive": ~hit,
+        "classes": ["cat"],
+        "objects_by_size": objects,
+    }
     matches = dataclasses.replace(photos.matches, **every, image_ids=list(range(1, MANY + 1)))
     truth = build_ground_truth(MANY, [])
     for image_id, image in truth.imgs.items():
         image["file_name"] = f"photo{image_id}.jpg"
     confidences = generator.random((2, MANY)).astype(np.float32)
-    nothing = {image_id: build_found() for image_id in truth.imgs}
-    content = {"matches": matches, "ground_truth": truth, "confidences": confidences, "detections": [nothing] * 3}
+    content = {"matches": matches, "ground_truth": truth, "confidences": confidences}
     path = tmp_path / "report.html"
     write_page(path, Page("many", "", photos=dataclasses.replace(photos, **content)))
     assert os.path.getsize(path) < 25e6
