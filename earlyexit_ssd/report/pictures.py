@@ -6,7 +6,7 @@ import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -239,36 +239,36 @@ def reliability_points(reliability: Reliability) -> tuple[list[float], list[floa
     return [reliability.confidence[index] for index in filled], [reliability.accuracy[index] for index in filled]
 
 
-class CandidateLike(Protocol):
-    """A candidate of a search, see `earlyexit_ssd.pipeline.candidates.Candidate`."""
+def candidate_rows(outcome: Mapping[str, Any]) -> list[TableRow]:
+    """Return the candidates of a search that have AP50 and milliseconds. ``outcome`` is the content of optimize.json. A
+    row's kind is ``chosen``, ``rival``, ``exit`` (the candidate has exits) or ``plain``."""
+    rows = []
+    for each in outcome["candidates"]:
+        if each["ms"] is not None and each["AP50"] is not None:
+            kind = "rival" if each["rival"] else "exit" if each["exits"] else "plain"
+            kind = "chosen" if each == outcome["chosen"] else kind
+            rows.append(TableRow(each["name"], kind, {"AP50": each["AP50"]}, None, each["ms"]))
+    return rows
 
-    name: str
-    exits: Sequence[str]
-    AP50: float | None
-    ms: float | None
-    rival: bool
 
-
-def candidates_chart(candidates: Sequence[CandidateLike], chosen: CandidateLike | None, runtime: str) -> Image.Image:
-    """Draw AP50 on the calib split against mean milliseconds (in this ``runtime``) of every candidate, and the Pareto
-    frontier. The first of the ``candidates`` is the unchanged detector. Rivals are squares."""
-    timed = [candidate for candidate in candidates if candidate.ms is not None and candidate.AP50 is not None]
-    frontier: list[CandidateLike] = []
-    for candidate in sorted((row for row in timed if not row.rival), key=lambda row: row.ms):
-        if not frontier or candidate.AP50 > frontier[-1].AP50:
-            frontier.append(candidate)
+def candidates_chart(outcome: Mapping[str, Any], runtime: str) -> Image.Image:
+    """Draw AP50 on the calib split against mean milliseconds (in this ``runtime``) of the `candidate_rows`, and the
+    Pareto frontier. The first row is the unchanged detector. Rivals are squares."""
+    rows, frontier = candidate_rows(outcome), []
+    for row in sorted((row for row in rows if row.kind != "rival"), key=lambda row: row.ms):
+        if not frontier or row.number("AP50") > frontier[-1].number("AP50"):
+            frontier.append(row)
 
     def draw(all_axes: np.ndarray) -> None:
         axes = all_axes[0, 0]
-        axes.plot([row.ms for row in frontier], [row.AP50 for row in frontier], color=BLUE, alpha=0.4, zorder=1)
-        for candidate in timed:
-            ms, ap50, is_chosen = candidate.ms, candidate.AP50, candidate == chosen
-            color = ORANGE if is_chosen else GREY if candidate.rival or not candidate.exits else BLUE
-            axes.plot(ms, ap50, "s" if candidate.rival else "o", color=color, markersize=6, zorder=2)
-            if candidate in frontier or candidate.rival or candidate is candidates[0]:
+        axes.plot([row.ms for row in frontier], [row.number("AP50") for row in frontier], color=BLUE, alpha=0.4)
+        for row in rows:
+            color, place = {"chosen": ORANGE, "exit": BLUE}.get(row.kind, GREY), (row.ms, row.number("AP50"))
+            axes.plot(*place, "s" if row.kind == "rival" else "o", color=color, markersize=6, zorder=2)
+            if row in frontier or row.kind == "rival" or row is rows[0]:
                 text = {"textcoords": "offset points", "fontsize": 7, "color": color}
-                text["fontweight"] = "bold" if is_chosen else "normal"
-                axes.annotate(candidate.name, (ms, ap50), (5, -9), **text)
+                text["fontweight"] = "bold" if row.kind == "chosen" else "normal"
+                axes.annotate(row.name, place, (5, -9), **text)
         axes.set_xlabel(f"ms per image, mean over the calib photos ({RUNTIME_TITLES[runtime]})")
         axes.set_ylabel("AP50 on the calib split")
 

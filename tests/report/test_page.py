@@ -9,7 +9,6 @@ import json
 import os
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -148,8 +147,9 @@ def test_target_tile_compares_the_target_with_the_interval(with_rivals, kind, va
 def test_search_is_compared_with_the_user_s_own_detector(with_rivals):
     """With the figures in 8 bits, if these are to be shipped, and not with those of the model."""
     objects = {"objects_found": 7, "objects_found_base": 9}
-    test = SimpleNamespace(AP50=0.5, AP50_base=0.75, ms=2.0, ms_base=6.0, speedup=3.0, **objects)
-    page = search_page((), None, "ship it. reasons", True, Results.from_json(with_rivals), test)
+    test = {"AP50": 0.5, "AP50_base": 0.75, "ms": 2.0, "ms_base": 6.0, **objects}
+    outcome = {"candidates": [], "chosen": None, "summary": "ship it. reasons", "ship": True, "test": test}
+    page = search_page(outcome, Results.from_json(with_rivals))
     tiles = tiles_of(page)
     assert (tiles["speed-up"].value, tiles["speed-up"].note) == ("3.00×", "2.0 ms, your detector 6.0")
     assert (tiles["AP50"].value, tiles["AP50"].note) == ("0.500", "your detector 0.750")
