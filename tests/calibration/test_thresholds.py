@@ -93,12 +93,6 @@ def test_exit_probabilities_by_hand():
     assert shares[0].tolist() == pytest.approx([0.5, 0.5 * 0.75, 0.5 * 0.25])
 
 
-def test_exit_probabilities_of_a_small_width_are_0_or_1():
-    ranks = torch.tensor([[0.2, 0.9], [0.8, 0.9], [0.2, 0.1]])
-    shares = exit_probabilities(ranks, torch.tensor([0.5, 0.5]), width=1e-3)
-    assert shares.round().tolist() == [[0, 1, 0], [1, 0, 0], [0, 0, 1]]
-
-
 COSTS = np.array([1.0, 3.0])
 
 
@@ -192,10 +186,7 @@ def test_finds_the_temperature_within_the_bounds(scale, expected):
     assert found == pytest.approx(expected, rel=0.06)
     assert 0.5 <= found <= 3.0
     assert stopped_by(found, BOUNDS) == {3.0: 3.0, 0.5: 0.5}.get(expected)
-
-
-def test_temperature_without_boxes_is_1():
-    assert fit_temperature(torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64), BOUNDS) == 1.0
+    assert fit_temperature(torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64), BOUNDS) == 1.0  # without boxes
 
 
 def test_certain_background_is_left_out():
@@ -215,8 +206,3 @@ def test_reliability_by_hand():
     assert found.accuracy[3] == 0.0
     assert found.expected_error == pytest.approx((2 * 0.25 + 1 * 0.35) / 3)
     assert len(found.count) == BINS
-
-
-def test_the_right_temperature_has_a_smaller_calibration_error():
-    case = sampled(2.5)
-    assert reliability(*case, 2.5).expected_error < 0.03 < reliability(*case, 1.0).expected_error
