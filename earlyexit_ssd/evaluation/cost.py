@@ -22,7 +22,7 @@ from earlyexit_ssd.errors import EarlyExitError, import_package
 from earlyexit_ssd.modeling.detector import AllOutputs, PathToExit
 from earlyexit_ssd.modeling.outputs import Router
 from earlyexit_ssd.modeling.trunk import evaluating
-from earlyexit_ssd.runtimes import compile_in_openvino
+from earlyexit_ssd.runtimes import OnnxRuntime, compile_in_openvino
 
 EAGER, ONNX_RUNTIME, OPENVINO = "eager", "onnxruntime", "openvino"
 RUNTIME_TITLES = {EAGER: "eager PyTorch", ONNX_RUNTIME: "ONNX Runtime", OPENVINO: "OpenVINO"}
@@ -35,37 +35,20 @@ def runtime_installed() -> bool:
 
 
 class OnnxNetwork(nn.Module):
-    """An ONNX graph that ONNX Runtime runs on the CPU.
-
-    Args:
-        content: bytes of an ONNX file with all weights inside, such as those of `read_onnx`. For external weights, ONNX
-            Runtime would open any file that the graph names.
-        name: name of the graph in error messages.
+    """An ONNX graph that ONNX Runtime runs on the CPU. ``content`` and ``name`` are those of `OnnxRuntime`.
 
     Attributes:
         input_shape: shape of the only input. A dynamic first dimension is replaced by 1.
         metadata: the file's custom metadata, text by key.
 
     Raises:
-        EarlyExitError: ONNX Runtime cannot load the graph, or the graph does not have exactly one input, of a fixed
-            size and in fp32.
+        EarlyExitError: ONNX Runtime cannot load the graph, or it does not have one input, of a fixed size and in fp32.
     """
 
     def __init__(self, content: bytes, threads: int = 1, name: str = "the network") -> None:
         super().__init__()
-        runtime = import_package("onnxruntime")
-        self.name = name
-        options = runtime.SessionOptions()
-        options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = threads, 1, 4
-        # idle threads must not slow the next network that is timed
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        options.add_session_config_entry("session.load_model_format", "ONNX")  # not ONNX Runtime's own format
-        try:
-            self.session = runtime.InferenceSession(content, options, ["CPUExecutionProvider"], enable_fallback=0)
-            inputs = self.session.get_inputs()
-            self.metadata = dict(self.session.get_modelmeta().custom_metadata_map)
-        except Exception as error:  # a damaged or foreign file may raise any exception
-            raise EarlyExitError(f"{name}: ONNX Runtime cannot load it ({error})") from None
+        self._run = OnnxRuntime(content, name, threads, spinning=False)
+        self.metadata, inputs = self._run.metadata, self._run.session.get_inputs()
         shape = inputs[0].shape if inputs else []
         self.input_shape = tuple(1 if axis == 0 and not isinstance(n, int) else n for axis, n in enumerate(shape))
         if len(inputs) != 1 or not all(isinstance(length, int) and length > 0 for length in self.input_shape):
@@ -73,14 +56,10 @@ class OnnxNetwork(nn.Module):
             raise EarlyExitError(f"{name}: expected one input of a fixed size, got {shapes}; export it again")
         if inputs[0].type != "tensor(float)":
             raise EarlyExitError(f"{name}: its input is {inputs[0].type}, expected tensor(float); export it in fp32")
-        self._input_name = inputs[0].name
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Return the outputs, in the file's order, for a float32 tensor of ``input_shape`` on the CPU."""
-        try:
-            return [torch.from_numpy(output) for output in self.session.run(None, {self._input_name: x.numpy()})]
-        except Exception as error:  # ONNX Runtime's exceptions have no common base class
-            raise EarlyExitError(f"{self.name}: ONNX Runtime failed ({error}); export it again") from None
+        return list(map(torch.from_numpy, self._run({self._run.inputs[0]: x.numpy()}).values()))
 
 
 class OpenVinoNetwork(nn.Module):
