@@ -132,6 +132,13 @@ def test_threshold_of_a_rank(values, rank, threshold):
     assert _unrank(values, rank) == pytest.approx(threshold)
 
 
+@pytest.fixture
+def few_steps(monkeypatch):
+    for name, value in (("BUDGETS", 5), ("HALVINGS", 4), ("STEPS", 50)):
+        monkeypatch.setattr(thresholds, name, value)
+
+
+@pytest.mark.usefixtures("few_steps")
 def test_a_closed_exit_makes_the_deeper_ones_affordable():
     """Exit 1 is always wrong and exit 2 always right. Exit 2 costs 3 if exit 1 is open, and 2 if it is closed."""
     confidences = [np.linspace(0, 1, 20), np.linspace(0, 1, 20)]
@@ -148,8 +155,8 @@ def test_a_closed_exit_makes_the_deeper_ones_affordable():
         learn_open_exits(confidences, losses, costs_with, budget=0.5)
 
 
-def test_a_grid_of_learnt_thresholds_goes_from_closed_to_cheapest(photos, monkeypatch):
-    monkeypatch.setattr(thresholds, "BUDGETS", 5)
+@pytest.mark.usefixtures("few_steps")
+def test_a_grid_of_learnt_thresholds_goes_from_closed_to_cheapest(photos):
     confidences, losses, easy = photos
     grid = learned_grid(confidences, losses, lambda thresholds: COSTS, [2.0])
     costs = grid.mean_cost(np.tile(COSTS, (len(grid.thresholds), 1)))
@@ -158,10 +165,9 @@ def test_a_grid_of_learnt_thresholds_goes_from_closed_to_cheapest(photos, monkey
     assert (grid.choices[best] == ~easy).mean() > 0.98
 
 
-def test_learnt_thresholds_beside_an_exit_where_no_photo_leaves(photos, monkeypatch):
+@pytest.mark.usefixtures("few_steps")
+def test_learnt_thresholds_beside_an_exit_where_no_photo_leaves(photos):
     """At an empty exit the router gives -1 if the policy reads logits only, so its low cost is out of reach."""
-    for name, value in (("BUDGETS", 2), ("HALVINGS", 2), ("STEPS", 20)):
-        monkeypatch.setattr(thresholds, name, value)
     (confidence,), losses, _ = photos
     no_photo = np.full_like(confidence, -1.0)
     grid = learned_grid([no_photo, confidence], np.insert(losses, 0, 1.0, axis=1), lambda _: np.array([0.1, 1.0, 3.0]))
