@@ -141,11 +141,8 @@ def time_in_runtime(
 
 
 def export_onnx(network: nn.Module, example: Tensor) -> bytes:
-    """Return the bytes of an ONNX file of the network, weights included, for inputs of the example's shape.
-
-    Raises:
-        EarlyExitError: the export fails, or the package onnx is missing.
-    """
+    """Return the bytes of an ONNX file of the network, weights included, for inputs of the example's shape. Raise an
+    EarlyExitError if the export fails."""
     import_package("onnx")
     content = io.BytesIO()
     with evaluating(network), warnings.catch_warnings():
@@ -216,12 +213,8 @@ def time_modules(
     """Time each module ``runs`` times. The modules take turns, so that a slow phase of the machine slows all of them.
 
     Before each timed run the module runs once untimed, because here the other modules have replaced its data in the
-    CPU's caches. In use a detector runs alone.
-
-    Args:
-        examples: one input for each module, or one tensor for all.
-        threads: CPU threads of PyTorch.
-        desc: title of the progress bar; None: no bar.
+    CPU's caches. In use a detector runs alone. ``examples`` are one input for each module, or one tensor for all.
+    ``threads`` are CPU threads of PyTorch. ``desc`` is the title of the progress bar; None: no bar.
     """
     examples = [examples] * len(modules) if isinstance(examples, Tensor) else examples
     milliseconds: list[list[float]] = [[] for _ in modules]

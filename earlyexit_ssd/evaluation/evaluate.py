@@ -58,11 +58,10 @@ logger = logging.getLogger(__name__)
 
 
 def evaluate_detections(
-    ground_truth: COCO, detections: DetectionsById, settings: EvaluationSettings, labelled: bool = True
+    ground_truth: COCO, detections: DetectionsById, settings: EvaluationSettings
 ) -> DetectorEvaluation:
-    """Match detections with the objects of ``ground_truth``. If ``labelled`` is False, AP is None."""
-    matches = exit_matches(ground_truth, [detections], settings.iou, tuple(SIZES))
-    return DetectorEvaluation(matches, settings, labelled)
+    """Match detections with the objects of ``ground_truth``."""
+    return DetectorEvaluation(exit_matches(ground_truth, [detections], settings.iou, tuple(SIZES)), settings)
 
 
 def summarize_confidence(confidence: Tensor) -> ConfidenceSummary | None:
@@ -149,12 +148,8 @@ def evaluate_rivals(
 class WantedClasses(nn.Module):
     """Wrap a detector with torchvision's interface so that it returns only the classes ``wanted``, labelled 1, 2, ...
 
-    Args:
-        source: names of the detector's labels 1..K. VOC's and COCO's names of the same class match.
-        name: name of the detector in messages.
-
-    Raises:
-        EarlyExitError: the detector has none of the wanted classes.
+    ``source`` are the names of the detector's labels 1..K. VOC's and COCO's names of the same class match. Without any
+    wanted class, an EarlyExitError with the ``name`` of the detector is raised.
     """
 
     def __init__(self, detector: nn.Module, source: Sequence[str], wanted: Sequence[str], name: str) -> None:

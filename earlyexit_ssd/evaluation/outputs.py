@@ -70,13 +70,8 @@ def collect(
 ) -> Collected:
     """Run all exits of an `EarlyExitSSDLite` on every photo of ``loader``, in one forward pass per photo.
 
-    Args:
-        loader: batches of (images, targets) without augmentation.
-        router: the `ExitRouter` that computes the confidences.
-        title: as in `over_batches`.
-
-    Raises:
-        DataError: an image id occurs twice.
+    ``loader`` yields batches of (images, targets) without augmentation. ``router`` is the `ExitRouter` that computes
+    the confidences. An image id that occurs twice raises DataError.
     """
     exits = range(len(model.exit_names))
     routed = exits if router is not None else ()
