@@ -109,12 +109,13 @@ def test_hash_covers_what_has_no_weights():
     """They are not in the state dict."""
     chair = Architecture(("chair",), image_size=64, width=0.25, head_outputs=4, folded_rows=(2,), exits=())
     state, hashes = chair.build().state_dict(), set()
-    glances = [{"exits": describe_exits((), glances=[(32, layer)])} for layer in (11, 12)]
-    for changes in ({}, {"folded_rows": (3,)}, {"trained_size": 96}, {"trained_size": 128}, *glances):
+    exits = [{"exits": describe_exits((), glances=[(32, layer)])} for layer in (11, 12)]
+    exits += [{"exits": describe_exits((layer,), empty=(layer,))} for layer in (8, 10)]
+    for changes in ({}, {"folded_rows": (3,)}, {"trained_size": 96}, {"trained_size": 128}, *exits):
         model = dataclasses.replace(chair, **changes).build()
         model.load_state_dict(state)
         hashes.add(weights_hash(model))
-    assert len(hashes) == 6
+    assert len(hashes) == 8
 
 
 def test_other_exits_are_refused(certificate, model):

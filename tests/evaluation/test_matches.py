@@ -112,15 +112,6 @@ def test_score_and_iou_are_inclusive(ground_truth, found):
     assert evaluated(coco, half, score=0.5, iou=0.51).false_positives == 1
 
 
-def test_detections_on_crowds_are_ignored(ground_truth, found):
-    coco = ground_truth(1, [(1, 1, BOX), (1, 1, FAR, 1)])
-    inside = (310.0, 310.0, 330.0, 330.0)  # IoU 0.04, but the crowd covers all of it
-    point = evaluated(coco, {1: found((1, 0.9, FAR), (1, 0.8, inside), (1, 0.7, BOX))})
-    assert (point.true_positives, point.false_positives, point.false_negatives) == (1, 0, 0)
-    assert pytest.approx(1.0) == point.AP50
-    assert evaluated(coco, {1: found((2, 0.9, FAR))}).false_positives == 1  # another class's crowd
-
-
 def test_a_photo_with_only_crowds_is_empty(ground_truth, found):
     coco = ground_truth(2, [(1, 1, BOX, 1), (2, 1, BOX)])
     assert exit_matches(coco, [{}]).objects.tolist() == [0, 1]

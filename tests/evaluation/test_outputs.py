@@ -21,7 +21,6 @@ from earlyexit_ssd.modeling.outputs import ExitOutputs
 from earlyexit_ssd.modeling.trunk import evaluating
 from earlyexit_ssd.routing import POLICIES, ExitRouter
 from earlyexit_ssd.routing.policies import is_fitted
-from tests.modeling.conftest import small_model as detector
 
 # Outputs in memory.
 
@@ -198,21 +197,6 @@ def test_a_recording_is_reused_until_photos_or_weights_change(small_model, tmp_p
     finally:
         with torch.no_grad():
             weight.sub_(1.0)
-
-
-@pytest.mark.parametrize(
-    "exits",
-    [{"exit_layers": (8,), "empty": (8,)}, {"exit_layers": (), "glances": [(32, 11)]}],
-    ids=["empty exit", "glance"],
-)
-def test_exits_without_weights_are_recorded_again_at_another_layer(tmp_path, exits):
-    """The hash of the weights does not identify them."""
-    other = {"exit_layers": (10,), "empty": (10,)} if exits["exit_layers"] else {**exits, "glances": [(32, 12)]}
-    taps = []
-    for settings in (exits, other):
-        recording = record(detector(**settings), recorded_batches(2), len(SIZES), tmp_path, "these photos")
-        taps.append(torch.cat([signals.tap for signals in recording.signals(0)]))
-    assert not taps[0].equal(taps[1])
 
 
 def test_recording_a_repeated_image_id_is_refused(small_model, tmp_path):
