@@ -148,8 +148,17 @@ def test_search_is_compared_with_the_user_s_own_detector(with_rivals):
     """With the figures in 8 bits, if these are to be shipped, and not with those of the model."""
     objects = {"objects_found": 7, "objects_found_base": 9}
     test = {"AP50": 0.5, "AP50_base": 0.75, "ms": 2.0, "ms_base": 6.0, **objects}
-    outcome = {"candidates": [], "chosen": None, "summary": "ship it. reasons", "ship": True, "test": test}
-    page = search_page(outcome, Results.from_json(with_rivals))
+    kinds = {
+        "whole": ([], False, 5.0),
+        "fast": (["exit8"], False, 2.0),
+        "net": ([], True, 3.0),
+        "untimed": ([], 0, None),
+    }
+    candidates = [{"name": n, "AP50": 0.5, "exits": e, "rival": r, "ms": ms} for n, (e, r, ms) in kinds.items()]
+    outcome = {"candidates": candidates, "chosen": candidates[1], "summary": "ship it. reasons", "ship": True}
+    page = search_page({**outcome, "test": test}, Results.from_json(with_rivals))
+    assert {row.name: row.kind for row in page.points} == {"whole": "plain", "fast": "chosen", "net": "rival"}
+    assert page.verdict == "Ship it: fast." and page.table[2] == ("fast", "0.500", "2.0", "chosen")
     tiles = tiles_of(page)
     assert (tiles["speed-up"].value, tiles["speed-up"].note) == ("3.00×", "2.0 ms, your detector 6.0")
     assert (tiles["AP50"].value, tiles["AP50"].note) == ("0.500", "your detector 0.750")
