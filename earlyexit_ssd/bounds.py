@@ -4,20 +4,17 @@ The p-values here test H0: E[loss] > epsilon. If p <= delta, the mean loss is at
 for every distribution of the losses and every number of photos. The photos must be independent draws of one source, and
 the routing must not be fitted on them.
 
-Losses are [n] in [0, 1], one per photo. epsilon, the largest acceptable mean loss, and delta are in (0, 1). Other
-values raise EarlyExitError. Without photos, p-values and bounds are 1.
+Losses are [n] in [0, 1], one per photo. epsilon, the largest acceptable mean loss, and delta are in (0, 1). Without
+photos, p-values and bounds are 1.
 """
 
 from __future__ import annotations
 
 import bisect
-import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import numpy as np
-
-from earlyexit_ssd.errors import EarlyExitError
 
 PValue = Callable[[np.ndarray, float], float]
 
@@ -36,7 +33,6 @@ def hoeffding_bentkus_p_value(losses: np.ndarray, epsilon: float) -> float:
     """
     from scipy import stats  # not installed on a device that only runs exported files
 
-    losses = _checked(losses, epsilon=epsilon)
     count = len(losses)
     if count == 0:
         return 1.0
@@ -62,7 +58,6 @@ def betting_p_value(losses: np.ndarray, epsilon: float, *, delta: float = 0.1) -
     of 1. ``losses`` are in the order of the bets. Shuffle them with a seed first, because photos sorted by data set or
     by hour are not exchangeable. The bets are tuned for the level ``delta``, and the p-value is valid at every level.
     """
-    losses = _checked(losses, epsilon=epsilon, delta=delta)
     count = len(losses)
     if count == 0:
         return 1.0
@@ -84,7 +79,6 @@ def upper_bound(losses: np.ndarray, delta: float, p_value: PValue = hoeffding_be
     It is the smallest epsilon with ``p_value(losses, epsilon) <= delta``, rounded up by at most 1e-6. ``p_value`` is
     one of :data:`BOUNDS`, or another function that decreases in epsilon.
     """
-    losses = _checked(losses, delta=delta)
     low, high = 0.0, 1.0  # no mean exceeds 1
     while high - low > TOLERANCE:
         middle = (low + high) / 2
@@ -95,17 +89,6 @@ def upper_bound(losses: np.ndarray, delta: float, p_value: PValue = hoeffding_be
     return high
 
 
-def fixed_sequence_test(p_values: Iterable[float], delta: float) -> int:
-    """Return the number of p-values before the first one that is not in [0, ``delta``]. Later p-values are not read.
-
-    Their hypotheses are rejected. The probability that any rejected hypothesis is true is at most ``delta``, if the
-    order was fixed before the photos were used. Source: Angelopoulos et al. 2021, "Learn then test", fixed-sequence
-    testing.
-    """
-    _checked([], delta=delta)
-    return sum(1 for _ in itertools.takewhile(lambda value: 0 <= value <= delta, p_values))
-
-
 def photos_needed(
     losses: np.ndarray, epsilon: float, delta: float, p_value: PValue = hoeffding_bentkus_p_value
 ) -> int | None:
@@ -113,7 +96,6 @@ def photos_needed(
 
     Return None if the mean loss is not below ``epsilon``, or if more than 10^6 photos are needed.
     """
-    losses = _checked(losses, epsilon=epsilon, delta=delta)
 
     def enough(count: int) -> bool:
         return p_value(np.resize(losses, count), epsilon) <= delta
@@ -124,16 +106,3 @@ def photos_needed(
     while not enough(high):
         high *= 2
     return bisect.bisect_left(range(high + 1), True, lo=high // 2 + 1, key=enough)
-
-
-def _checked(losses: np.ndarray, **shares: float) -> np.ndarray:
-    losses = np.asarray(losses, dtype=np.float64)
-    if losses.ndim != 1:
-        raise EarlyExitError(f"losses has shape {losses.shape}, expected [n], one loss per photo")
-    for index in np.flatnonzero(~((losses >= 0) & (losses <= 1)))[:1]:
-        message = f"losses[{index}] is {losses[index]}"
-        raise EarlyExitError(f"{message}, expected a number in [0, 1]; rescale or clip the losses")
-    for name, value in shares.items():
-        if not 0 < value < 1:
-            raise EarlyExitError(f"{name} is {value}, expected a number in (0, 1), such as 0.1")
-    return losses

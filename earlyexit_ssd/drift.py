@@ -9,7 +9,6 @@ import warnings
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Annotated, Any, NamedTuple, TypedDict
 
 import numpy as np
@@ -132,27 +131,6 @@ def _numbers(values: Values, count: int) -> np.ndarray:
     return array
 
 
-def _stats() -> ModuleType:
-    import_package("scipy")  # so that a missing package is reported under the name that pip knows
-    return import_package("scipy.stats")
-
-
-def fisher_p_value(count: int, photos: int, before: int, photos_before: int) -> float:
-    """Return the two-sided p-value of Fisher's exact test for ``count`` of ``photos`` now and ``before`` of
-    ``photos_before`` in calibration."""
-    table = [[count, photos - count], [before, photos_before - before]]
-    return float(_stats().fisher_exact(table).pvalue)
-
-
-def ks_test(first: np.ndarray, second: np.ndarray) -> tuple[float, float]:
-    """Return the two-sample Kolmogorov-Smirnov distance of [n] and [m] and its p-value. No sample may be empty."""
-    # scipy warns if rounding makes the exact p-value exceed 1, and then uses the asymptotic p-value
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)
-        result = _stats().ks_2samp(first, second)
-    return float(result.statistic), float(result.pvalue)
-
-
 class _Test(NamedTuple):
     name: str
     statistic: float
@@ -166,11 +144,14 @@ def _tests(reference: DriftReference, taken: np.ndarray, confidence: np.ndarray,
     ``taken`` and ``confidence`` [n] are the exits of the photos and their confidences there. ``block`` calibration
     photos count as one, because neighbouring frames are alike.
     """
-    photos, names = len(taken), reference.exit_names
+    import_package("scipy")  # so that a missing package is reported under the name that pip knows
+    stats, photos, names = import_package("scipy.stats"), len(taken), reference.exit_names
     counts = np.bincount(taken, minlength=len(names)).tolist()
     past_counts = [max(1, round(count / block)) if count else 0 for count in reference.exit_counts]
-    pairs = zip(counts, past_counts, strict=True)
-    p_values = [fisher_p_value(count, photos, past, sum(past_counts)) for count, past in pairs]
+    p_values = []
+    for count, past in zip(counts, past_counts, strict=True):
+        table = [[count, photos - count], [past, sum(past_counts) - past]]
+        p_values.append(float(stats.fisher_exact(table).pvalue))
     index = int(np.argmin(p_values))
     now, before = counts[index] / photos, reference.exit_counts[index] / reference.photos
     last = f"the last {photos} photos" if block == 1 else f"the last {photos} photos (1 frame in {block})"
@@ -179,7 +160,10 @@ def _tests(reference: DriftReference, taken: np.ndarray, confidence: np.ndarray,
     for index, quantiles in enumerate(map(np.array, reference.confidences)):
         values, past = confidence[taken == index], past_counts[index]
         if past and len(values):  # an exit that took no photo in one of both is in the test of the shares
-            statistic, p_value = ks_test(values, nearest_sample(values, quantiles, past))
+            # scipy warns if rounding makes the exact p-value exceed 1, and then uses the asymptotic p-value
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", RuntimeWarning)
+                statistic, p_value = map(float, stats.ks_2samp(values, nearest_sample(values, quantiles, past)))
             median = f"median {np.median(values):.3g} for {len(values)} of {last}"
             text = f"the confidences at {names[index]} have changed, {median}"
             text += f", {quantiles[QUANTILES // 2]:.3g} in calibration"

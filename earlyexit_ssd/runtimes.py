@@ -33,35 +33,38 @@ class OnnxRuntime:
     Args:
         content: path of a file, or its bytes.
         name: name for messages, by default the path.
+        spinning: whether idle threads wait actively for the next call. This is faster, but slows other networks.
 
     Attributes:
+        session: ONNX Runtime's session.
         metadata: the file's metadata, text by key.
         inputs: names of the inputs.
     """
 
-    def __init__(self, content: Path | bytes, name: object = None, threads: int = 1) -> None:
+    def __init__(self, content: Path | bytes, name: object = None, threads: int = 1, spinning: bool = True) -> None:
         self._name = name or content
         runtime = import_package("onnxruntime")
         options = runtime.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = threads, 1, 4
-        options.add_session_config_entry("session.load_model_format", "ONNX")
-        with _in_one_line(self._name, "ONNX Runtime cannot load it", "write it with earlyexit export"):
+        options.add_session_config_entry("session.load_model_format", "ONNX")  # not ONNX Runtime's own format
+        options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
+        with _in_one_line(self._name, "ONNX Runtime cannot load it", "export it again"):
             # from bytes, so that no external data is read; this project writes none
-            self._session = runtime.InferenceSession(
+            self.session = runtime.InferenceSession(
                 content if isinstance(content, bytes) else content.read_bytes(),
                 options,
                 providers=["CPUExecutionProvider"],
                 enable_fallback=0,
             )
-            self.metadata = dict(self._session.get_modelmeta().custom_metadata_map)
-        inputs = [*self._session.get_inputs(), *self._session.get_overridable_initializers()]
+            self.metadata = dict(self.session.get_modelmeta().custom_metadata_map)
+        inputs = [*self.session.get_inputs(), *self.session.get_overridable_initializers()]
         self.inputs = [node.name for node in inputs]
-        self._outputs = [node.name for node in self._session.get_outputs()]
+        self._outputs = [node.name for node in self.session.get_outputs()]
 
     def __call__(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         with _in_one_line(self._name, "it does not run", "export it again"):
             feeds = {name: feeds[name] for name in self.inputs if name in feeds}  # ONNX Runtime reports missing inputs
-            return dict(zip(self._outputs, self._session.run(None, feeds), strict=True))
+            return dict(zip(self._outputs, self.session.run(None, feeds), strict=True))
 
 
 def compile_in_openvino(model: Any, threads: int) -> Any:

@@ -18,8 +18,6 @@ from earlyexit_ssd.drift import (
     DriftMonitor,
     DriftRecord,
     DriftReference,
-    fisher_p_value,
-    ks_test,
     nearest_sample,
     sample_quantiles,
 )
@@ -118,23 +116,16 @@ GOOD = {
     ("values", "message"),
     [
         ({"photos": 4}, r"exit_counts \[2, 0, 1\]: expected one for each of 3 exits, with the sum 4"),
-        ({"photos": "3"}, "photos is '3', expected a whole number"),
-        ({"photos": 0, "exit_counts": [0, 0, 0]}, "photos is 0, expected 1 to"),
         ({"exit_counts": [2, 1]}, "one for each of 3 exits"),
         ({"exit_counts": [4, 0, -1]}, r"exit_counts\[2\] is -1, expected 0 to"),
-        ({"exit_counts": [2.0, 0, 1]}, r"exit_counts\[0\] is 2.0, expected a whole number"),
         ({"exit_names": ["full"]}, "expected early exits and the full path"),
         ({"exit_names": ["exit8", "exit8", "full"]}, "no name twice"),
         ({"confidences": [[0.75] * 11 + [0.5] * 10, []]}, "confidences of exit8 have 0.5, expected .* >= 0.75"),
         ({"confidences": [[0.5] * 20 + [NAN], []]}, r"\[0\]\[20\] is nan, expected a finite number"),
-        ({"confidences": [[float("-inf")] + [0.5] * 20, []]}, r"confidences\[0\]\[0\] is -inf"),
-        ({"confidences": [["0.5"] * 21, []]}, r"confidences\[0\]\[0\] is '0.5'"),
         ({"confidences": [[0.5] * 20, []]}, "exit8: 20 quantiles for 2 photos, expected 21"),
         ({"confidences": [[], []]}, "exit8: 0 quantiles for 2 photos"),
         ({"confidences": [[0.5] * 21, [0.5] * 21]}, "exit12: 21 quantiles for 0 photos, .* or 0 for 0 photos"),
         ({"confidences": [[0.5] * 21]}, "confidences has 1 lists, expected one for each of 2 early exits"),
-        ({"confidences": None}, "drift.confidences is None"),
-        ({"window": 200}, "drift: the key 'window' is unknown"),
     ],
 )
 def test_reference_in_json_is_checked(values, message):
@@ -165,8 +156,8 @@ def test_invalid_calibration_decisions(exit_index, confidences, message):
     ("alpha", "streams", "photos", "window", "most"),
     [
         (0.2, 30, 2000, 200, 120),  # 2 * alpha / window per photo are documented
-        (0.2, 30, 400, 20, 240),
-        (0.001, 100, 2000, 200, 6),  # 2 are documented, about 1 is true; 6 are three standard deviations above 2
+        (0.2, 15, 400, 20, 120),
+        (0.001, 50, 2000, 200, 4),  # 1 is documented, about 0.5 is true; 4 are three standard deviations above 1
     ],
 )
 def test_false_alarms_are_within_the_documented_rate(alpha, streams, photos, window, most):
@@ -220,12 +211,6 @@ def test_result_does_not_depend_on_batch_sizes(window, sizes):
     batches = zip(np.split(exit_index, cut), np.split(confidence, cut), strict=True)
     assert set(warned) <= {warning for batch in batches for warning in parts.update(*batch)}
     assert whole.status() == parts.status()
-
-
-def test_no_check_before_the_window_is_full(reference):
-    monitor = DriftMonitor(reference)
-    batches = [monitor.update([0] * photos, [0.99] * photos) for photos in (199, 1, 99, 1)]
-    assert list(map(len, batches)) == [0, 2, 0, 2]
 
 
 @pytest.mark.parametrize("window", [1, 2, 3, 7])
@@ -314,13 +299,6 @@ def test_invalid_settings(reference, arguments, message):
 
 
 # Tests and records.
-
-
-def test_p_values_by_hand():
-    # 3 of 3 and 0 of 3 are the two extreme tables of 20. Separate samples are 2 of 20 orders.
-    assert fisher_p_value(3, 3, 0, 3) == pytest.approx(2 / 20)
-    assert ks_test(np.array([1, 2, 3]), np.array([4, 5, 6])) == pytest.approx((1.0, 2 / 20))
-    assert ks_test(np.array([1, 2]), np.array([1, 2])) == (0.0, 1.0)
 
 
 def test_drift_by_hand():

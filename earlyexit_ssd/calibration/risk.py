@@ -6,12 +6,13 @@ The *risk* of thresholds is the expected loss of a photo. ``confidences`` are on
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from earlyexit_ssd.bounds import BOUNDS, fixed_sequence_test, photos_needed, upper_bound
+from earlyexit_ssd.bounds import BOUNDS, photos_needed, upper_bound
 from earlyexit_ssd.calibration.thresholds import CurvePoint, Grid, choose, pareto_path, threshold_grid
 from earlyexit_ssd.config import CLOSED
 
@@ -97,7 +98,8 @@ def certify(
         bound = upper_bound(draws, delta, p_value) if step else 0.0  # the full path loses nothing
         return CurvePoint(tuple(map(float, path[step])), mean_costs[step], float(draws.mean()), bound)
 
-    passed = fixed_sequence_test((p_value(draws, epsilon) for draws in block_losses[1:]), delta)
+    # later steps are not tested
+    passed = len(list(itertools.takewhile(lambda draws: p_value(draws, epsilon) <= delta, block_losses[1:])))
     needed = photos_needed(block_losses[1], epsilon, delta, p_value) if passed == 0 and len(path) > 1 else None
     chosen = min(range(passed + 1), key=mean_costs.__getitem__)
     shown = _spread(len(path), CURVE_STEPS).tolist() if with_curve else []

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import io
-import itertools
-import math
 import statistics
 import time
 import warnings
@@ -15,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy import stats
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -23,7 +22,7 @@ from earlyexit_ssd.errors import EarlyExitError, import_package
 from earlyexit_ssd.modeling.detector import AllOutputs, PathToExit
 from earlyexit_ssd.modeling.outputs import Router
 from earlyexit_ssd.modeling.trunk import evaluating
-from earlyexit_ssd.runtimes import compile_in_openvino
+from earlyexit_ssd.runtimes import OnnxRuntime, compile_in_openvino
 
 EAGER, ONNX_RUNTIME, OPENVINO = "eager", "onnxruntime", "openvino"
 RUNTIME_TITLES = {EAGER: "eager PyTorch", ONNX_RUNTIME: "ONNX Runtime", OPENVINO: "OpenVINO"}
@@ -36,37 +35,20 @@ def runtime_installed() -> bool:
 
 
 class OnnxNetwork(nn.Module):
-    """An ONNX graph that ONNX Runtime runs on the CPU.
-
-    Args:
-        content: bytes of an ONNX file with all weights inside, such as those of `read_onnx`. For external weights, ONNX
-            Runtime would open any file that the graph names.
-        name: name of the graph in error messages.
+    """An ONNX graph that ONNX Runtime runs on the CPU. ``content`` and ``name`` are those of `OnnxRuntime`.
 
     Attributes:
         input_shape: shape of the only input. A dynamic first dimension is replaced by 1.
         metadata: the file's custom metadata, text by key.
 
     Raises:
-        EarlyExitError: ONNX Runtime cannot load the graph, or the graph does not have exactly one input, of a fixed
-            size and in fp32.
+        EarlyExitError: ONNX Runtime cannot load the graph, or it does not have one input, of a fixed size and in fp32.
     """
 
     def __init__(self, content: bytes, threads: int = 1, name: str = "the network") -> None:
         super().__init__()
-        runtime = import_package("onnxruntime")
-        self.name = name
-        options = runtime.SessionOptions()
-        options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = threads, 1, 4
-        # idle threads must not slow the next network that is timed
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        options.add_session_config_entry("session.load_model_format", "ONNX")  # not ONNX Runtime's own format
-        try:
-            self.session = runtime.InferenceSession(content, options, ["CPUExecutionProvider"], enable_fallback=0)
-            inputs = self.session.get_inputs()
-            self.metadata = dict(self.session.get_modelmeta().custom_metadata_map)
-        except Exception as error:  # a damaged or foreign file may raise any exception
-            raise EarlyExitError(f"{name}: ONNX Runtime cannot load it ({first_line(error)})") from None
+        self._run = OnnxRuntime(content, name, threads, spinning=False)
+        self.metadata, inputs = self._run.metadata, self._run.session.get_inputs()
         shape = inputs[0].shape if inputs else []
         self.input_shape = tuple(1 if axis == 0 and not isinstance(n, int) else n for axis, n in enumerate(shape))
         if len(inputs) != 1 or not all(isinstance(length, int) and length > 0 for length in self.input_shape):
@@ -74,14 +56,10 @@ class OnnxNetwork(nn.Module):
             raise EarlyExitError(f"{name}: expected one input of a fixed size, got {shapes}; export it again")
         if inputs[0].type != "tensor(float)":
             raise EarlyExitError(f"{name}: its input is {inputs[0].type}, expected tensor(float); export it in fp32")
-        self._input_name = inputs[0].name
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Return the outputs, in the file's order, for a float32 tensor of ``input_shape`` on the CPU."""
-        try:
-            return [torch.from_numpy(output) for output in self.session.run(None, {self._input_name: x.numpy()})]
-        except Exception as error:  # ONNX Runtime's exceptions have no common base class
-            raise EarlyExitError(f"{self.name}: ONNX Runtime failed ({first_line(error)}); export it again") from None
+        return list(map(torch.from_numpy, self._run({self._run.inputs[0]: x.numpy()}).values()))
 
 
 class OpenVinoNetwork(nn.Module):
@@ -163,11 +141,8 @@ def time_in_runtime(
 
 
 def export_onnx(network: nn.Module, example: Tensor) -> bytes:
-    """Return the bytes of an ONNX file of the network, weights included, for inputs of the example's shape.
-
-    Raises:
-        EarlyExitError: the export fails, or the package onnx is missing.
-    """
+    """Return the bytes of an ONNX file of the network, weights included, for inputs of the example's shape. Raise an
+    EarlyExitError if the export fails."""
     import_package("onnx")
     content = io.BytesIO()
     with evaluating(network), warnings.catch_warnings():
@@ -177,13 +152,8 @@ def export_onnx(network: nn.Module, example: Tensor) -> bytes:
             # in torch 2.6 the newer exporter fails on BatchNorm with current onnxscript, and its graphs are not faster
             torch.onnx.export(network, (example.cpu(),), content, dynamo=False)
         except Exception as error:
-            raise EarlyExitError(f"export to ONNX failed ({first_line(error)}); set EVAL.RUNTIME to eager") from error
+            raise EarlyExitError(f"export to ONNX failed ({error}); set EVAL.RUNTIME to eager") from error
     return content.getvalue()
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of the error's message, or its class if it has no message."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 COUNTED = (torch.ops.aten.convolution, torch.ops.aten.addmm, torch.ops.aten.mm)  # convolutions and linear layers
@@ -243,15 +213,12 @@ def time_modules(
     """Time each module ``runs`` times. The modules take turns, so that a slow phase of the machine slows all of them.
 
     Before each timed run the module runs once untimed, because here the other modules have replaced its data in the
-    CPU's caches. In use a detector runs alone.
-
-    Args:
-        examples: one input for each module, or one tensor for all.
-        threads: CPU threads of PyTorch.
-        desc: title of the progress bar; None: no bar.
+    CPU's caches. In use a detector runs alone. ``examples`` are one input for each module, or one tensor for all.
+    ``threads`` are CPU threads of PyTorch. ``desc`` is the title of the progress bar; None: no bar.
     """
     examples = [examples] * len(modules) if isinstance(examples, Tensor) else examples
     milliseconds: list[list[float]] = [[] for _ in modules]
+    synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     threads_before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -259,10 +226,10 @@ def time_modules(
             for _ in progress(range(runs), desc=desc):
                 for module, example, values in zip(modules, examples, milliseconds, strict=True):
                     module(example)
-                    _synchronize(example.device)
+                    synchronize()
                     start = time.perf_counter()
                     module(example)
-                    _synchronize(example.device)
+                    synchronize()
                     values.append((time.perf_counter() - start) * 1000)
     finally:
         torch.set_num_threads(threads_before)
@@ -274,10 +241,9 @@ def median_interval(values: Sequence[float]) -> tuple[float, list[float]]:
 
     Fewer than six values cannot give 95 %. Then the interval is their range.
     """
-    ordered, n = sorted(values), len(values)
+    ordered = sorted(values)
     # the number of values below the true median is binomial(n, 1/2); at most 2.5 % may lie on either side
-    below = itertools.accumulate(math.comb(n, count) / 2**n for count in range(n // 2))
-    rank = max(1, sum(share <= 0.025 for share in below))
+    rank = max(1, int(stats.binom.ppf(0.025, len(ordered), 0.5)))
     return statistics.median(ordered), [ordered[rank - 1], ordered[-rank]]
 
 
@@ -286,8 +252,3 @@ def example_input(model: nn.Module) -> Tensor:
     width, height = model.transform.fixed_size
     generator = torch.Generator().manual_seed(0)
     return torch.randn(1, 3, height, width, generator=generator).to(next(model.parameters()).device)
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -58,11 +58,10 @@ logger = logging.getLogger(__name__)
 
 
 def evaluate_detections(
-    ground_truth: COCO, detections: DetectionsById, settings: EvaluationSettings, labelled: bool = True
+    ground_truth: COCO, detections: DetectionsById, settings: EvaluationSettings
 ) -> DetectorEvaluation:
-    """Match detections with the objects of ``ground_truth``. If ``labelled`` is False, AP is None."""
-    matches = exit_matches(ground_truth, [detections], settings.iou, tuple(SIZES))
-    return DetectorEvaluation(matches, settings, labelled)
+    """Match detections with the objects of ``ground_truth``."""
+    return DetectorEvaluation(exit_matches(ground_truth, [detections], settings.iou, tuple(SIZES)), settings)
 
 
 def summarize_confidence(confidence: Tensor) -> ConfidenceSummary | None:
@@ -149,12 +148,8 @@ def evaluate_rivals(
 class WantedClasses(nn.Module):
     """Wrap a detector with torchvision's interface so that it returns only the classes ``wanted``, labelled 1, 2, ...
 
-    Args:
-        source: names of the detector's labels 1..K. VOC's and COCO's names of the same class match.
-        name: name of the detector in messages.
-
-    Raises:
-        EarlyExitError: the detector has none of the wanted classes.
+    ``source`` are the names of the detector's labels 1..K. VOC's and COCO's names of the same class match. Without any
+    wanted class, an EarlyExitError with the ``name`` of the detector is raised.
     """
 
     def __init__(self, detector: nn.Module, source: Sequence[str], wanted: Sequence[str], name: str) -> None:
@@ -237,7 +232,18 @@ def evaluate_exits(
     chosen = choose_exits(collected.confidences, router.thresholds.tolist())
     choices = [*(np.full(matches.photos, index) for index in range(matches.exits)), _by_image(collected, chosen)]
     *exits, routed = (DetectorEvaluation(matches.choose(choice), settings, context.labelled) for choice in choices)
-    *early, full = (_exit_result(model, index, collected, costs, exits) for index in range(len(exits)))
+    *early, full = (
+        ExitResult(
+            name=model.exit_names[index],
+            layer=model.exit_layers[index],
+            figures=evaluation.figures,
+            empty=empty,
+            AP50_below_full_interval=None if empty is None else exits[-1].ap50_minus(evaluation),
+            confidence=summarize_confidence(collected.confidences[index]),
+            **vars(costs.exits[index]),
+        )
+        for index, (evaluation, empty) in enumerate(zip(exits, (*model.empty, None), strict=True))
+    )
     device = next(model.parameters()).device
     context = replace(
         context,
@@ -323,21 +329,6 @@ def measure_costs(model: nn.Module, settings: EvaluationSettings, router: ExitRo
     timings = time_in_runtime(networks, examples, settings.runtime, settings.runs, settings.threads)
     *exits, without = (CostResult(count, **vars(timing)) for count, timing in zip(mmacs, timings, strict=False))
     return Costs(exits, without, timings[len(mmacs) :])
-
-
-def _exit_result(
-    model: nn.Module, index: int, collected: Collected, costs: Costs, exits: Sequence[DetectorEvaluation]
-) -> ExitResult:
-    early = index < len(exits) - 1
-    return ExitResult(
-        name=model.exit_names[index],
-        layer=model.exit_layers[index],
-        figures=exits[index].figures,
-        empty=model.empty[index] if early else None,
-        AP50_below_full_interval=exits[-1].ap50_minus(exits[index]) if early else None,
-        confidence=summarize_confidence(collected.confidences[index]),
-        **vars(costs.exits[index]),
-    )
 
 
 def _routed_result(

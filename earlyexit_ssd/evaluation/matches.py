@@ -26,7 +26,7 @@ from pycocotools.coco import COCO
 from scipy.sparse import csr_array
 from torch import Tensor
 
-from earlyexit_ssd.errors import DataError, EarlyExitError
+from earlyexit_ssd.errors import DataError
 from earlyexit_ssd.evaluation.outputs import Collected
 
 DetectionsById = Mapping[int, Mapping[str, Tensor]]
@@ -61,6 +61,7 @@ class ExitMatches:
     photo: np.ndarray  # int [D]: index of the photo
     exit: np.ndarray  # int [D]: index of the exit
     rank: np.ndarray  # int [D]: number of earlier detections of the same photo, exit and class
+    box: np.ndarray  # float [4, D]: x1, y1, x2, y2 in pixels of the photo
     score: np.ndarray  # float [D]
     overlap: np.ndarray  # float [D]: IoU of a true positive with its object under the last condition, otherwise 0
     true_positive: np.ndarray  # bool [C, D]
@@ -88,8 +89,8 @@ class ExitMatches:
 
     def choose(self, choice: ArrayLike) -> ExitMatches:
         """Return the matches of the detector in which photo i takes exit ``choice[i]`` (int [n])."""
-        keep = np.flatnonzero(self.exit == _per_photo(self, "choice", choice, self.exits)[self.photo])
-        names = ("label", "photo", "rank", "score", "overlap", "true_positive", "false_positive")
+        keep = np.flatnonzero(self.exit == np.asarray(choice)[self.photo])
+        names = ("label", "photo", "rank", "box", "score", "overlap", "true_positive", "false_positive")
         parts = {name: getattr(self, name)[..., keep] for name in names}
         return replace(self, exits=1, exit=np.zeros(len(keep), np.int64), **parts)
 
@@ -139,10 +140,7 @@ def exit_matches(
 
     Raises:
         DataError: detections of an unknown image.
-        EarlyExitError: ``exits`` is empty.
     """
-    if not exits:
-        raise EarlyExitError("no exits to choose from: give the detections of at least one")
     for image_id in itertools.chain(*exits):
         if image_id not in ground_truth.imgs:
             raise DataError(f"detections of image {image_id}: the ground truth has no image of this id")
@@ -168,7 +166,7 @@ def exit_matches(
         truth = boxes[own], labels[own], crowd[own], counted[:, own]
         pairs += [_match_photo(detections.get(image_id, _NOTHING), *truth, limits) for detections in exits]
     pair = np.repeat(np.arange(len(pairs)) - 1, [len(labels) for labels, *_ in pairs])
-    labels, scores, *parts = (np.concatenate(part, axis=-1) for part in zip(*pairs, strict=True))
+    labels, boxes, scores, *parts = (np.concatenate(part, axis=-1) for part in zip(*pairs, strict=True))
     order = np.argsort(labels, kind="stable")
     order = order[np.isin(labels[order], categories)]  # by class, then pair, then descending score
     label, pair = np.searchsorted(categories, labels[order]), pair[order]
@@ -184,7 +182,7 @@ def exit_matches(
         label[by_score],
         *np.divmod(pair[by_score], len(exits)),
         rank[by_score],
-        *(values[..., order[by_score]] for values in (scores, *parts)),
+        *(values[..., order[by_score]] for values in (boxes, scores, *parts)),
     )
 
 
@@ -196,7 +194,8 @@ def _match_photo(
     counted: np.ndarray,
     limits: np.ndarray,
 ) -> tuple[np.ndarray, ...]:
-    """Return labels, scores and overlap [D], true and false positives [C, D] of a pair, by descending score.
+    """Return labels [D], xyxy boxes [4, D], scores and overlap [D], true and false positives [C, D] of a pair, by
+    descending score.
 
     The photo's objects are boxes [G, 4] xywh, with ``classes`` and ``crowd`` [G] and ``counted`` [C, G]. ``limits``
     [3, C, 1] are each condition's IoU threshold, smallest and largest area.
@@ -222,7 +221,8 @@ def _match_photo(
             overlap[of_class[row]] = ious[row][best[-1]] if has_counted_match[-1] else 0.0
     areas = boxes[:, 2] * boxes[:, 3]
     other_size = (areas < smallest) | (areas > largest)
-    return labels, scores[order], overlap, true_positive, ~(true_positive | matched | other_size)
+    false_positive = ~(true_positive | matched | other_size)
+    return labels, detections["boxes"].numpy()[order].T, scores[order], overlap, true_positive, false_positive
 
 
 def xywh(boxes: Tensor) -> Tensor:
@@ -285,8 +285,8 @@ def ap_of_choice(
     The figures are pycocotools' for the detections of the chosen exits. Classes without an object in photos of positive
     weight are left out. ``ap50_only`` leaves ``AP`` None, which is ten times as fast.
     """
-    pairs = np.arange(matches.photos) * matches.exits + _per_photo(matches, "choice", choice, matches.exits)
-    weights = np.ones(matches.photos, np.int64) if weights is None else _per_photo(matches, "weights", weights)
+    pairs = np.arange(matches.photos) * matches.exits + np.asarray(choice)
+    weights = np.ones(matches.photos, np.int64) if weights is None else np.asarray(weights)
     conditions = [matches.ap50_condition] if ap50_only else range(len(IOU_THRESHOLDS))
     curves = [_curves(matches, index, pairs, weights) for index in conditions]
     return APs(None if ap50_only else mean_precision(curves), mean_precision(curves[:1]))
@@ -303,16 +303,6 @@ def precision_curves(matches: ExitMatches, size: str = "all") -> list[np.ndarray
 def mean_precision(curves: Sequence[np.ndarray]) -> float | None:
     """Return the average precision in [0, 1]; None if no class has an object."""
     return float(np.mean(np.stack(curves))) if curves[0].size else None
-
-
-def _per_photo(matches: ExitMatches, name: str, values: ArrayLike, exits: int | None = None) -> np.ndarray:
-    """Return ``values`` as int64 [n]. Raise EarlyExitError if they are not n integers, or not in [0, exits)."""
-    values = np.asarray(values)
-    if values.shape != (matches.photos,) or (values.size and values.dtype.kind not in "iu"):
-        raise EarlyExitError(f"{name} {values.dtype} {list(values.shape)}: give {matches.photos} whole numbers")
-    if exits and values.size and not 0 <= values.min() <= values.max() < exits:
-        raise EarlyExitError(f"{name} in {values.min()}..{values.max()}: exits are 0..{exits - 1}")
-    return values.astype(np.int64)
 
 
 def _curves(matches: ExitMatches, condition: int, pairs: np.ndarray, weights: np.ndarray) -> np.ndarray:

@@ -21,6 +21,7 @@ from earlyexit_ssd.evaluation.matches import (
     bootstrap_choices,
     interval,
     mean_precision,
+    photo_counts,
     precision_curves,
 )
 from earlyexit_ssd.registry import Registry
@@ -144,19 +145,18 @@ def bootstrap_intervals(detector: DetectorEvaluation) -> Figures:
 )
 def operating_point(detector: DetectorEvaluation) -> Figures:
     """Precision, recall and related figures at one score, over all photos and classes (docs/metrics.md)."""
-    matches = detector.matches
-    above, empty = matches.score >= detector.settings.score, matches.objects == 0
-    true = matches.true_positive[-1] & above
+    matches, score = detector.matches, detector.settings.score
+    counts, empty = photo_counts(matches, score), matches.objects == 0
+    tp, fp, fn = (int(x.sum()) for x in (counts.true_positives, counts.false_positives, counts.false_negatives))
+    true = matches.true_positive[-1] & (matches.score >= score)
     # sorted by photo, because the order changes the last digit of the mean
     ious = matches.overlap[true][np.argsort(matches.photo[true], kind="stable")]
-    false_by_photo = np.bincount(matches.photo[matches.false_positive[-1] & above], minlength=matches.photos)
-    tp, fp, fn = len(ious), int(false_by_photo.sum()), int(matches.objects.sum()) - len(ious)
     return {
         "precision": _ratio(tp, tp + fp),
         "recall": _ratio(tp, tp + fn),
         "f1": _ratio(2 * tp, 2 * tp + fp + fn),
         "false_positives_per_image": _ratio(fp, matches.photos),
-        "false_positives_per_empty_image": _ratio(int(false_by_photo[empty].sum()), int(empty.sum())),
+        "false_positives_per_empty_image": _ratio(int(counts.false_positives[empty].sum()), int(empty.sum())),
         "localization_error": 1.0 - float(np.mean(ious)) if tp else None,
         "true_positives": tp,
         "false_positives": fp,

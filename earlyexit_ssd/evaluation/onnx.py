@@ -18,7 +18,7 @@ from torchvision.ops import batched_nms, clip_boxes_to_image
 
 from earlyexit_ssd.config.check import LARGEST_SIDE
 from earlyexit_ssd.errors import EarlyExitError, import_package, one_line, shown
-from earlyexit_ssd.evaluation.cost import OnnxNetwork, first_line
+from earlyexit_ssd.evaluation.cost import OnnxNetwork
 from earlyexit_ssd.evaluation.outputs import ImageDetections
 from earlyexit_ssd.modeling.retrofit import COCO_CLASSES
 from earlyexit_ssd.plain import read_bytes
@@ -268,13 +268,10 @@ def _count_node(node: Any, data: Shape, weights: Shape, output: Shape) -> int:
 
 
 def read_onnx(path: str | os.PathLike[str], constants: Mapping[str, tuple[float, ...]]) -> bytes:
-    """Return the content of an ONNX file with all weights inside.
+    """Return the content of an ONNX file with all weights inside. Raise an EarlyExitError if it cannot be read.
 
     ``constants`` are the values [1, n] of further inputs, which become constants. External weights must be in the
     file's folder, because a file of somebody else may name any file of this machine.
-
-    Raises:
-        EarlyExitError: the file cannot be read or is damaged, or its weights are in another folder.
     """
     onnx, folder = import_package("onnx"), Path(path).parent
     try:
@@ -301,7 +298,7 @@ def read_onnx(path: str | os.PathLike[str], constants: Mapping[str, tuple[float,
     except OSError as error:
         raise EarlyExitError(f"{path}: cannot be read as an ONNX file ({error.strerror or error})") from None
     except Exception as error:  # a damaged or foreign file may raise any exception
-        raise EarlyExitError(f"{path}: ONNX Runtime cannot load it ({first_line(error)})") from None
+        raise EarlyExitError(f"{path}: ONNX Runtime cannot load it ({error})") from None
 
 
 def _tensors(message: Any, tensor_type: type) -> Iterator[Any]:
@@ -328,17 +325,13 @@ def _is_file_in(location: str | bytes, folder: Path) -> bool:
 class OnnxDetector(nn.Module):
     """A detector from an ONNX file, with torchvision's interface. It runs on the CPU, photo by photo.
 
-    Args:
-        file_format: a key of `FORMATS`.
-        threads: CPU threads of ONNX Runtime.
+    ``file_format`` is a key of `FORMATS`. An EarlyExitError is raised if the file cannot be read or run, or if its
+    input is not one photo.
 
     Attributes:
         classes: names of the labels 1..K, from ``classes`` in the file's metadata (separated by commas), otherwise from
             the format.
         network: the graph without preparation and decoding.
-
-    Raises:
-        EarlyExitError: the file cannot be read or run, or its input is not one photo.
     """
 
     def __init__(self, path: str | os.PathLike[str], file_format: str, threads: int = 1) -> None:

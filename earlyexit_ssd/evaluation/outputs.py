@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from earlyexit_ssd.calibration.thresholds import choose
 from earlyexit_ssd.console import progress
 from earlyexit_ssd.engine.processes import failing_together, gathered, is_main
-from earlyexit_ssd.errors import DataError, EarlyExitError
+from earlyexit_ssd.errors import DataError
 from earlyexit_ssd.files import ArrayStore
 from earlyexit_ssd.modeling.checkpoint import weights_hash
 from earlyexit_ssd.modeling.outputs import ExitOutputs, ExitSignals
@@ -70,13 +70,8 @@ def collect(
 ) -> Collected:
     """Run all exits of an `EarlyExitSSDLite` on every photo of ``loader``, in one forward pass per photo.
 
-    Args:
-        loader: batches of (images, targets) without augmentation.
-        router: the `ExitRouter` that computes the confidences.
-        title: as in `over_batches`.
-
-    Raises:
-        DataError: an image id occurs twice.
+    ``loader`` yields batches of (images, targets) without augmentation. ``router`` is the `ExitRouter` that computes
+    the confidences. An image id that occurs twice raises DataError.
     """
     exits = range(len(model.exit_names))
     routed = exits if router is not None else ()
@@ -123,8 +118,6 @@ def _batch_on_cpu(targets: Targets, exits: Sequence[Sequence[dict[str, Tensor]]]
 def choose_exits(confidences: Sequence[Tensor], thresholds: Sequence[float]) -> Tensor:
     """Return the exit that each photo takes, int64 [n]: the first whose confidence reaches its threshold, otherwise the
     full path. ``confidences`` are one [n] per exit, the full path last. ``thresholds`` are one per early exit."""
-    if len(thresholds) != len(confidences) - 1:
-        raise EarlyExitError(f"{len(thresholds)} thresholds for {len(confidences) - 1} early exits: give one for each")
     return torch.from_numpy(choose([values.numpy() for values in confidences], thresholds)).long()
 
 

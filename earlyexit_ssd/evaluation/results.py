@@ -270,21 +270,16 @@ class TableRow:
         return getattr(self, name) if name in ("ms", "mmacs") else self.figures.get(name)
 
 
-def exit_rows(results: Results) -> list[TableRow]:
-    """Return the rows of the exits, then the row ``routed``."""
-    routed = results.routed
-    rows = []
+def table_rows(results: Results) -> list[TableRow]:
+    """Return the rows of the exits, the row ``routed``, the row ``without exits``, which has the full path's figures,
+    and the rows of the rivals."""
+    routed, plain, rows = results.routed, results.without_exits, []
     for exit_ in results.exits:
         parts = exit_.name, "exit", exit_.figures, exit_.mmacs, exit_.ms, exit_.ms_interval, exit_.layer
         share = routed.exit_share.get(exit_.name)
         rows.append(TableRow(*parts, confidence=exit_.confidence, share=share, empty=bool(exit_.empty)))
-    return [*rows, TableRow("routed", "routed", routed.figures, routed.mmacs, routed.ms)]
-
-
-def rival_rows(results: Results) -> list[TableRow]:
-    """Return the row ``without exits``, which has the full path's figures, then the rows of the rivals."""
-    plain = results.without_exits
-    rows = [TableRow("without exits", "plain", results.full.figures, plain.mmacs, plain.ms, plain.ms_interval)]
+    rows.append(TableRow("routed", "routed", routed.figures, routed.mmacs, routed.ms))
+    rows.append(TableRow("without exits", "plain", results.full.figures, **vars(plain)))
     for rival in results.rivals:
         other = None if rival.runtime == results.context.runtime else "ORT"  # only ONNX files have their own runtime
         parts = rival.name, rival.kind, rival.figures, rival.mmacs, rival.ms, rival.ms_interval

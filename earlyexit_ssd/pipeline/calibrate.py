@@ -405,7 +405,6 @@ def _page_photos(recorded: ModelOnSplits, search: ThresholdSearch, chosen: Found
     model, calib, costs = recorded.model, search.calib, search.costs
     return PagePhotos(
         ground_truth=calib.ground_truth,
-        detections=calib.recording.detections,
         matches=calib.matches,
         exit_names=model.exit_names,
         confidences=np.array(search.confidences),

@@ -322,7 +322,6 @@ def _page_photos(
     results, order = evaluation.results, np.argsort(collected.image_ids, kind="stable")
     return PagePhotos(
         ground_truth=evaluation.ground_truth,
-        detections=collected.detections,
         matches=evaluation.matches,
         exit_names=model.exit_names,
         confidences=np.array([values.numpy()[order] for values in collected.confidences[:-1]]),

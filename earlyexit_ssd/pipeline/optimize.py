@@ -159,12 +159,12 @@ def optimize(
         summary = _summary(chosen, test, ship, goal)
     candidates = (*measured, *rivals, *([int8] if int8 else []))
     outcome = Outcome(measured[0], chosen, candidates, test, ship, summary)
-    write_json(search.out / "optimize.json", outcome.to_json())
+    content = outcome.to_json()
+    write_json(search.out / "optimize.json", content)
     write_text(search.out / "summary.txt", summary + "\n")
-    write_image(search.out / "candidates.png", candidates_chart(candidates, chosen, runtime))
+    write_image(search.out / "candidates.png", candidates_chart(content, runtime))
     with never_failing(search.out / "report.html"):
-        page = search_page(candidates, chosen, summary, ship, results, test)
-        write_page(search.out / "report.html", page)
+        write_page(search.out / "report.html", search_page(content, results))
     return outcome
 
 

@@ -19,7 +19,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import plotly.offline
 
@@ -35,14 +35,13 @@ from earlyexit_ssd.evaluation.results import (
     TableRow,
     Target,
     data_title,
-    exit_rows,
-    rival_rows,
+    table_rows,
     timing_title,
 )
 from earlyexit_ssd.evaluation.verdict import DETECTS_AP50, SHIP_INSTEAD, target_value
 from earlyexit_ssd.files import write_text
 from earlyexit_ssd.report.page_photos import PagePhotos, photos_json
-from earlyexit_ssd.report.pictures import GREY, ORANGE, STYLES, CandidateLike, log_curves, reliability_points
+from earlyexit_ssd.report.pictures import GREY, ORANGE, STYLES, candidate_rows, log_curves, reliability_points
 from earlyexit_ssd.report.tables import calibration_report, figure, guarantee_lines, share, table_cells
 
 logger = logging.getLogger(__name__)
@@ -173,7 +172,7 @@ _COLUMNS: dict[str, Callable[[TableRow], str]] = {
 
 def evaluation_page(results: Results, **more: Any) -> Page:
     """Return the page of an evaluation. ``more`` are further fields of `Page`."""
-    rows, context, verdict = [*exit_rows(results), *rival_rows(results)], results.context, results.verdict
+    context, verdict = results.context, results.verdict
     note = "" if context.labelled else "; nobody labelled them, so the figures measure agreement with the full path"
     return Page(
         title=f"{data_title(results)}, {context.empty_images} without an object{note}",
@@ -181,9 +180,9 @@ def evaluation_page(results: Results, **more: Any) -> Page:
         good=verdict.ship if verdict else None,
         tiles=_evaluation_tiles(results),
         findings=verdict.findings if verdict else (),
-        table=table_cells(rows, _COLUMNS),
+        table=table_cells(results, _COLUMNS),
         shares=results.routed.exit_share,
-        points=[row for row in rows if row.ms is not None and not row.empty],
+        points=[row for row in table_rows(results) if row.ms is not None and not row.empty],
         x_title=f"ms per photo ({timing_title(results)})",
         **more,
     )
@@ -403,60 +402,36 @@ def training_page(section: Section, gates: Sequence[dict[str, Any]], photos: str
 # A search.
 
 
-class TestFiguresLike(Protocol):
-    """Figures of a search, see `earlyexit_ssd.pipeline.candidates.TestFigures`."""
-
-    AP50: float
-    AP50_base: float
-    objects_found: int
-    objects_found_base: int
-    ms: float
-    ms_base: float
-    speedup: float
-
-
-def search_page(
-    candidates: Sequence[CandidateLike],
-    chosen: CandidateLike | None,
-    summary: str,
-    ship: bool,
-    results: Results | None,
-    test: TestFiguresLike | None = None,
-) -> Page:
-    """Return the page of a search of `earlyexit_ssd.pipeline.optimize`.
-
-    The first sentence of ``summary`` is the verdict. ``results`` are the chosen model's results on the test photos.
-    ``test`` compares what is to be shipped, which may be in 8 bits, with the user's own detector.
-    """
-    table, points = [("candidate", "AP50 (calib)", "ms", "")], []
-    for candidate in candidates:
-        is_chosen = candidate == chosen
-        ap50, ms = candidate.AP50, candidate.ms
-        table.append((candidate.name, figure(ap50), figure(ms, 1), "chosen" if is_chosen else ""))
-        if ms is not None and ap50 is not None:
-            kind = "chosen" if is_chosen else "rival" if candidate.rival else "exit" if candidate.exits else "plain"
-            points.append(TableRow(candidate.name, kind, {"AP50": ap50}, None, ms))
+def search_page(outcome: Mapping[str, Any], results: Results | None) -> Page:
+    """Return the page of a search. ``outcome`` is the content of optimize.json, and ``results`` are the chosen model's
+    results on the test photos. The first sentence of the summary is the verdict."""
+    candidates, chosen, summary = outcome["candidates"], outcome["chosen"], outcome["summary"]
+    table = [("candidate", "AP50 (calib)", "ms", "")]
+    for each in candidates:
+        table.append((each["name"], figure(each["AP50"]), figure(each["ms"], 1), "chosen" if each == chosen else ""))
     verdict, rest = summary.split(". ", 1) if ". " in summary and chosen else (summary, "")
+    shipped = f": {chosen['name']}" if chosen and outcome["ship"] else ""
     tested = f" Figures at the top: {results.context.images} test photos." if results else ""
     return Page(
         title=f"Search over {len(candidates)} candidates. Chart and table: calib photos.{tested}",
-        verdict=f"{verdict[:1].upper()}{verdict[1:].rstrip('.')}{': ' + chosen.name if chosen and ship else ''}.",
-        good=ship,
-        tiles=_search_tiles(results, test) if results else (),
+        verdict=f"{verdict[:1].upper()}{verdict[1:].rstrip('.')}{shipped}.",
+        good=outcome["ship"],
+        tiles=_search_tiles(results, outcome["test"]) if results else (),
         findings=(Finding(rest),) if rest else (),
         table=table,
-        points=points,
+        points=candidate_rows(outcome),
         x_title="ms per photo, mean over the calib photos",
         links={"the chosen detector on the test photos": "test/report.html"} if results else {},
     )
 
 
-def _search_tiles(results: Results, test: TestFiguresLike) -> tuple[Tile, ...]:
-    """Return the tiles of an evaluation, compared with the user's own detector."""
-    times = f"{figure(test.ms, 1)} ms, your detector {figure(test.ms_base, 1)}"
+def _search_tiles(results: Results, test: Mapping[str, Any]) -> tuple[Tile, ...]:
+    """Return the tiles of an evaluation. ``test`` compares what is to be shipped, which may be in 8 bits, with the
+    user's own detector."""
+    speedup, times = test["ms_base"] / test["ms"], f"{test['ms']:.1f} ms, your detector {test['ms_base']:.1f}"
     return (
-        Tile("speed-up", f"{test.speedup:.2f}×", times, test.speedup > 1),
-        Tile("AP50", figure(test.AP50), f"your detector {figure(test.AP50_base)}"),
-        _objects_tile(results.routed, test.objects_found, test.objects_found_base, "your detector"),
+        Tile("speed-up", f"{speedup:.2f}×", times, speedup > 1),
+        Tile("AP50", figure(test["AP50"]), f"your detector {figure(test['AP50_base'])}"),
+        _objects_tile(results.routed, test["objects_found"], test["objects_found_base"], "your detector"),
         *_evaluation_tiles(results)[3:],  # the first three compare with the full path
     )

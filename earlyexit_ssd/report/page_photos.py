@@ -6,10 +6,8 @@ import base64
 import contextlib
 import dataclasses
 import io
-import itertools
 import math
 import os
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -25,7 +23,7 @@ from torch import Tensor
 from earlyexit_ssd.calibration.thresholds import pareto_path, threshold_grid
 from earlyexit_ssd.config import CLOSED
 from earlyexit_ssd.errors import DataError
-from earlyexit_ssd.evaluation.matches import DetectionsById, ExitMatches, ap_of_choice, photo_counts
+from earlyexit_ssd.evaluation.matches import ExitMatches, ap_of_choice, photo_counts
 from earlyexit_ssd.images import read_thumbnail
 from earlyexit_ssd.modeling import EarlyExitSSDLite
 from earlyexit_ssd.modeling.branches import LightBranch
@@ -54,8 +52,7 @@ class PagePhotos:
     """The n photos of a split by rising image id, and the detections of every exit."""
 
     ground_truth: COCO  # photos and objects; for unlabelled photos, the full path's detections are the objects
-    detections: Sequence[DetectionsById]  # per exit, the full path last
-    matches: ExitMatches  # of these detections; hits and false positives are those at the IoU of the last condition
+    matches: ExitMatches  # of every exit; hits and false positives are those at the IoU of the last condition
     exit_names: Sequence[str]
     confidences: np.ndarray  # float [early exits, n]
     thresholds: Sequence[float]  # the evaluated thresholds
@@ -140,44 +137,31 @@ def _curve(photos: PagePhotos) -> list[dict[str, object]]:
     return [{"thresholds": grid.thresholds[index].tolist(), "AP50": float(ap50[index])} for index in path]
 
 
-def _class_indices(photos: PagePhotos) -> dict[int, int]:
-    return {category: index for index, category in enumerate(sorted(photos.ground_truth.cats))}
-
-
 def _truth(photos: PagePhotos) -> list[list[list[int]]]:
     """Return the objects of each photo: x1, y1, x2, y2 in pixels, index of the class, and 1 for an ignored object."""
-    classes, rows = _class_indices(photos), []
+    classes, rows = sorted(photos.ground_truth.cats), []
     for image_id in photos.matches.image_ids:
         rows.append([])
         for annotation in photos.ground_truth.imgToAnns.get(image_id, []):
             x, y, width, height = annotation["bbox"]
             box = map(round, (x, y, x + width, y + height))
-            rows[-1].append([*box, classes[annotation["category_id"]], int(annotation.get("iscrowd", 0))])
+            rows[-1].append([*box, classes.index(annotation["category_id"]), int(annotation.get("iscrowd", 0))])
     return rows
 
 
 def _boxes(photos: PagePhotos) -> list[list[list[list[int]]]]:
     """Return the detections of each photo and exit, by falling score: x1, y1, x2, y2 in pixels, index of the class,
     score in percent, and 1 for a hit, 2 for an ignored detection, 0 for a false positive."""
-    matches, classes = photos.matches, _class_indices(photos)
-    drawn = matches.score >= photos.score
+    matches = photos.matches
+    rows: list[list[list[list[int]]]] = [[[] for _ in range(matches.exits)] for _ in matches.image_ids]
     states = np.where(matches.true_positive[-1], 1, np.where(matches.false_positive[-1], 0, 2))
-    keys = (values[drawn].tolist() for values in (matches.photo, matches.exit, matches.label, matches.rank))
-    state_of = dict(zip(zip(*keys, strict=True), states[drawn].tolist(), strict=True))
-    rows: list[list[list[list[int]]]] = []
-    for photo, image_id in enumerate(matches.image_ids):
-        rows.append([])
-        for exit_index, detections in enumerate(photos.detections):
-            boxes: list[list[int]] = []
-            if found := detections.get(image_id):
-                scores, labels = found["scores"].double().numpy(), found["labels"].tolist()
-                corners, ranks = found["boxes"].round().int().tolist(), defaultdict(itertools.count)
-                for index in np.argsort(-scores, kind="stable").tolist():
-                    label = classes.get(labels[index])
-                    if scores[index] >= photos.score and label is not None:
-                        state = state_of[photo, exit_index, label, next(ranks[label])]
-                        boxes.append([*corners[index], label, round(100 * float(scores[index])), state])
-            rows[-1].append(boxes[:MAX_BOXES])
+    drawn = np.flatnonzero(matches.score >= photos.score)
+    drawn = drawn[np.argsort(-matches.score[drawn], kind="stable")]
+    values = *matches.box.round(), matches.label, (100 * matches.score).round(), states
+    boxes = np.stack([value[drawn] for value in values], axis=1).astype(np.int64).tolist()
+    for photo, exit_index, box in zip(matches.photo[drawn], matches.exit[drawn], boxes, strict=True):
+        if len(rows[photo][exit_index]) < MAX_BOXES:
+            rows[photo][exit_index].append(box)
     return rows
 
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,13 +16,13 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 
 from earlyexit_ssd.calibration.thresholds import FittedTemperature, Reliability
 from earlyexit_ssd.engine.loop import LogLine
 from earlyexit_ssd.evaluation.cost import RUNTIME_TITLES
-from earlyexit_ssd.evaluation.results import Results, TableRow, data_title, exit_rows, rival_rows, timing_title
+from earlyexit_ssd.evaluation.results import Results, TableRow, data_title, table_rows, timing_title
 from earlyexit_ssd.images import color_of, draw_boxes, font_of
 
 BLUE, ORANGE, GREY = "#2b6cb0", "#dd6b20", "#4a5568"
@@ -70,7 +69,7 @@ def accuracy_against_cost(results: Results) -> Image.Image:
     Bars are 95 % intervals. Undefined points and empty exits are left out. In the column of milliseconds, markers of
     rivals in another runtime are hollow.
     """
-    rows = [row for row in (*exit_rows(results), *rival_rows(results)) if not row.empty]
+    rows = [row for row in table_rows(results) if not row.empty]
 
     def draw(all_axes: np.ndarray) -> None:
         panels = []
@@ -240,36 +239,36 @@ def reliability_points(reliability: Reliability) -> tuple[list[float], list[floa
     return [reliability.confidence[index] for index in filled], [reliability.accuracy[index] for index in filled]
 
 
-class CandidateLike(Protocol):
-    """A candidate of a search, see `earlyexit_ssd.pipeline.candidates.Candidate`."""
+def candidate_rows(outcome: Mapping[str, Any]) -> list[TableRow]:
+    """Return the candidates of a search that have AP50 and milliseconds. ``outcome`` is the content of optimize.json. A
+    row's kind is ``chosen``, ``rival``, ``exit`` (the candidate has exits) or ``plain``."""
+    rows = []
+    for each in outcome["candidates"]:
+        if each["ms"] is not None and each["AP50"] is not None:
+            kind = "rival" if each["rival"] else "exit" if each["exits"] else "plain"
+            kind = "chosen" if each == outcome["chosen"] else kind
+            rows.append(TableRow(each["name"], kind, {"AP50": each["AP50"]}, None, each["ms"]))
+    return rows
 
-    name: str
-    exits: Sequence[str]
-    AP50: float | None
-    ms: float | None
-    rival: bool
 
-
-def candidates_chart(candidates: Sequence[CandidateLike], chosen: CandidateLike | None, runtime: str) -> Image.Image:
-    """Draw AP50 on the calib split against mean milliseconds (in this ``runtime``) of every candidate, and the Pareto
-    frontier. The first of the ``candidates`` is the unchanged detector. Rivals are squares."""
-    timed = [candidate for candidate in candidates if candidate.ms is not None and candidate.AP50 is not None]
-    frontier: list[CandidateLike] = []
-    for candidate in sorted((row for row in timed if not row.rival), key=lambda row: row.ms):
-        if not frontier or candidate.AP50 > frontier[-1].AP50:
-            frontier.append(candidate)
+def candidates_chart(outcome: Mapping[str, Any], runtime: str) -> Image.Image:
+    """Draw AP50 on the calib split against mean milliseconds (in this ``runtime``) of the `candidate_rows`, and the
+    Pareto frontier. The first row is the unchanged detector. Rivals are squares."""
+    rows, frontier = candidate_rows(outcome), []
+    for row in sorted((row for row in rows if row.kind != "rival"), key=lambda row: row.ms):
+        if not frontier or row.number("AP50") > frontier[-1].number("AP50"):
+            frontier.append(row)
 
     def draw(all_axes: np.ndarray) -> None:
         axes = all_axes[0, 0]
-        axes.plot([row.ms for row in frontier], [row.AP50 for row in frontier], color=BLUE, alpha=0.4, zorder=1)
-        for candidate in timed:
-            ms, ap50, is_chosen = candidate.ms, candidate.AP50, candidate == chosen
-            color = ORANGE if is_chosen else GREY if candidate.rival or not candidate.exits else BLUE
-            axes.plot(ms, ap50, "s" if candidate.rival else "o", color=color, markersize=6, zorder=2)
-            if candidate in frontier or candidate.rival or candidate is candidates[0]:
+        axes.plot([row.ms for row in frontier], [row.number("AP50") for row in frontier], color=BLUE, alpha=0.4)
+        for row in rows:
+            color, place = {"chosen": ORANGE, "exit": BLUE}.get(row.kind, GREY), (row.ms, row.number("AP50"))
+            axes.plot(*place, "s" if row.kind == "rival" else "o", color=color, markersize=6, zorder=2)
+            if row in frontier or row.kind == "rival" or row is rows[0]:
                 text = {"textcoords": "offset points", "fontsize": 7, "color": color}
-                text["fontweight"] = "bold" if is_chosen else "normal"
-                axes.annotate(candidate.name, (ms, ap50), (5, -9), **text)
+                text["fontweight"] = "bold" if row.kind == "chosen" else "normal"
+                axes.annotate(row.name, place, (5, -9), **text)
         axes.set_xlabel(f"ms per image, mean over the calib photos ({RUNTIME_TITLES[runtime]})")
         axes.set_ylabel("AP50 on the calib split")
 
@@ -304,36 +303,38 @@ def detection_grid(
     example has one."""
     has_truth = not examples or any(example.target is not None for example in examples)
     columns = ["ground truth", *exit_names] if has_truth else list(exit_names)
-    rows = [_tiles(example, classes, score, TILE)[0 if has_truth else 1 :] for example in examples]
-    width = GAP + len(columns) * (TILE + GAP)
-    picture = Image.new("RGB", (width, HEADER + sum(row[0].height + GAP for row in rows)), BACKGROUND)
+    rows = []
+    for example in examples:
+        tiles = enumerate(_tiles(example, classes, score, TILE), start=-1)
+        shown = [(index, tile) for index, tile in tiles if has_truth or index >= 0]
+        colors = [FRAME if index == example.exit_index else BACKGROUND for index, _ in shown]
+        rows.append([ImageOps.expand(tile, GAP // 2, color) for (_, tile), color in zip(shown, colors, strict=True)])
+    step = TILE + GAP
+    picture = _join(rows, len(columns) * step, HEADER)
     draw = ImageDraw.Draw(picture)
     for column, name in enumerate(columns):
-        draw.text((GAP + column * (TILE + GAP), HEADER / 2), name, INK, font_of(16), anchor="lm")
+        draw.text((column * step + GAP // 2, HEADER / 2), name, INK, font_of(16), anchor="lm")
     if any(example.exit_index is not None for example in examples):
-        draw.text((width - GAP, HEADER / 2), "framed: the exit routed to", FRAME, font_of(12), anchor="rm")
-    top = HEADER
-    for example, row in zip(examples, rows, strict=True):
-        for column, tile in enumerate(row):
-            left = GAP + column * (TILE + GAP)
-            picture.paste(tile, (left, top))
-            if example.exit_index is not None and column == example.exit_index + has_truth:  # the frame is in the gap
-                x, y = left - GAP // 2, top - GAP // 2
-                box = (x, y, x + tile.width + GAP - 1, y + tile.height + GAP - 1)
-                draw.rectangle(box, outline=FRAME, width=GAP // 2)
-        top += row[0].height + GAP
+        draw.text((picture.width - GAP, HEADER / 2), "framed: the exit routed to", FRAME, font_of(12), anchor="rm")
     return picture
 
 
 def photo_grid(samples: Sequence[tuple[Tensor, Mapping[str, Tensor]]], classes: Sequence[str]) -> Image.Image:
     """Draw augmented training photos with their boxes. ``samples`` are pairs of image and target, as in `Example`, and
     ``classes`` the names of the labels 1..K."""
-    rows, step = math.ceil(len(samples) / PHOTO_COLUMNS), PHOTO_TILE + GAP
-    picture = Image.new("RGB", (GAP + PHOTO_COLUMNS * step, GAP + rows * step), BACKGROUND)
-    for index, (image, target) in enumerate(samples):
-        row, column = divmod(index, PHOTO_COLUMNS)
-        photo = _tiles(Example(image, target, ()), classes, 0.0, PHOTO_TILE)[0]
-        picture.paste(photo, (GAP + column * step, GAP + row * step))
+    photos = [_tiles(Example(image, target, ()), classes, 0.0, PHOTO_TILE)[0] for image, target in samples]
+    photos = [ImageOps.expand(photo, GAP // 2, BACKGROUND) for photo in photos]
+    rows = [photos[start : start + PHOTO_COLUMNS] for start in range(0, len(photos), PHOTO_COLUMNS)]
+    return _join(rows, PHOTO_COLUMNS * (PHOTO_TILE + GAP))
+
+
+def _join(rows: Sequence[Sequence[Image.Image]], width: int, header: int = 0) -> Image.Image:
+    """Return a picture of pictures in rows, below an empty header. The pictures of a row are side by side."""
+    picture, top = Image.new("RGB", (width, header + sum(row[0].height for row in rows)), BACKGROUND), header
+    for row in rows:
+        for column, part in enumerate(row):
+            picture.paste(part, (column * part.width, top))
+        top += row[0].height
     return picture
 
 

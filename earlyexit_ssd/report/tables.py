@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from PIL import Image
@@ -14,7 +14,7 @@ from earlyexit_ssd.calibration.thresholds import FittedTemperature
 from earlyexit_ssd.config import CLOSED
 from earlyexit_ssd.evaluation.matches import PhotoRow
 from earlyexit_ssd.evaluation.metrics import METRICS
-from earlyexit_ssd.evaluation.results import Results, TableRow, Verdict, data_title, exit_rows, rival_rows, timing_title
+from earlyexit_ssd.evaluation.results import Results, TableRow, Verdict, data_title, table_rows, timing_title
 from earlyexit_ssd.files import write_image, write_json, write_text
 from earlyexit_ssd.report.pictures import accuracy_against_cost, reliability_diagram
 
@@ -46,19 +46,15 @@ def columns() -> dict[str, Callable[[TableRow], str]]:
     }
 
 
-def table_cells(rows: Iterable[TableRow], columns: Mapping[str, Callable[[TableRow], str]]) -> list[list[str]]:
-    """Return the headings, then the cells of each row."""
-    return [list(columns), *([format_cell(row) for format_cell in columns.values()] for row in rows)]
-
-
-def _result_cells(results: Results) -> list[list[str]]:
-    return table_cells([*exit_rows(results), *rival_rows(results)], columns())
+def table_cells(results: Results, columns: Mapping[str, Callable[[TableRow], str]]) -> list[list[str]]:
+    """Return the headings, then the cells of each of the `table_rows`."""
+    return [list(columns), *([format_cell(row) for format_cell in columns.values()] for row in table_rows(results))]
 
 
 def text_table(results: Results) -> str:
     """Return a table with aligned columns. Its rows are the exits, the routed detector, the detector without exits and
     the rivals. Undefined figures are "-"."""
-    rows = _result_cells(results)
+    rows = table_cells(results, columns())
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for name, *cells in rows:
@@ -69,7 +65,7 @@ def text_table(results: Results) -> str:
 
 def markdown_table(results: Results) -> str:
     """Return the table of `text_table` in Markdown."""
-    header, *rows = _result_cells(results)
+    header, *rows = table_cells(results, columns())
     lines = [header, [":--", *["--:"] * (len(header) - 1)], *rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
@@ -82,7 +78,7 @@ def text_report(results: Results) -> str:
     if not context.labelled:
         lines.append("P to loc.err: agreement with what the full path finds; AP is not known")
     ms = f"ms of one image in {timing_title(results)}"
-    if any(row.other_runtime for row in rival_rows(results)):
+    if any(row.other_runtime for row in table_rows(results)):
         ms += "; ORT: in ONNX Runtime, not to be compared"
     lines += [f"P to loc.err at score {context.score:g} and IoU {context.iou:g}; {ms}", "", text_table(results), ""]
     return "\n".join(lines + (verdict_lines(results.verdict) if results.verdict else []))

@@ -80,7 +80,10 @@ def test_exits_stay_closed_if_no_step_passes():
     found = certify(TWO_EXITS, confidences, losses, same_costs(TWO_EXITS), 0.02, 0.05, "hoeffding_bentkus")
     assert (found.step, found.point) == (0, CurvePoint((CLOSED, CLOSED), 4.0, 0.0, 0.0))
     assert found.photos_needed == 149  # 0.98^149 < 0.05 < 0.98^148
-    losses[:, 1] = 1.0
+    # no step is tested after one that fails: exit 12 loses all detections, exit 8 none
+    losses[:, :2] = 0.0, 1.0
+    assert certify(TWO_EXITS, confidences, losses, same_costs(TWO_EXITS), 0.5, 0.05).passed == 0
+    losses[:, 0] = 1.0
     assert certify(TWO_EXITS, confidences, losses, same_costs(TWO_EXITS), 0.02, 0.05).photos_needed is None
 
 

@@ -93,12 +93,6 @@ def test_exit_probabilities_by_hand():
     assert shares[0].tolist() == pytest.approx([0.5, 0.5 * 0.75, 0.5 * 0.25])
 
 
-def test_exit_probabilities_of_a_small_width_are_0_or_1():
-    ranks = torch.tensor([[0.2, 0.9], [0.8, 0.9], [0.2, 0.1]])
-    shares = exit_probabilities(ranks, torch.tensor([0.5, 0.5]), width=1e-3)
-    assert shares.round().tolist() == [[0, 1, 0], [1, 0, 0], [0, 0, 1]]
-
-
 COSTS = np.array([1.0, 3.0])
 
 
@@ -138,6 +132,13 @@ def test_threshold_of_a_rank(values, rank, threshold):
     assert _unrank(values, rank) == pytest.approx(threshold)
 
 
+@pytest.fixture
+def few_steps(monkeypatch):
+    for name, value in (("BUDGETS", 5), ("HALVINGS", 4), ("STEPS", 50)):
+        monkeypatch.setattr(thresholds, name, value)
+
+
+@pytest.mark.usefixtures("few_steps")
 def test_a_closed_exit_makes_the_deeper_ones_affordable():
     """Exit 1 is always wrong and exit 2 always right. Exit 2 costs 3 if exit 1 is open, and 2 if it is closed."""
     confidences = [np.linspace(0, 1, 20), np.linspace(0, 1, 20)]
@@ -154,8 +155,8 @@ def test_a_closed_exit_makes_the_deeper_ones_affordable():
         learn_open_exits(confidences, losses, costs_with, budget=0.5)
 
 
-def test_a_grid_of_learnt_thresholds_goes_from_closed_to_cheapest(photos, monkeypatch):
-    monkeypatch.setattr(thresholds, "BUDGETS", 5)
+@pytest.mark.usefixtures("few_steps")
+def test_a_grid_of_learnt_thresholds_goes_from_closed_to_cheapest(photos):
     confidences, losses, easy = photos
     grid = learned_grid(confidences, losses, lambda thresholds: COSTS, [2.0])
     costs = grid.mean_cost(np.tile(COSTS, (len(grid.thresholds), 1)))
@@ -164,10 +165,9 @@ def test_a_grid_of_learnt_thresholds_goes_from_closed_to_cheapest(photos, monkey
     assert (grid.choices[best] == ~easy).mean() > 0.98
 
 
-def test_learnt_thresholds_beside_an_exit_where_no_photo_leaves(photos, monkeypatch):
+@pytest.mark.usefixtures("few_steps")
+def test_learnt_thresholds_beside_an_exit_where_no_photo_leaves(photos):
     """At an empty exit the router gives -1 if the policy reads logits only, so its low cost is out of reach."""
-    for name, value in (("BUDGETS", 2), ("HALVINGS", 2), ("STEPS", 20)):
-        monkeypatch.setattr(thresholds, name, value)
     (confidence,), losses, _ = photos
     no_photo = np.full_like(confidence, -1.0)
     grid = learned_grid([no_photo, confidence], np.insert(losses, 0, 1.0, axis=1), lambda _: np.array([0.1, 1.0, 3.0]))
@@ -192,10 +192,7 @@ def test_finds_the_temperature_within_the_bounds(scale, expected):
     assert found == pytest.approx(expected, rel=0.06)
     assert 0.5 <= found <= 3.0
     assert stopped_by(found, BOUNDS) == {3.0: 3.0, 0.5: 0.5}.get(expected)
-
-
-def test_temperature_without_boxes_is_1():
-    assert fit_temperature(torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64), BOUNDS) == 1.0
+    assert fit_temperature(torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64), BOUNDS) == 1.0  # without boxes
 
 
 def test_certain_background_is_left_out():
@@ -215,8 +212,3 @@ def test_reliability_by_hand():
     assert found.accuracy[3] == 0.0
     assert found.expected_error == pytest.approx((2 * 0.25 + 1 * 0.35) / 3)
     assert len(found.count) == BINS
-
-
-def test_the_right_temperature_has_a_smaller_calibration_error():
-    case = sampled(2.5)
-    assert reliability(*case, 2.5).expected_error < 0.03 < reliability(*case, 1.0).expected_error

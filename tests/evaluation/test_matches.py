@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import io
 from types import SimpleNamespace
 
@@ -15,7 +14,7 @@ from hypothesis import strategies as st
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from earlyexit_ssd.errors import DataError, EarlyExitError
+from earlyexit_ssd.errors import DataError
 from earlyexit_ssd.evaluation.evaluate import evaluate_detections
 from earlyexit_ssd.evaluation.matches import (
     Agreement,
@@ -60,7 +59,7 @@ def none_as_minus_one(values):
     return [-1 if value is None else value for value in values]
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(3))
 def test_equals_pycocotools(seed, random_case):
     coco, detections = random_case(seed)
     ours, theirs = evaluated(coco, detections), pycocotools_evaluation(coco, detections)
@@ -76,33 +75,11 @@ def test_equals_pycocotools(seed, random_case):
         assert none_as_minus_one(figures.values()) == theirs.stats[:2].tolist()
 
 
-def test_iou_between_thresholds(ground_truth, found):
-    coco = ground_truth(1, [(1, 1, (0.0, 0.0, 100.0, 100.0))])
-    metrics = evaluated(coco, {1: found((1, 0.9, (0.0, 0.0, 100.0, 72.0)))})  # IoU 0.72: five of ten thresholds
-    assert pytest.approx(1.0) == metrics.AP50
-    assert metrics.AP75 == 0.0
-    assert pytest.approx(0.5) == metrics.AP
-
-
 def test_ap_without_objects_is_none(ground_truth, found):
     metrics = evaluated(ground_truth(1, [(1, 1, BOX)]), {1: found((1, 0.9, BOX))})
     assert metrics.per_class["dog"] == {"AP": None, "AP50": None}
     assert metrics.per_class["cat"] == pytest.approx({"AP": 1.0, "AP50": 1.0})
     assert (metrics.AP_small, metrics.AP_large) == (None, pytest.approx(1.0))
-
-
-@pytest.mark.parametrize("entry", [{}, {1: ()}], ids=["no entry", "empty entry"])
-def test_ap_without_detections_is_zero(entry, ground_truth, found):
-    detections = {image: found(*items) for image, items in entry.items()}
-    metrics = evaluated(ground_truth(1, [(1, 1, BOX)]), detections)
-    assert (metrics.AP, metrics.AP50, metrics.per_class["cat"]["AP50"]) == (0.0, 0.0, 0.0)
-
-
-def test_annotation_id_zero_is_an_object_like_others(ground_truth, found):
-    """pycocotools counts its match as missed."""
-    coco = ground_truth(1, [(1, 1, BOX)])
-    coco.imgToAnns[1][0]["id"] = 0
-    assert pytest.approx(1.0) == evaluated(coco, {1: found((1, 0.9, BOX))}).AP
 
 
 # True positives, false positives and false negatives.
@@ -115,9 +92,8 @@ def test_operating_point_by_hand(ground_truth, found):
     point = evaluated(
         coco,
         {
-            1: found(
-                (1, 0.9, NARROW), (1, 0.8, BOX), (1, 0.4, FAR)
-            ),  # true positive, duplicate, below the score threshold
+            # true positive, duplicate, below the score threshold, no category
+            1: found((1, 0.9, NARROW), (1, 0.8, BOX), (1, 0.4, FAR), (3, 0.9, BOX)),
             3: found((2, 0.7, BOX)),  # on the empty photo
         },
     )
@@ -128,12 +104,6 @@ def test_operating_point_by_hand(ground_truth, found):
     assert point.localization_error == pytest.approx(0.2)
 
 
-def test_the_detection_with_the_highest_score_takes_the_object(ground_truth, found):
-    point = evaluated(ground_truth(1, [(1, 1, BOX)]), {1: found((1, 0.8, NARROW), (1, 0.9, BOX))})
-    assert (point.true_positives, point.false_positives) == (1, 1)
-    assert point.localization_error == pytest.approx(0.0)
-
-
 def test_score_and_iou_are_inclusive(ground_truth, found):
     coco = ground_truth(1, [(1, 1, (0.0, 0.0, 100.0, 100.0))])
     half = {1: found((1, 0.5, (0.0, 0.0, 100.0, 50.0)))}
@@ -142,26 +112,11 @@ def test_score_and_iou_are_inclusive(ground_truth, found):
     assert evaluated(coco, half, score=0.5, iou=0.51).false_positives == 1
 
 
-def test_detections_on_crowds_are_ignored(ground_truth, found):
-    coco = ground_truth(1, [(1, 1, BOX), (1, 1, FAR, 1)])
-    inside = (310.0, 310.0, 330.0, 330.0)  # IoU 0.04, but the crowd covers all of it
-    point = evaluated(coco, {1: found((1, 0.9, FAR), (1, 0.8, inside), (1, 0.7, BOX))})
-    assert (point.true_positives, point.false_positives, point.false_negatives) == (1, 0, 0)
-    assert pytest.approx(1.0) == point.AP50
-    assert evaluated(coco, {1: found((2, 0.9, FAR))}).false_positives == 1  # another class's crowd
-
-
 def test_a_photo_with_only_crowds_is_empty(ground_truth, found):
     coco = ground_truth(2, [(1, 1, BOX, 1), (2, 1, BOX)])
     assert exit_matches(coco, [{}]).objects.tolist() == [0, 1]
     point = evaluated(coco, {1: found((1, 0.9, FAR)), 2: found((1, 0.9, FAR))})
     assert point.false_positives_per_empty_image == 1.0
-
-
-def test_classes_are_matched_separately(ground_truth, found):
-    point = evaluated(ground_truth(1, [(1, 1, BOX)]), {1: found((2, 0.9, BOX), (3, 0.9, BOX))})
-    # label 3 is no category and is left out
-    assert (point.true_positives, point.false_positives, point.false_negatives) == (0, 1, 1)
 
 
 def test_undefined_figures(ground_truth, found):
@@ -175,7 +130,7 @@ def test_undefined_figures(ground_truth, found):
     assert (no_photos.f1, no_photos.false_positives_per_image) == (None, None)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(seed=st.integers(0, 10_000), score=st.sampled_from([0.0, 0.3, 0.6]))
 def test_counts_equal_pycocotools(random_case, seed, score):
     coco, detections = random_case(seed, images=6)
@@ -189,17 +144,6 @@ def test_counts_equal_pycocotools(random_case, seed, score):
         false += (~matched & counted).sum()
         objects += (entry["gtIgnore"] == 0).sum()
     assert (point.true_positives, point.false_positives, point.false_negatives) == (true, false, objects - true)
-
-
-def test_each_detection_takes_the_free_object_with_the_highest_iou(ground_truth, found):
-    left, right = (0.0, 0.0, 100.0, 100.0), (10.0, 0.0, 110.0, 100.0)
-    coco = ground_truth(1, [(1, 1, left), (1, 1, right)])
-    matches = exit_matches(coco, [{1: found((1, 0.9, right), (1, 0.8, right), (1, 0.7, right))}])
-    assert (
-        matches.true_positive[-1].tolist() == [True, True, False]
-        and (matches.true_positive | matches.false_positive).all()
-    )
-    assert matches.overlap.tolist() == pytest.approx([1.0, 90 / 110, 0.0])
 
 
 def test_of_equal_ious_the_last_object_is_taken_as_in_pycocotools(ground_truth, found):
@@ -219,47 +163,24 @@ def mixed(exits, choice):
     return {index + 1: exits[taken][index + 1] for index, taken in enumerate(choice)}
 
 
-@pytest.fixture
-def three_exits(random_case):
-    """Detections of three exits on the same photos."""
-    coco, first = random_case(4)
-    return coco, [first, random_case(5)[1], random_case(6)[1]]
-
-
-def test_all_choices_have_the_same_draws(three_exits):
-    """Differences of two choices are paired."""
-    coco, exits = three_exits
-    matches = exit_matches(coco, exits)
-    choices = [np.zeros(12, int), np.arange(12) % 3]
-    together = bootstrap_choices(matches, choices, resamples=30, seed=5, ap50_only=False)
-    for choice, ours in zip(choices, together, strict=True):
-        alone = exit_matches(coco, [mixed(exits, choice.tolist())])
-        (theirs,) = bootstrap_choices(alone, [np.zeros(12, int)], resamples=30, seed=5, ap50_only=False)
-        np.testing.assert_allclose(np.stack(ours), np.stack(theirs), rtol=0, atol=1e-12)
-    assert len(set(together[0].AP50.tolist())) > 10
-
-
 @pytest.mark.parametrize("blocks", [None, np.arange(12) // 4])
-def test_draws_are_those_of_the_seed(three_exits, blocks):
-    matches, choice = exit_matches(*three_exits), np.zeros(12, int)
-    (draws,) = bootstrap_choices(matches, [choice], resamples=5, seed=7, ap50_only=False, blocks=blocks)
+def test_draws_are_those_of_the_seed(random_case, blocks):
+    """All choices have the same draws, so their differences are paired."""
+    coco, detections = random_case(4)
+    matches, choices = exit_matches(coco, [detections, random_case(5)[1]]), [np.zeros(12, int), np.arange(12) % 2]
+    first, second = bootstrap_choices(matches, choices, resamples=5, seed=7, ap50_only=False, blocks=blocks)
     generator, (count, of_photo) = np.random.default_rng(7), (12, np.arange(12)) if blocks is None else (3, blocks)
-    for ap, ap50 in zip(*draws, strict=True):
+    for index in range(5):
         weights = np.bincount(generator.integers(count, size=count), minlength=count)[of_photo]
-        assert (ap, ap50) == ap_of_choice(matches, choice, weights)
-
-
-def test_ap50_only_leaves_out_ap(three_exits):
-    matches = exit_matches(*three_exits)
-    (quick,) = bootstrap_choices(matches, [np.zeros(12, int)], resamples=10)
-    (both,) = bootstrap_choices(matches, [np.zeros(12, int)], resamples=10, ap50_only=False)
-    assert np.isnan(quick.AP).all() and np.array_equal(quick.AP50, both.AP50)
+        for draws, choice in ((first, choices[0]), (second, choices[1])):
+            assert (draws.AP[index], draws.AP50[index]) == ap_of_choice(matches, choice, weights)
 
 
 def test_bootstrap_depends_on_the_seed_and_includes_the_value(random_case):
     coco, detections = random_case(3, images=40)
     matches, everyone = exit_matches(coco, [detections]), [np.zeros(40, int)]
     first, second, other = (bootstrap_choices(matches, everyone, 100, seed)[0].AP50 for seed in (5, 5, 6))
+    assert np.isnan(bootstrap_choices(matches, everyone, 3)[0].AP).all()  # not computed by default
     assert np.array_equal(first, second) and not np.array_equal(first, other)
     low, high = interval(first)
     assert low < evaluated(coco, detections).AP50 < high
@@ -290,7 +211,7 @@ HERE, LOW, AWAY = (0, 0, 100, 100), (0, 0, 100, 67), (300, 300, 400, 400)  # IoU
 def exits_case(random_case):
     """Objects and crowds, and detections of three exits: equal scores, empty photos, 110 detections on one photo."""
 
-    def build(seed, ties=True):
+    def build(seed):
         coco, base = random_case(seed, images=PHOTOS)
         generator = torch.Generator().manual_seed(seed)
 
@@ -300,10 +221,10 @@ def exits_case(random_case):
             if torch.rand((), generator=generator) < 0.2:
                 picked = picked[:0]
             picked = torch.cat([picked, picked[:1].repeat(repeats)])
-            scores = torch.rand(len(picked), generator=generator)
+            scores = torch.rand(len(picked), generator=generator).mul(8).ceil().div(8)
             return {
                 "boxes": found["boxes"][picked] + spread * torch.randn(len(picked), 4, generator=generator),
-                "scores": scores.mul(8).ceil().div(8) if ties else scores,
+                "scores": scores,
                 "labels": found["labels"][picked],
             }
 
@@ -357,6 +278,7 @@ def test_weights_by_hand(two_exits):
 def test_arrays_of_the_matches(two_exits):
     assert two_exits.score == pytest.approx([0.95, 0.9, 0.8, 0.7, 0.6])
     assert (two_exits.photo.tolist(), two_exits.exit.tolist()) == ([0, 0, 1, 0, 1], [1, 0, 0, 1, 1])
+    assert two_exits.box.T.tolist() == [[*AWAY], [*HERE], [*AWAY], [*HERE], [*LOW]]
     assert two_exits.true_positive[two_exits.ap50_condition].tolist() == [False, True, False, True, True]
     assert two_exits.true_positive[:-1].sum(axis=0).tolist() == [0, 10, 0, 10, 4]
     assert (two_exits.true_positive != two_exits.false_positive).all()  # no detection is ignored
@@ -365,7 +287,7 @@ def test_arrays_of_the_matches(two_exits):
     assert (two_exits.photos, two_exits.exits, two_exits.image_ids) == (2, 2, [1, 2])
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(seed=st.integers(0, 10_000))
 def test_any_choice_equals_pycocotools(exits_case, seed):
     coco, exits = exits_case(seed)
@@ -379,63 +301,14 @@ def test_any_choice_equals_pycocotools(exits_case, seed):
         assert ap_of_choice(matches, choice, np.ones(PHOTOS, dtype=int)) == expected
 
 
-@settings(max_examples=15, deadline=None)
-@given(seed=st.integers(0, 10_000))
-def test_weights_equal_a_data_set_with_repeated_photos(exits_case, ground_truth, seed):
-    coco, exits = exits_case(seed, ties=False)  # pycocotools ranks equal scores photo by photo, repeats apart
-    generator = np.random.default_rng(seed)
-    choice, drawn = generator.integers(EXITS, size=PHOTOS), generator.integers(PHOTOS, size=PHOTOS)
-    objects, repeated = [], {}
-    for new_id, index in enumerate(drawn.tolist(), start=1):
-        repeated[new_id] = copy.deepcopy(exits[choice[index]][index + 1])
-        for annotation in coco.imgToAnns[index + 1]:
-            x, y, width, height = annotation["bbox"]
-            box = (x, y, x + width, y + height)
-            objects.append((new_id, annotation["category_id"], box, annotation["iscrowd"]))
-    expected = pycocotools_aps(ground_truth(PHOTOS, objects, ("a", "b", "c")), repeated)
-    value = ap_of_choice(exit_matches(coco, exits), choice, np.bincount(drawn, minlength=PHOTOS))
-    assert value == APs(*(None if ap is None else pytest.approx(ap, abs=1e-12) for ap in expected))
-
-
-def test_only_100_detections_of_a_class_and_photo_count(ground_truth, found):
-    coco = ground_truth(1, [(1, 1, HERE)])
-    crowded = [(1, 0.9, AWAY)] * 99 + [(2, 0.9, AWAY)]
-    last = {1: found(*crowded, (1, 0.1, HERE))}
-    late = {1: found(*crowded, (1, 0.2, AWAY), (1, 0.1, HERE))}
-    matches = exit_matches(coco, [last, late])
-    assert ap_of_choice(matches, [0], ap50_only=True) == APs(None, pytest.approx(1 / 100))
-    assert ap_of_choice(matches, [1], ap50_only=True) == APs(None, 0)
-
-
-def test_bootstrap_of_ap(two_exits):
-    (draws,) = bootstrap_choices(two_exits, [[0, 1]], resamples=40, ap50_only=False)
-    # both photos, twice the first, twice the second
-    assert sorted(set(draws.AP.round(6).tolist())) == pytest.approx([0.4, 0.4 + 0.6 * 51 / 101, 1])
-
-
 def test_ap_of_a_choice_without_detections_is_zero(ground_truth):
     matches = exit_matches(ground_truth(2, [(1, 1, HERE)]), [{}, {}])
     assert ap_of_choice(matches, [0, 1]) == APs(0, 0)
 
 
-def test_a_choice_may_be_a_tensor(two_exits):
-    assert ap_of_choice(two_exits, torch.tensor([0, 1])) == ap_of_choice(two_exits, [0, 1])
-
-
-def test_bad_arguments(two_exits, ground_truth, found):
-    with pytest.raises(EarlyExitError, match="no exits"):
-        exit_matches(ground_truth(1, []), [])
+def test_detections_of_an_unknown_image_are_refused(ground_truth, found):
     with pytest.raises(DataError, match="image 7"):
         exit_matches(ground_truth(1, []), [{}, {7: found()}])
-    for choice, weights, message in (
-        ([0], None, r"choice int64 \[1\]: give 2 whole numbers"),
-        ([0.5, 0.9], None, r"choice float64 \[2\]: give 2 whole numbers"),
-        ([0, 1], [1, 1, 1], r"weights int64 \[3\]: give 2 whole numbers"),
-        ([0, 2], None, r"exits are 0\.\.1"),
-        ([-1, 0], None, r"exits are 0\.\.1"),
-    ):
-        with pytest.raises(EarlyExitError, match=message):
-            ap_of_choice(two_exits, choice, weights)
 
 
 # Counts and losses of single photos.
@@ -465,20 +338,6 @@ def test_counts_are_sorted_by_image_id(case):
     assert counts.false_positives.tolist() == [[1], [0], [0]]
 
 
-def test_the_score_threshold_of_counts_is_inclusive(ground_truth, found):
-    counts = photo_counts(exit_matches(ground_truth(1, [(1, 1, FIRST)]), [{1: found((1, 0.5, FIRST))}]), 0.5)
-    assert counts.true_positives.tolist() == [[1]]
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_counts_sum_to_the_operating_point(random_case, seed):
-    truth, detections = random_case(seed)
-    counts = photo_counts(exit_matches(truth, [detections]), 0.4)
-    point = evaluated(truth, detections, 0.4)
-    sums = counts.true_positives.sum(), counts.false_positives.sum(), counts.false_negatives.sum()
-    assert sums == (point.true_positives, point.false_positives, point.false_negatives)
-
-
 def test_losses_against_the_full_path(case):
     truth, early, full = case
     losses = losses_against_full(truth, [early, full], 0.5, 0.5)
@@ -495,15 +354,6 @@ def test_losses_against_the_labels(case):
     losses = against_labels(truth, [early, full], 0.5, 0.5)
     # photo 3: only the full path has a false positive
     assert losses.tolist() == [[1.0, 0.0], [1.0, 0.0], [0.0, 0.0]]
-
-
-def test_losses_are_in_0_to_1(random_case):
-    truth, detections = random_case(5, images=40)
-    _, others = random_case(6, images=40)
-    for measure in (losses_against_full, against_labels):
-        losses = measure(truth, [others, detections], 0.3, 0.5)
-        assert losses.shape == (40, 2) and (losses >= 0).all() and (losses <= 1).all()
-        assert np.ptp(losses[:, 0]) > 0
 
 
 def test_rows_of_photos_csv(case):

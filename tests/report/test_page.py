@@ -9,7 +9,6 @@ import json
 import os
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -55,7 +54,7 @@ EVIL = "<Script>window.evil = 1</Script><img src=x onerror='window.evil = 1'>.jp
 def page_photos(truth, detections, confidences, thresholds=(0.5, 0.5), **more) -> PagePhotos:
     matches = exit_matches(truth, detections)
     known = {"plain_mmacs": 38.0, "plain_ms": 4.0, "score": 0.4}
-    return PagePhotos(truth, detections, matches, EXITS, confidences, thresholds, COSTS, **{**known, **more})
+    return PagePhotos(truth, matches, EXITS, confidences, thresholds, COSTS, **{**known, **more})
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +99,7 @@ def test_content_of_a_photo():
 def test_detector_without_early_exits_has_no_curve():
     truth, found = build_random_case(0, images=3)
     matches = exit_matches(truth, [found])
-    photos = PagePhotos(truth, [found], matches, ("full",), np.array([]), (), [OpenCosts((), (38.0,))], None, None, 0.4)
+    photos = PagePhotos(truth, matches, ("full",), np.array([]), (), [OpenCosts((), (38.0,))], None, None, 0.4)
     content = photos_json(photos)
     assert content["curve"] == content["confidences"] == [] and np.shape(content["hits"]) == (3, 1)
 
@@ -148,8 +147,18 @@ def test_target_tile_compares_the_target_with_the_interval(with_rivals, kind, va
 def test_search_is_compared_with_the_user_s_own_detector(with_rivals):
     """With the figures in 8 bits, if these are to be shipped, and not with those of the model."""
     objects = {"objects_found": 7, "objects_found_base": 9}
-    test = SimpleNamespace(AP50=0.5, AP50_base=0.75, ms=2.0, ms_base=6.0, speedup=3.0, **objects)
-    page = search_page((), None, "ship it. reasons", True, Results.from_json(with_rivals), test)
+    test = {"AP50": 0.5, "AP50_base": 0.75, "ms": 2.0, "ms_base": 6.0, **objects}
+    kinds = {
+        "whole": ([], False, 5.0),
+        "fast": (["exit8"], False, 2.0),
+        "net": ([], True, 3.0),
+        "untimed": ([], 0, None),
+    }
+    candidates = [{"name": n, "AP50": 0.5, "exits": e, "rival": r, "ms": ms} for n, (e, r, ms) in kinds.items()]
+    outcome = {"candidates": candidates, "chosen": candidates[1], "summary": "ship it. reasons", "ship": True}
+    page = search_page({**outcome, "test": test}, Results.from_json(with_rivals))
+    assert {row.name: row.kind for row in page.points} == {"whole": "plain", "fast": "chosen", "net": "rival"}
+    assert page.verdict == "Ship it: fast." and page.table[2] == ("fast", "0.500", "2.0", "chosen")
     tiles = tiles_of(page)
     assert (tiles["speed-up"].value, tiles["speed-up"].note) == ("3.00×", "2.0 ms, your detector 6.0")
     assert (tiles["AP50"].value, tiles["AP50"].note) == ("0.500", "your detector 0.750")
@@ -276,8 +285,9 @@ def test_page_works_by_keyboard_in_a_narrow_window_and_prints(shown, photos):
     assert errors == []
 
 
-def test_5000_photos_make_a_small_file_and_fast_answers(browser, photos, tmp_path):
-    """Each photo has 100 detections at every exit."""
+def test_5000_photos_make_a_small_file_and_fast_answers(browser, photos, tmp_path, monkeypatch):
+    """Each photo has 100 detections at every exit. Their boxes are not drawn, which would take most of the time."""
+    monkeypatch.setattr("earlyexit_ssd.report.page_photos.MAX_BOXES", 0)
     generator, repeats = np.random.default_rng(0), MANY // 40
     count = len(EXITS) * MANY * 100
     scores = np.sort(generator.random(count) ** 4)[::-1]
@@ -286,14 +296,19 @@ def test_5000_photos_make_a_small_file_and_fast_answers(browser, photos, tmp_pat
     hit, zeros = np.tile(hit, (len(photos.matches.true_positive), 1)), np.zeros(count, int)
     objects = {"all": np.tile(photos.matches.objects_by_size["all"][:1], repeats) + 3}
     every = {"photo": photo, "exit": exit, "label": zeros, "rank": zeros, "score": scores, "overlap": scores}
-    every |= {"true_positive": hit, "false_positive": ~hit, "classes": ["cat"], "objects_by_size": objects}
+    every |= {
+        "box": np.zeros((4, count)),
+        "true_positive": hit,
+        "false_positive": ~hit,
+        "classes": ["cat"],
+        "objects_by_size": objects,
+    }
     matches = dataclasses.replace(photos.matches, **every, image_ids=list(range(1, MANY + 1)))
     truth = build_ground_truth(MANY, [])
     for image_id, image in truth.imgs.items():
         image["file_name"] = f"photo{image_id}.jpg"
     confidences = generator.random((2, MANY)).astype(np.float32)
-    nothing = {image_id: build_found() for image_id in truth.imgs}
-    content = {"matches": matches, "ground_truth": truth, "confidences": confidences, "detections": [nothing] * 3}
+    content = {"matches": matches, "ground_truth": truth, "confidences": confidences}
     path = tmp_path / "report.html"
     write_page(path, Page("many", "", photos=dataclasses.replace(photos, **content)))
     assert os.path.getsize(path) < 25e6

@@ -27,7 +27,6 @@ from earlyexit_ssd.report.pictures import (
     STYLES,
     TILE,
     Example,
-    _bars,
     accuracy_against_cost,
     choose_examples,
     detection_grid,
@@ -54,7 +53,7 @@ def grid(*examples) -> Image.Image:
 
 
 def pixels(picture, row: int, column: int) -> np.ndarray:
-    top, left = HEADER + row * (TILE + GAP), GAP + column * (TILE + GAP)
+    top, left = HEADER + GAP // 2 + row * (TILE + GAP), GAP // 2 + column * (TILE + GAP)
     return np.asarray(picture)[top : top + TILE, left : left + TILE]
 
 
@@ -69,16 +68,16 @@ def has(picture: Image.Image | np.ndarray, color: str) -> bool:
 
 def framed_columns(picture: Image.Image, row: int) -> list[int]:
     """The tiles of the row that have a frame on their left."""
-    left_of_tiles = np.asarray(picture)[HEADER + row * (TILE + GAP) + TILE // 2, GAP - 2 :: TILE + GAP]
+    left_of_tiles = np.asarray(picture)[HEADER + row * (TILE + GAP) + TILE // 2, 1 :: TILE + GAP]
     return np.flatnonzero(where(left_of_tiles, FRAME)).tolist()
 
 
-@pytest.mark.parametrize("shape", [(160, 160), (40, 400), (400, 40), (1, 1), (7, 1000)])
+@pytest.mark.parametrize("shape", [(160, 160), (400, 40), (1, 1000)])
 def test_size_of_the_grid_for_any_shape_of_photo(shape):
     height = max(round(shape[0] * TILE / max(shape)), 1)
     picture = grid(*[example(torch.zeros(3, *shape))] * 2)
-    assert picture.size == (GAP + 4 * (TILE + GAP), HEADER + 2 * (height + GAP))
-    assert detection_grid([], ("full",), ("cat",)).size == (GAP + 2 * (TILE + GAP), HEADER)
+    assert picture.size == (4 * (TILE + GAP), HEADER + 2 * (height + GAP))
+    assert detection_grid([], ("full",), ("cat",)).size == (2 * (TILE + GAP), HEADER)
 
 
 def test_boxes_are_drawn_in_their_tiles():
@@ -96,7 +95,7 @@ def test_without_ground_truth_only_the_exits_are_shown():
     known = example(exit_index=1, detections=[NOTHING, detection(0.9), detection(0.9, label=2)])
     unknown = dataclasses.replace(known, target=None)
     with_truth, picture, mixed = grid(known), grid(unknown), grid(known, unknown)
-    assert picture.size == (GAP + 3 * (TILE + GAP), HEADER + TILE + GAP)
+    assert picture.size == (3 * (TILE + GAP), HEADER + TILE + GAP)
     for column in range(3):
         assert np.array_equal(pixels(picture, 0, column), pixels(with_truth, 0, column + 1))
     assert framed_columns(picture, 0) == [1]
@@ -161,17 +160,13 @@ def test_photo_grid_draws_every_photo_and_its_boxes():
     target = {"boxes": torch.tensor([[10.0, 10, 50, 40]]), "labels": torch.tensor([1])}
     black, side = torch.zeros(3, 240, 240), 240 + GAP
     picture = photo_grid([(black, target), *[(black, NOTHING)] * 4], ["chair"])
-    assert picture.size == (GAP + 4 * side, GAP + 2 * side)
-    assert picture.getpixel((GAP + 50, GAP + 40)) == ImageColor.getrgb(PALETTE[0])
+    assert picture.size == (4 * side, 2 * side)
+    assert picture.getpixel((GAP // 2 + 50, GAP // 2 + 40)) == ImageColor.getrgb(PALETTE[0])
     assert picture.getpixel((GAP + 30, GAP + side + 30)) == (0, 0, 0)  # the fifth photo
     assert picture.getpixel((GAP + side + 30, GAP + side + 30)) == (255, 255, 255)
 
 
 # Charts.
-
-
-def test_bar_has_no_length_on_a_side_where_the_interval_misses_the_value():
-    assert _bars(0.65, [0.7, 0.8]) == [[0.0], [pytest.approx(0.15)]]
 
 
 def test_training_curves_have_a_row_for_each_figure():
@@ -184,15 +179,11 @@ def test_training_curves_have_a_row_for_each_figure():
     assert training_curves({"baseline": baseline[:1], "exits": []}) is None
 
 
-@pytest.mark.parametrize("name", ["caf\udce9.onnx", "$x_{$.onnx"])
-def test_any_name_can_be_drawn(with_rivals, name):
-    with_rivals["context"]["splits"] = [name]
-    with_rivals["rivals"][0]["name"] = name
-    with_rivals["routed"]["AP50_interval"] = [0.7, 0.8]  # it misses the value
-    assert has(accuracy_against_cost(Results.from_json(with_rivals)), ORANGE)
-
-
 def test_rival_without_mmacs_is_drawn_against_milliseconds_only(with_rivals):
+    """Any name can be drawn, and an interval that misses the value."""
+    with_rivals["rivals"][0]["name"] = name = "caf\udce9 $x_{$.onnx"
+    with_rivals["context"]["splits"] = [name]
+    with_rivals["routed"]["AP50_interval"] = [0.7, 0.8]
     picture = accuracy_against_cost(Results.from_json(with_rivals))
     assert picture.size == (1664, 1152)
     routed, foreign = where(picture, ORANGE), where(picture, STYLES["onnx"][0])
