@@ -175,9 +175,6 @@ def test_copy_has_one_share_per_exit():
     model = small_model(exit_layers=(8, 12), copy=(0.5, 1.0))
     widths = [branch.copied.c4.expanded_channels for branch in model.branches.values()]
     assert widths[0] < widths[1] == model.backbone.features[0][-1][0].out_channels
-    for invalid in ((0.5, 0.5, 0.5), (1.5,), (0.0,)):
-        with pytest.raises(EarlyExitError, match=r"copy is .*, expected a number in \(0, 1\], or one for each"):
-            small_model(exit_layers=(8, 12), copy=invalid)
 
 
 def test_only_the_first_map_of_a_branch_has_its_own_channels():
@@ -313,11 +310,11 @@ def test_description_without_branch_is_read():
         (lambda: Exit(8, "light", pixels=64), "a glance has the branch 'light', expected 'empty'"),
         (lambda: Exit(8, ["light"]), r"branch is \['light'\], expected one of"),
         (lambda: Exit(8, "light", {"depth": 1}), "a light branch has no argument 'depth'"),
-        (lambda: Exit(8, "copied", {"copy": 0.0}), r"copy is 0.0, expected a number in \(0, 1\]"),
+        (lambda: Exit(8, "copied", {"copy": 0.0}), r"copy is 0, expected a number in \(0, 1\]"),
         (lambda: Exit(8.5), "layer is 8.5, expected a whole number"),
         (lambda: describe_exits((6, 8), branch=("light",) * 3), "or one for each of 2 exits"),
-        (lambda: describe_exits((6, 8), branch="light", context=1), "context is 1, expected True or False"),
-        (lambda: describe_exits((6, 8), channels=5000), r"channels is 5000, expected a whole number in \[0, 4096\]"),
+        (lambda: describe_exits((6, 8), branch="light", context=1), "context is 1, expected true or false"),
+        (lambda: describe_exits((6, 8), channels=5000), "channels is 5000, expected 0 to 4096"),
     ],
 )
 def test_invalid_descriptions_are_refused(make, message):
@@ -333,12 +330,12 @@ def test_invalid_descriptions_are_refused(make, message):
         ({"exit_layers": (8, 12.0)}, r"exit_layers\[1\] is 12.0, expected a whole number"),
         ({"exit_layers": (12, 8)}, "exit_layers .12, 8.: expected increasing trunk layers from 1 to 15"),
         ({"empty": 6}, "empty is 6, expected a list"),
-        ({"depth": (1.5,)}, "depth is .1.5,., expected a whole number in"),
-        ({"depth": (True,)}, "depth is .True,., expected a whole number in"),
-        ({"copy": "0.5"}, "copy is '0.5', expected a number in"),
-        ({"copy": (float("nan"),)}, "copy is .nan,., expected a number in"),
-        ({"channels": -1}, "channels is -1, expected a whole number in"),
-        ({"head_rank": "64"}, "head_rank is '64', expected a whole number in"),
+        ({"depth": (1.5,)}, "depth is 1.5, expected a whole number"),
+        ({"depth": (True,)}, "depth is True, expected a whole number"),
+        ({"copy": "0.5"}, "copy is '0.5', expected a finite number"),
+        ({"copy": (float("nan"),)}, "copy is nan, expected a finite number"),
+        ({"channels": -1}, "channels is -1, expected 0 to 4096"),
+        ({"head_rank": "64"}, "head_rank is '64', expected a whole number"),
     ],
 )
 def test_constructor_names_invalid_values(keywords, message):
@@ -348,18 +345,12 @@ def test_constructor_names_invalid_values(keywords, message):
 
 
 @pytest.mark.parametrize(
-    ("argument", "value", "exits", "expected"),
-    [
-        (Argument(0.5, 1), 0.25, 3, [0.25] * 3),
-        (Argument(0.5, 1), (0.25,), 3, [0.25] * 3),
-        (Argument(0.5, 1), [1, np.float32(0.5)], 2, [1.0, 0.5]),
-        (Argument(2, 2), np.array([2, 0]), 2, [2, 0]),
-        (Argument(2, 2), [], 0, []),
-        (Argument(2, 2), (2,), 0, []),
-    ],
+    ("value", "expected"),
+    [(0.25, [0.25] * 2), ((0.25,), [0.25] * 2), ([1, np.float32(0.5)], [1.0, 0.5]), (np.array([1, 0.5]), [1.0, 0.5])],
 )
-def test_argument_has_one_value_per_exit(argument, value, exits, expected):
-    assert argument.per_exit("name", value, exits) == expected
+def test_argument_has_one_value_per_exit(value, expected):
+    values = [exit.arguments["copy"] for exit in describe_exits((8, 12), copy=value)]
+    assert values == expected and all(type(value) is float for value in values)
 
 
 def test_exits_and_their_keywords_exclude_each_other():
