@@ -306,9 +306,6 @@ def _described_parts(model: EarlyExitDetector) -> dict[str, object]:
 
 # Load a trained torchvision detector, from torchvision's weights or a file, and change its classes.
 
-COCO_CLASSES = tuple(SSDLite320_MobileNet_V3_Large_Weights.COCO_V1.meta["categories"][1:])
-"""torchvision's names of the labels 1..90; "N/A" where COCO skips a number."""
-
 
 def retrofit(
     architecture: Architecture,
