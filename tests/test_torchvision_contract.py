@@ -203,17 +203,6 @@ def test_builders_are_registered_in_torchvision():
     assert isinstance(model, EarlyExitSSDLite) and model.num_classes == 3
 
 
-def test_state_dict_round_trip(tmp_path, test_set):
-    first, second = models.get_model(NAME, **TINY), models.get_model(NAME, **TINY)
-    torch.save({"model": first.state_dict(), "epoch": 0}, tmp_path / "checkpoint.pth")
-    second.load_state_dict(torch.load(tmp_path / "checkpoint.pth", map_location="cpu", weights_only=True)["model"])
-    images = [image for image, _ in test_set]
-    with torch.inference_mode():
-        heads = [model.eval().exit_outputs(images).heads for model in (first, second)]
-    for head, loaded_head in zip(*heads, strict=True):
-        assert all(torch.equal(head[key], loaded_head[key]) for key in head)
-
-
 def test_the_page_names_what_is_not_promised():
     page = (Path(__file__).parents[1] / "docs" / "torchvision_contract.md").read_text(encoding="utf-8")
     limits = page.split("Not promised: ")[1].split("\n\n")[0]
