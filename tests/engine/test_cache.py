@@ -16,7 +16,7 @@ from earlyexit_ssd.data.transforms import build_transforms
 from earlyexit_ssd.engine.cache import ARRAYS_OF_HEAD, CachedLoader, TapCache
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.files import write_image
-from earlyexit_ssd.modeling.detector import BranchLosses, compute_taps, default_boxes_of_image
+from earlyexit_ssd.modeling.detector import compute_taps, default_boxes_of_image
 from tests.modeling.conftest import small_model
 
 CPU = torch.device("cpu")
@@ -55,18 +55,6 @@ def test_cached_and_computed_taps_differ_by_rounding_only(tmp_path, dataset, dty
         for found, target in zip(cached.targets, expected.targets, strict=True):
             assert torch.equal(found["boxes"], target["boxes"])
             assert int(found["image_id"]) == target["image_id"]
-
-
-def test_losses_from_a_float32_cache_equal_losses_from_photos(tmp_path, dataset):
-    cache, model = build(tmp_path / "taps", dataset, views=1, dtype="float32")
-    images, targets = zip(*(dataset.sample(row, 0) for row in range(4)), strict=True)
-    model.freeze_full_path()
-    model.train()
-    start = {key: value.clone() for key, value in model.branches.state_dict().items()}
-    from_photos = model(list(images), [dict(target) for target in targets])
-    model.branches.load_state_dict(start)  # BatchNorm's statistics have changed
-    from_cache = BranchLosses(model)(cache.rows(np.arange(4), CPU))
-    assert all(torch.equal(value, from_photos[name]) for name, value in from_cache.items())
 
 
 def test_complete_cache_is_used_again_and_another_key_replaces_it(tmp_path, dataset):

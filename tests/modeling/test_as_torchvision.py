@@ -9,11 +9,8 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from earlyexit_ssd import EarlyExitSSDLite, ExitRouter, fuse_for_inference
-from earlyexit_ssd.calibration import DriftMonitor
-from earlyexit_ssd.drift import DriftReference
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.modeling import Architecture
-from earlyexit_ssd.modeling.retrofit import fold_model
 from earlyexit_ssd.routing.policies import POLICIES, register_policy
 from tests.modeling.conftest import SMALL, assert_equal, model_with_varied_scores, small_model
 
@@ -134,16 +131,6 @@ def test_routed_model_is_pickled(images, hybrid, prepare):
     assert_equal(pickled(model)(images), model(images))
 
 
-def test_routers_and_monitors_are_pickled():
-    for name in ("entropy", "ambiguous_mass"):
-        assert pickled(ExitRouter(2, policy=name)).to_dict() == ExitRouter(2, policy=name).to_dict()
-    fitted = ExitRouter(2, policy="balanced_ambiguity", parameters=[1.0, 2.0])
-    assert copy.deepcopy(pickled(fitted)).to_dict() == fitted.to_dict()
-    monitor = DriftMonitor(DriftReference(2, ("exit8", "full"), (0, 2), ((),)), window=2)
-    monitor.update([1], [0.5])
-    assert pickled(monitor).status() == monitor.status()
-
-
 def test_registered_policy_is_unpickled_by_its_name():
     register_policy("always")(lambda logits: logits.new_ones(len(logits)))
     try:
@@ -175,18 +162,6 @@ def test_score_thresholds_per_class(images):
         detections = model.detections(outputs, index)
         assert sum(len(detection["scores"]) for detection in detections) > 10
         assert_equal(detections, expected)
-
-
-def test_score_thresholds_are_saved_and_fused(tmp_path, images):
-    model = model_with_varied_scores()
-    model.score_thresh = {"chair": 0.6}
-    model.router = ExitRouter(2, thresholds=[0.9, 0.9])
-    model.save(tmp_path / "m.pth")
-    for other in (model, EarlyExitSSDLite.from_pretrained(tmp_path / "m.pth"), fuse_for_inference(model)):
-        assert other.score_thresh == {"chair": 0.6}
-        for detection in other(images):
-            assert (detection["scores"][detection["labels"] == 1] > 0.6).all()
-            assert (detection["labels"] == 2).any()  # other classes keep 0.001
 
 
 @pytest.mark.parametrize(
@@ -258,13 +233,3 @@ def test_changed_model_is_not_saved(tmp_path, change, message):
     with pytest.raises(EarlyExitError, match=message):
         (change(model) or model).save(tmp_path / "m.pth")
     assert not list(tmp_path.iterdir())
-
-
-def test_folded_heads_keep_the_scores_of_wanted_classes(images):
-    whole = model_with_varied_scores(classes=("a", "b", "c", "d"), exit_layers=(4, 8), empty=(4,))
-    folded = copy.deepcopy(whole)
-    fold_model(folded, ("d", "b"), (4, 2))
-    assert folded.classes == ("d", "b")
-    for head, other in zip(folded.exit_outputs(images).heads, whole.exit_outputs(images).heads, strict=True):
-        scores, expected = head["cls_logits"].softmax(-1), other["cls_logits"].softmax(-1)
-        assert torch.allclose(scores[..., 1:], expected[..., [4, 2]], atol=1e-6)

@@ -17,7 +17,6 @@ from earlyexit_ssd.modeling.heads import (
     competing_rows,
     cut_head,
     detects,
-    factorise,
     find_competing_rows,
     num_outputs,
     plan_class_change,
@@ -99,23 +98,15 @@ def test_rank_above_the_matrix_s_is_accepted():
     assert predictor(torch.ones(1, 2, 1, 1)).item() == pytest.approx(6.0)
 
 
-def test_only_predictors_that_get_cheaper_are_factorised():
-    model = small_model(classes=tuple("abcdefghijklmnopqrst"))
-    head = model.branches["exit8"].head.classification_head
-    before = [block[1] for block in head.module_list]
-    factorise(head, 8)
-    for block, old in zip(head.module_list, before, strict=True):
-        cheaper = 8 * (old.in_channels + old.out_channels) < old.in_channels * old.out_channels
-        assert isinstance(block[1], FactorisedPredictor) == cheaper
-    assert any(isinstance(block[1], FactorisedPredictor) for block in head.module_list)
-
-
 def test_factorised_predictors_approximate_the_full_path_s():
     classes = tuple("abcdefghijklmnopqrst")
     model = small_model(classes=classes, head_rank=1000)
     assert not any(isinstance(module, FactorisedPredictor) for module in model.modules())
     model = small_model(classes=classes, head_rank=8)
-    predictor = model.branches["exit8"].head.classification_head.module_list[1][1]
+    blocks = model.branches["exit8"].head.classification_head.module_list
+    kinds = [isinstance(block[1], FactorisedPredictor) for block in blocks]
+    assert kinds == [8 * (block[1].in_channels + 126) < 126 * block[1].in_channels for block in blocks]
+    predictor = blocks[1][1]
     full = model.head.classification_head.module_list[1][1]
     assert isinstance(predictor, FactorisedPredictor)
     product, whole = predictor[1].weight.flatten(1) @ predictor[0].weight.flatten(1), full.weight.flatten(1)
