@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -23,11 +23,11 @@ from torchvision.models.detection.ssdlite import SSDLiteHead
 from torchvision.ops.misc import Conv2dNormActivation, SqueezeExcitation
 
 from earlyexit_ssd.config.check import C4_LAYER, LARGEST_SIDE, LAST_LAYER, MAX_CHANNELS, TAIL_BLOCKS
-from earlyexit_ssd.errors import EarlyExitError, check_keywords, shown, suggest
+from earlyexit_ssd.errors import EarlyExitError, check_keywords, suggest
 from earlyexit_ssd.modeling.heads import copy_rows, factorise, is_folded
 from earlyexit_ssd.modeling.outputs import Head
 from earlyexit_ssd.modeling.trunk import norm_layer
-from earlyexit_ssd.plain import typed
+from earlyexit_ssd.plain import check_fields, typed
 from earlyexit_ssd.registry import Registry
 
 T = TypeVar("T", bound=Callable)
@@ -82,11 +82,6 @@ BRANCHES: Registry[tuple[Callable[..., Branch], Mapping[str, Argument]]] = Regis
 
 def register_branch(name: str, **arguments: Argument) -> Callable[[T], T]:
     """Decorator: register a class or function that builds the branches of kind ``name``."""
-    for argument, value in arguments.items():
-        if not isinstance(value, Argument):
-            raise EarlyExitError(
-                f"branch '{name!s:.60}': {argument} is {shown(value)}, expected an Argument, such as Argument(0)"
-            )
 
     def register(build: T) -> T:
         BRANCHES.register(name, (build, arguments))
@@ -111,13 +106,11 @@ class Exit:
 
     layer: int
     branch: str = "copied"
-    arguments: dict[str, bool | float] = field(default_factory=dict)
-    pixels: int | None = None
+    arguments: dict[str, Any] = field(default_factory=dict)
+    pixels: Annotated[int, 32, LARGEST_SIDE] | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "layer", typed(int, self.layer, "layer"))
-        pixels = typed(Annotated[int, 32, LARGEST_SIDE] | None, self.pixels, "a glance's side")
-        object.__setattr__(self, "pixels", pixels)
+        check_fields(self)
         if self.pixels is not None and self.branch != "empty":
             raise EarlyExitError(f"a glance has the branch '{self.branch!s:.60}', expected 'empty'")
         accepted, values = arguments_of(self.branch), {}
@@ -145,7 +138,7 @@ class Exit:
         return build(place, **self.arguments)
 
 
-def arguments_of(branch: object) -> Mapping[str, Argument]:
+def arguments_of(branch: str) -> Mapping[str, Argument]:
     """Return name -> argument of a kind of branch. Raise EarlyExitError if there is no such kind."""
     return BRANCHES.find(branch)[1]
 

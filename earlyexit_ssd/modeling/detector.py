@@ -289,18 +289,12 @@ class EarlyExitDetector(SSD):
     """
 
     detector_name: ClassVar[str]
-    last_layer: ClassVar[int]
-    """Last trunk layer; early exits attach to layers 1 to ``last_layer - 1``."""
-    plain_weights: ClassVar[type[WeightsEnum]]
-    """torchvision's weight enum of the detector without exits."""
-    backbone_weights: ClassVar[type[WeightsEnum]]
-    """torchvision's weight enum of the trunk."""
+    last_layer: ClassVar[int]  # of the trunk; early exits attach to layers 1 to ``last_layer - 1``
+    plain_weights: ClassVar[type[WeightsEnum]]  # torchvision's weights of the detector without exits
+    backbone_weights: ClassVar[type[WeightsEnum]]  # torchvision's weights of the trunk
     default_exits: ClassVar[tuple[Exit, ...]] = describe_exits()
-    """The exits if no others are given."""
-    any_size: ClassVar[bool] = True
-    """False if the detector works only at torchvision's input size."""
-    fused = False
-    """True if the model comes from `fuse_for_inference`."""
+    any_size: ClassVar[bool] = True  # False: only torchvision's input size works
+    fused = False  # True after `fuse_for_inference`
 
     @takes_exits
     def __init__(

@@ -231,9 +231,9 @@ def test_description_without_branch_is_read():
     [
         (lambda: Exit(8, "lihgt"), "branch is 'lihgt', expected one of copied, light, empty, or .*'light'"),
         (lambda: describe_exits(glances=[128, 12]), "glances has 128, expected pairs of pixels and a trunk layer"),
-        (lambda: describe_exits(glances=[(16, 12)]), "a glance's side is 16, expected 32 to 4096"),
+        (lambda: describe_exits(glances=[(16, 12)]), "pixels is 16, expected 32 to 4096"),
         (lambda: Exit(8, "light", pixels=64), "a glance has the branch 'light', expected 'empty'"),
-        (lambda: Exit(8, ["light"]), r"branch is \['light'\], expected one of"),
+        (lambda: Exit(8, ["light"]), r"branch is \['light'\], expected text"),
         (lambda: Exit(8, "light", {"depth": 1}), "a light branch has no argument 'depth'"),
         (lambda: Exit(8, "copied", {"copy": 0.0}), r"copy is 0, expected a number in \(0, 1\]"),
         (lambda: Exit(8.5), "layer is 8.5, expected a whole number"),
@@ -288,8 +288,6 @@ def test_registered_branch_is_built_and_described(images, monkeypatch):
 
     register_branch("constant", channels=Argument(8, highest=16))(Constant)
     assert describe_exits((8,), "light", channels=96)[0].arguments["channels"] == 96  # the limit of a light branch
-    with pytest.raises(EarlyExitError, match="branch 'other': channels is 0, expected an Argument"):
-        register_branch("other", channels=0)
     model = small_model(branch=("constant", "copied"))
     outputs = model.eval().exit_outputs(images)
     assert outputs.heads[0]["cls_logits"].shape == outputs.heads[2]["cls_logits"].shape
