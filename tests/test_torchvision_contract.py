@@ -181,17 +181,12 @@ def test_evaluation_of_a_subset(trained, test_set):
     assert figures(part, results) == expected
 
 
-def test_targets_can_be_changed_in_place(test_set):
-    """The scripts change boxes in place. The data set must not change with them."""
-    box = test_set[0][1]["boxes"]
-    box += 1000
-    assert test_set[0][1]["boxes"].tolist() == [[8, 8, 56, 72]]
-
-
-def test_get_height_and_width(test_set):
-    """The scripts group photos by aspect ratio."""
+def test_scripts_group_photos_by_aspect_ratio_and_change_boxes_in_place(test_set):
     sizes = [tuple(image.shape[-2:]) for image, _ in test_set]
     assert [test_set.get_height_and_width(index) for index in range(len(test_set))] == sizes
+    box = test_set[0][1]["boxes"]
+    box += 1000
+    assert test_set[0][1]["boxes"].tolist() == [[8, 8, 56, 72]]  # the data set does not change with them
 
 
 def test_builders_are_registered_in_torchvision():

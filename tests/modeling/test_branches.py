@@ -134,12 +134,6 @@ def test_branch_after_c4_copies_only_later_blocks(images, targets, channels, blo
     assert all(parameter.grad is not None for parameter in model.branches.parameters())
 
 
-def test_copy_has_one_share_per_exit():
-    model = small_model(exit_layers=(8, 12), copy=(0.5, 1.0))
-    widths = [branch.copied.c4.expanded_channels for branch in model.branches.values()]
-    assert widths[0] < widths[1] == model.backbone.features[0][-1][0].out_channels
-
-
 def test_only_the_first_map_of_a_branch_has_its_own_channels():
     model = small_model(channels=16)
     heads = (model.branches["exit8"].head.classification_head, model.head.classification_head)

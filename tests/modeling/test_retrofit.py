@@ -23,7 +23,7 @@ from earlyexit_ssd import EarlyExitSSDLite, EarlyExitSSDLite_Weights, ExitRouter
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.modeling import COCO_CLASSES, Architecture, load_model, retrofit, save_model
 from earlyexit_ssd.modeling.detector import FullPathLosses, default_boxes_of_image
-from earlyexit_ssd.modeling.retrofit import load_full_path, read_weights, require_weights, resize_detector
+from earlyexit_ssd.modeling.retrofit import load_full_path, read_weights, resize_detector
 from tests.modeling.conftest import SMALL, assert_equal, copy_state, small_model
 
 NAME = "earlyexit_ssdlite320_mobilenet_v3_large"
@@ -301,33 +301,31 @@ def test_torchvision_s_weights_are_found_by_name(monkeypatch, weights):
     assert load_full_path(weights) == (state, None)
 
 
+def offline(*args, **kwargs):
+    raise OSError("no network")
+
+
+@pytest.mark.parametrize(
+    ("weights", "enum", "message"),
+    [
+        ("COCO_V1", SSDLite320_MobileNet_V3_Large_Weights, "set MODEL.WEIGHTS to the file's path"),
+        ("COCO_V2", SSDLite320_MobileNet_V3_Large_Weights, "did you mean 'COCO_V1'"),
+        ("SSD300_VGG16_Weights.COCO_V1", SSDLite320_MobileNet_V3_Large_Weights, "Weights.COCO_V1: no such file"),
+        ("SSD300_VGG16_Weights.COCO_V1", SSD300_VGG16_Weights, "set MODEL.WEIGHTS to the file's path"),
+        ("x.pth", VGG16_Weights, "no such file; torchvision's weights are IMAGENET1K_V1"),
+    ],
+)
+def test_weights_that_cannot_be_loaded_are_named(monkeypatch, weights, enum, message):
+    monkeypatch.setattr(torchvision.models._api.WeightsEnum, "get_state_dict", offline)
+    with pytest.raises(EarlyExitError, match=message):
+        load_full_path(weights, enum)
+
+
 @pytest.mark.parametrize("content", [b"hello", b".", b"", b"\x80\x02."])
 def test_damaged_files_are_refused(tmp_path, content):
     (tmp_path / "bad.pth").write_bytes(content)
     with pytest.raises(EarlyExitError, match="bad.pth: not a file of weights .* name a checkpoint or model.pth, or"):
         load_full_path(tmp_path / "bad.pth")
-
-
-def test_unknown_weights_suggest_the_nearest_name():
-    with pytest.raises(EarlyExitError, match="did you mean 'COCO_V1'"):
-        load_full_path("COCO_V2")
-
-
-def test_weights_of_another_detector_are_refused():
-    require_weights("SSD300_VGG16_Weights.COCO_V1", SSD300_VGG16_Weights)
-    with pytest.raises(EarlyExitError, match="weights SSD300_VGG16_Weights.COCO_V1: no such file"):
-        require_weights("SSD300_VGG16_Weights.COCO_V1")
-    with pytest.raises(EarlyExitError, match="no such file; torchvision's weights are IMAGENET1K_V1"):
-        require_weights("x.pth", VGG16_Weights)
-
-
-def test_failed_download_names_the_fix(monkeypatch):
-    def offline(*args, **kwargs):
-        raise OSError("no network")
-
-    monkeypatch.setattr(torchvision.models._api.WeightsEnum, "get_state_dict", offline)
-    with pytest.raises(EarlyExitError, match="set MODEL.WEIGHTS to the file's path"):
-        load_full_path("COCO_V1")
 
 
 @pytest.mark.shared
