@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torchvision.models.detection.ssdlite import SSDLiteClassificationHead
 
 from earlyexit_ssd.errors import EarlyExitError
-from earlyexit_ssd.modeling import Architecture, load_model, retrofit, save_model
+from earlyexit_ssd.modeling import Architecture, describe_exits, load_model, retrofit, save_model
 from earlyexit_ssd.modeling.heads import (
     FactorisedPredictor,
     FoldedClassificationHead,
@@ -208,20 +208,23 @@ def test_compact_head_has_the_competing_rows(weights, images):
     assert torch.allclose(scores, torch.tensor([0.7, 0.2]) / 0.9, atol=1e-6)
 
 
-def test_heads_of_branches_are_compact_too(weights):
-    detector, architecture, _ = compact(weights)
+def test_heads_of_branches_are_compact_too(weights, images):
+    exits = describe_exits((4, 8, 12), empty=(4,))
+    detector, architecture, _ = compact(weights, architecture=dataclasses.replace(CHAIR, exits=exits))
     model = architecture.add_exits(detector).eval()
+    assert [head["cls_logits"].shape[-1] for head in model.exit_outputs(images).heads] == [2] * 4
+    branches = [branch for branch in model.branches.values() if hasattr(branch, "head")]
     bias = model.head.classification_head.module_list[2][1].bias
     expected = torch.tensor([0.1, 0.2, 0.4, 0.2])  # background, chair, couch, bench
     assert torch.allclose(bias.view(6, 4)[0].exp(), expected)
-    for branch in model.branches.values():
+    for branch in branches:
         head = branch.head.classification_head
         assert (head.num_columns, head.num_outputs, head.competing) == (4, 2, ("couch", "bench"))
         assert torch.equal(head.module_list[2][1].bias, bias)
     with torch.no_grad():
         bias += 1.0
     model.inherit()  # as after the baseline phase
-    for branch in model.branches.values():
+    for branch in branches:
         assert torch.equal(branch.head.classification_head.module_list[2][1].bias, bias)
 
 
