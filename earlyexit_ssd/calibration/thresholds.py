@@ -21,7 +21,7 @@ from torch import Tensor
 from earlyexit_ssd.config import CLOSED
 from earlyexit_ssd.console import progress
 from earlyexit_ssd.errors import EarlyExitError
-from earlyexit_ssd.routing.policies import FastSoftmax
+from earlyexit_ssd.routing.policies import object_probability
 
 LARGEST_GRID = 20_000  # limit for the number of combinations; with more exits, each exit gets fewer candidates
 MOST_EXITS = 5  # largest number of early exits; with more exits the grid would be too coarse
@@ -270,7 +270,7 @@ def contested_boxes(batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, T
     """
     kept_logits, kept_labels = [], []
     for logits, labels in batches:
-        keep = (labels > 0) | (FastSoftmax(logits).object_probability >= CONTESTED_PROBABILITY)
+        keep = (labels > 0) | (object_probability(logits) >= CONTESTED_PROBABILITY)
         kept_logits.append(logits[keep])
         kept_labels.append(labels[keep].long())
     return torch.cat(kept_logits), torch.cat(kept_labels)

@@ -20,7 +20,7 @@ from earlyexit_ssd.config.check import LARGEST_SIDE
 from earlyexit_ssd.errors import EarlyExitError, import_package, one_line, shown
 from earlyexit_ssd.evaluation.cost import OnnxNetwork
 from earlyexit_ssd.evaluation.outputs import ImageDetections
-from earlyexit_ssd.modeling.retrofit import COCO_CLASSES
+from earlyexit_ssd.modeling import COCO_CLASSES
 from earlyexit_ssd.plain import read_bytes
 
 logger = logging.getLogger(__name__)

@@ -2,10 +2,10 @@
 
 from earlyexit_ssd.modeling.branches import Exit, describe_exits
 from earlyexit_ssd.modeling.checkpoint import EarlyExitSSDLite_Weights, load_model, save_model
-from earlyexit_ssd.modeling.detector import EarlyExitDetector, PathToExit, fuse_for_inference
+from earlyexit_ssd.modeling.detector import COCO_CLASSES, EarlyExitDetector, PathToExit, fuse_for_inference
 from earlyexit_ssd.modeling.losses import LossSettings
 from earlyexit_ssd.modeling.outputs import ExitOutputs, Router
-from earlyexit_ssd.modeling.retrofit import COCO_CLASSES, Architecture, retrofit
+from earlyexit_ssd.modeling.retrofit import Architecture, retrofit
 from earlyexit_ssd.modeling.ssd300 import EarlyExitSSD300, earlyexit_ssd300_vgg16
 from earlyexit_ssd.modeling.ssdlite import EarlyExitSSDLite, earlyexit_ssdlite320_mobilenet_v3_large
 from earlyexit_ssd.modeling.trunk import build_ssdlite

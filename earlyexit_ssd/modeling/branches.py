@@ -14,8 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from itertools import pairwise
-from numbers import Integral, Real
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -24,11 +23,11 @@ from torchvision.models.detection.ssdlite import SSDLiteHead
 from torchvision.ops.misc import Conv2dNormActivation, SqueezeExcitation
 
 from earlyexit_ssd.config.check import C4_LAYER, LARGEST_SIDE, LAST_LAYER, MAX_CHANNELS, TAIL_BLOCKS
-from earlyexit_ssd.errors import EarlyExitError, check_keywords, shown, suggest
+from earlyexit_ssd.errors import EarlyExitError, check_keywords, suggest
 from earlyexit_ssd.modeling.heads import copy_rows, factorise, is_folded
 from earlyexit_ssd.modeling.outputs import Head
 from earlyexit_ssd.modeling.trunk import norm_layer
-from earlyexit_ssd.plain import typed
+from earlyexit_ssd.plain import check_fields, typed
 from earlyexit_ssd.registry import Registry
 
 T = TypeVar("T", bound=Callable)
@@ -42,23 +41,13 @@ class Argument:
     highest: float = MAX_CHANNELS  # largest allowed number; the smallest is 0
     zero: bool = True  # False if 0 is not allowed
 
-    def per_exit(self, name: str, value: object, exits: int) -> list:
-        """Return one value for each of ``exits`` exits. ``value``: one for all exits, or a list with one per exit."""
-        values = list(value) if isinstance(value, Iterable) and not isinstance(value, str) else [value]
-        if len(values) not in (1, exits) or not all(map(self._allows, values)):
-            number = "a whole number" if isinstance(self.default, int) else "a number"
-            interval = f"{'[' if self.zero else '('}0, {self.highest}]"
-            expected = "True or False" if isinstance(self.default, bool) else f"{number} in {interval}"
-            listed = f", or one for each of {exits} exits" if exits != 1 else ""
-            raise EarlyExitError(f"{name} is {value!r:.60}, expected {expected}{listed}")
-        values = [type(self.default)(value) for value in values]
-        return values * exits if len(values) == 1 else values
-
-    def _allows(self, value: object) -> bool:
-        if isinstance(self.default, bool) or isinstance(value, bool):
-            return type(value) is type(self.default)
-        number = Integral if isinstance(self.default, int) else Real
-        return isinstance(value, number) and 0 <= value <= self.highest and (value > 0 or self.zero)
+    def checked(self, name: str, value: object) -> bool | float:
+        """Return ``value`` with the type of the default. Raise an EarlyExitError if it is not allowed."""
+        kind = type(self.default)
+        value = typed(kind if kind is bool else Annotated[kind, 0, self.highest], value, name)
+        if value == 0 and not self.zero:
+            raise EarlyExitError(f"{name} is 0, expected a number in (0, {self.highest}]")
+        return kind(value)
 
 
 @dataclass(frozen=True)
@@ -93,11 +82,6 @@ BRANCHES: Registry[tuple[Callable[..., Branch], Mapping[str, Argument]]] = Regis
 
 def register_branch(name: str, **arguments: Argument) -> Callable[[T], T]:
     """Decorator: register a class or function that builds the branches of kind ``name``."""
-    for argument, value in arguments.items():
-        if not isinstance(value, Argument):
-            raise EarlyExitError(
-                f"branch '{name!s:.60}': {argument} is {shown(value)}, expected an Argument, such as Argument(0)"
-            )
 
     def register(build: T) -> T:
         BRANCHES.register(name, (build, arguments))
@@ -122,13 +106,11 @@ class Exit:
 
     layer: int
     branch: str = "copied"
-    arguments: dict[str, bool | float] = field(default_factory=dict)
-    pixels: int | None = None
+    arguments: dict[str, Any] = field(default_factory=dict)
+    pixels: Annotated[int, 32, LARGEST_SIDE] | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "layer", typed(int, self.layer, "layer"))
-        pixels = typed(Annotated[int, 32, LARGEST_SIDE] | None, self.pixels, "a glance's side")
-        object.__setattr__(self, "pixels", pixels)
+        check_fields(self)
         if self.pixels is not None and self.branch != "empty":
             raise EarlyExitError(f"a glance has the branch '{self.branch!s:.60}', expected 'empty'")
         accepted, values = arguments_of(self.branch), {}
@@ -137,7 +119,7 @@ class Exit:
                 hint = suggest(str(name), accepted) or f"; it takes {', '.join(accepted) or 'none'}"
                 raise EarlyExitError(f"a {self.branch} branch has no argument {name!r:.60}{hint}")
         for name, argument in accepted.items():
-            (values[name],) = argument.per_exit(name, self.arguments.get(name, argument.default), exits=1)
+            values[name] = argument.checked(name, self.arguments.get(name, argument.default))
         object.__setattr__(self, "arguments", values)
 
     @property
@@ -156,7 +138,7 @@ class Exit:
         return build(place, **self.arguments)
 
 
-def arguments_of(branch: object) -> Mapping[str, Argument]:
+def arguments_of(branch: str) -> Mapping[str, Argument]:
     """Return name -> argument of a kind of branch. Raise EarlyExitError if there is no such kind."""
     return BRANCHES.find(branch)[1]
 
@@ -191,16 +173,10 @@ def describe_exits(
     for layer in typed(tuple[int, ...], empty, "empty"):
         if layer not in layers:
             raise EarlyExitError(f"empty has {layer}, expected some of the exits' layers {layers}")
-    kinds = [branch] if isinstance(branch, str) else list(branch) if isinstance(branch, (list, tuple)) else []
-    if len(kinds) not in (1, len(layers)):
-        expected = f"one of {', '.join(BRANCHES)}, or one for each of {len(layers)} exits"
-        raise EarlyExitError(f"branch is {branch!r:.60}, expected {expected}")
-    kinds = kinds * len(layers) if len(kinds) == 1 else kinds
     check_keywords(describe_exits, arguments, exit_keyword_names())
+    kinds = _one_each("branch", branch, len(layers))
+    columns = {name: _one_each(name, value, len(layers)) for name, value in arguments.items()}
     exits = []
-    # kinds may give an argument different limits; those of the kinds in use hold
-    all_arguments = _all_arguments() | {key: value for kind in kinds for key, value in arguments_of(kind).items()}
-    columns = {name: all_arguments[name].per_exit(name, value, len(layers)) for name, value in arguments.items()}
     for pair in glances:
         if not isinstance(pair, (list, tuple)) or len(pair) != 2:
             expected = "pairs of pixels and a trunk layer, such as (128, 12)"
@@ -211,6 +187,14 @@ def describe_exits(
         accepted = arguments_of(kind)
         exits.append(Exit(layer, kind, {name: column[index] for name, column in columns.items() if name in accepted}))
     return tuple(exits)
+
+
+def _one_each(name: str, value: object, exits: int) -> list:
+    """Return one value for each of ``exits`` exits. ``value``: one for all exits, or a list with one per exit."""
+    values = list(value) if isinstance(value, Iterable) and not isinstance(value, str) else [value]
+    if len(values) not in (1, exits):
+        raise EarlyExitError(f"{name} is {value!r:.60}, expected one value, or one for each of {exits} exits")
+    return values * exits if len(values) == 1 else values
 
 
 def exit_keywords(exits: Sequence[Exit]) -> dict[str, object]:

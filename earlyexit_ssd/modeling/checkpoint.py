@@ -98,7 +98,7 @@ def load_model(
         architecture = Architecture.from_dict(content["architecture"])
         model = architecture.build()
     except EarlyExitError as error:
-        raise EarlyExitError(f"{path}: {error}; write it again") from None
+        raise EarlyExitError(f"{path}: {error}; write it again, or train its exits again (MODEL.WEIGHTS)") from None
     except (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError) as error:
         raise EarlyExitError(f"{path}: its architecture cannot be built ({error}); write it again") from None
     load_every_key(model, content["model"], path)
@@ -223,14 +223,9 @@ def read_description(path: Path) -> Weights:
     entry = read_json(path, "description of weights", fix)
     try:
         classes = entry["classes"]
-        meta = {
+        meta = {key: entry[key] for key in ("exits", "num_params", "recipe", "sha256", "bytes")} | {
             "categories": ["__background__", *classes],
-            "exits": entry["exits"],
-            "num_params": entry["num_params"],
             "min_size": (1, 1),
-            "recipe": entry["recipe"],
-            "sha256": entry["sha256"],
-            "bytes": entry["bytes"],
             "_file_size": round(entry["bytes"] / 2**20, 3),
             "_metrics": {name: split["exits"] for name, split in entry["metrics"].items()},
             "_docs": f"SSDLite320 MobileNetV3-Large with early exits for {', '.join(classes)}; weights in fp16.",

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.models._api import WeightsEnum
+from torchvision.models.detection import SSDLite320_MobileNet_V3_Large_Weights
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.ssd import SSD
 
@@ -36,6 +37,9 @@ Targets = list[dict[str, Tensor]]
 Detections = list[dict[str, Tensor]]
 """Per image ``boxes`` [n, 4] xyxy in the photo's pixels, ``labels`` [n] and ``scores`` [n]."""
 Sizes = list[tuple[int, int]]  # per image (height, width) in pixels
+
+COCO_CLASSES = tuple(SSDLite320_MobileNet_V3_Large_Weights.COCO_V1.meta["categories"][1:])
+"""torchvision's names of the labels 1..90; "N/A" where COCO skips a number."""
 
 POST_PROCESSING = ("score_thresh", "nms_thresh", "detections_per_img", "topk_candidates")
 
@@ -232,6 +236,14 @@ def route(model: EarlyExitDetector, x: Tensor) -> tuple[Head, Tensor, Tensor]:
 
 # The detector, independent of its backbone.
 
+
+def default_classes(outputs: int) -> tuple[str, ...]:
+    """Return the class names for a head with ``outputs`` outputs: COCO's for 91, ``class_1`` and so on for others."""
+    if outputs == len(COCO_CLASSES) + 1:
+        return COCO_CLASSES
+    return tuple(f"class_{label}" for label in range(1, outputs))
+
+
 DETECTORS: Registry[type[EarlyExitDetector]] = Registry("detector (MODEL.NAME)")
 """torchvision's name of a detector -> the class of this detector with early exits."""
 
@@ -259,7 +271,7 @@ class EarlyExitDetector(SSD):
     Args:
         detector: a torchvision detector; its modules are used, not copied.
         exits: the early exits, shallow to deep. The keywords of `describe_exits` may be given instead.
-        classes: names of the labels 1..K, without background; by default ``class_1`` and so on.
+        classes: names of the labels 1..K, without background; see :func:`default_classes`.
         losses: settings of the training losses.
         router: chooses each image's exit in eval mode; None runs the full path only.
 
@@ -277,18 +289,12 @@ class EarlyExitDetector(SSD):
     """
 
     detector_name: ClassVar[str]
-    last_layer: ClassVar[int]
-    """Last trunk layer; early exits attach to layers 1 to ``last_layer - 1``."""
-    plain_weights: ClassVar[type[WeightsEnum]]
-    """torchvision's weight enum of the detector without exits."""
-    backbone_weights: ClassVar[type[WeightsEnum]]
-    """torchvision's weight enum of the trunk."""
+    last_layer: ClassVar[int]  # of the trunk; early exits attach to layers 1 to ``last_layer - 1``
+    plain_weights: ClassVar[type[WeightsEnum]]  # torchvision's weights of the detector without exits
+    backbone_weights: ClassVar[type[WeightsEnum]]  # torchvision's weights of the trunk
     default_exits: ClassVar[tuple[Exit, ...]] = describe_exits()
-    """The exits if no others are given."""
-    any_size: ClassVar[bool] = True
-    """False if the detector works only at torchvision's input size."""
-    fused = False
-    """True if the model comes from `fuse_for_inference`."""
+    any_size: ClassVar[bool] = True  # False: only torchvision's input size works
+    fused = False  # True after `fuse_for_inference`
 
     @takes_exits
     def __init__(
@@ -303,7 +309,7 @@ class EarlyExitDetector(SSD):
         num_classes = num_outputs(detector.head.classification_head)
         size = detector.transform.fixed_size
         super().__init__(detector.backbone, detector.anchor_generator, size, num_classes, head=detector.head)
-        self.classes = tuple(classes or (f"class_{label}" for label in range(1, num_classes)))
+        self.classes = tuple(classes or default_classes(num_classes))
         if len(self.classes) != num_classes - 1:
             raise EarlyExitError(
                 f"{len(self.classes)} class names for a head with {num_classes} outputs (one is background), expected "

@@ -23,27 +23,13 @@ from earlyexit_ssd.modeling.checkpoint import (
     weights_hash,
     weights_path,
 )
-from earlyexit_ssd.modeling.detector import POST_PROCESSING, EarlyExitDetector
+from earlyexit_ssd.modeling.detector import COCO_CLASSES, POST_PROCESSING, EarlyExitDetector, default_classes
 from earlyexit_ssd.modeling.outputs import Router, RouterSettings
-from earlyexit_ssd.modeling.retrofit import COCO_CLASSES, Architecture
+from earlyexit_ssd.modeling.retrofit import Architecture
 from earlyexit_ssd.modeling.trunk import evaluating
 
 logger = logging.getLogger(__name__)
 P = TypeVar("P", bound="Pretrained")
-
-_router_builders: dict[str, Callable[..., Router]] = {}
-
-
-def register_router(from_settings: Callable[..., Router], from_certificate: Callable[..., Router]) -> None:
-    """Register the builders of a model file's router: ``from_settings(**settings)`` and ``from_certificate(content,
-    path, model)``. `earlyexit_ssd.calibration` calls this function, since modeling must not import calibration."""
-    _router_builders.update(settings=from_settings, certificate=from_certificate)
-
-
-def _router_builder(source: str) -> Callable[..., Router]:
-    if not _router_builders:
-        importlib.import_module("earlyexit_ssd.calibration")  # calls register_router
-    return _router_builders[source]
 
 
 class Pretrained(EarlyExitDetector):
@@ -151,7 +137,8 @@ class Pretrained(EarlyExitDetector):
         if router and info.get("router"):
             try:
                 if info.get("certificate"):
-                    model.router = _router_builder("certificate")(info["certificate"], path, model)
+                    calibration = importlib.import_module("earlyexit_ssd.calibration")  # it imports modeling
+                    model.router = calibration.parse_certificate(info["certificate"], path).router_for(model)
                 else:
                     model.router = make_router(model, info["router"])
             except EarlyExitError as error:
@@ -186,17 +173,16 @@ def current_certificate(router: Router | None) -> Any:
 
 
 def class_names_of_head(outputs: int, classes: Sequence[str] | None = None) -> tuple[str, ...]:
-    """Return the names of the labels of a head with ``outputs`` outputs: ``classes``, by default COCO's names for 91
-    outputs, ``class_1`` and so on for others. Raise an EarlyExitError if the number of ``classes`` does not fit."""
+    """Return the names of the labels of a head with ``outputs`` outputs: ``classes``, or :func:`default_classes`. Raise
+    an EarlyExitError if the number of ``classes`` does not fit."""
     if classes is None:
-        if outputs == len(COCO_CLASSES) + 1:
-            return COCO_CLASSES
-        logger.warning(
-            "the file has no class names; they become class_1 to class_%d; to name them, pass classes=[...] to "
-            "from_pretrained and save the model",
-            outputs - 1,
-        )
-        return tuple(f"class_{label}" for label in range(1, outputs))
+        classes = default_classes(outputs)
+        if classes != COCO_CLASSES:
+            logger.warning(
+                "the file has no class names; they become class_1 to class_%d; to name them, pass classes=[...] to "
+                "from_pretrained and save the model",
+                outputs - 1,
+            )
     if isinstance(classes, str) or len(classes) != outputs - 1:
         raise EarlyExitError(
             f"its head has {outputs} outputs, so {outputs - 1} classes and background, but classes is {classes!r:.60}; "
@@ -210,7 +196,8 @@ def make_router(model: EarlyExitDetector, settings: RouterSettings) -> Router:
     model."""
     device = next(model.parameters()).device
     try:
-        router = _router_builder("settings")(**settings).to(device)
+        routing = importlib.import_module("earlyexit_ssd.routing")  # it imports modeling
+        router = routing.ExitRouter(**settings).to(device)
         validate.check_router(router, model.num_early_exits)
         with evaluating(model):
             outputs = model.exit_outputs([torch.zeros(3, *model.transform.fixed_size, device=device)])

@@ -122,6 +122,7 @@ def has_reduced_tail(state: Mapping[str, Tensor], width: float) -> bool:
 
 # The description from which a model is rebuilt, stored beside its weights in the same file.
 
+OLD_KEYS = ("attention", "cascade")
 HeadOutput = Annotated[int, 0, 100_000]  # number or index of a head's outputs per default box
 Share = Annotated[float, 0, 1]
 Count = Annotated[int, 1, 2**31]
@@ -200,21 +201,10 @@ class Architecture:
     @classmethod
     def from_dict(cls, values: dict) -> Architecture:
         """Build the architecture from the result of :meth:`to_dict`. Raise an EarlyExitError for unknown keys and wrong
-        types."""
-        values = dict(values)
-        # Older versions wrote "attention" and "cascade". Branches without copied layers (no "copy", or 0) had attention
-        # layers, and a cascade connected branches. Files whose branches have neither are still read.
-        attention, cascade = values.pop("attention", None), values.pop("cascade", False)
+        types. Keys of layers that older versions had are ignored: weights of such layers do not load."""
+        values = {key: value for key, value in values.items() if key not in OLD_KEYS}
         keywords = {key: values.pop(key) for key in exit_keyword_names() if key in values}
-        copied = keywords.get("copy", [0.0])
-        has_attention = attention is not None and isinstance(copied, (list, tuple)) and not all(copied)
-        exits = () if has_attention else describe_exits(**keywords)
-        if has_attention or (cascade and sum(not early_exit.empty for early_exit in exits) > 1):
-            raise EarlyExitError(
-                "its branches have layers that this version does not support (attention, or a cascade from exit to "
-                "exit): train the exits again from its full path (MODEL.WEIGHTS, minutes)"
-            )
-        return build(cls, {**values, "exits": exits})
+        return build(cls, {**values, "exits": describe_exits(**keywords)})
 
     @classmethod
     def of(cls, model: EarlyExitDetector) -> Architecture:
@@ -249,8 +239,7 @@ class Architecture:
     @classmethod
     def of_full_path(cls, values: dict) -> Architecture:
         """Like :meth:`from_dict`, but with the default exits. The exits in ``values`` may be too old to build."""
-        exit_keys = {"attention", "cascade", *exit_keyword_names()}
-        return cls.from_dict({key: value for key, value in values.items() if key not in exit_keys})
+        return cls.from_dict({key: value for key, value in values.items() if key not in exit_keyword_names()})
 
     def build_detector(self) -> SSD:
         """Build the torchvision detector without exits, untrained."""
@@ -305,9 +294,6 @@ def _described_parts(model: EarlyExitDetector) -> dict[str, object]:
 
 
 # Load a trained torchvision detector, from torchvision's weights or a file, and change its classes.
-
-COCO_CLASSES = tuple(SSDLite320_MobileNet_V3_Large_Weights.COCO_V1.meta["categories"][1:])
-"""torchvision's names of the labels 1..90; "N/A" where COCO skips a number."""
 
 
 def retrofit(
@@ -470,7 +456,7 @@ def load_every_key(module: torch.nn.Module, state: dict[str, Tensor], source: st
     if problems:
         check = "MODEL.WIDTH, MODEL.WEIGHTS_CLASSES and the number of classes"
         if all(key.startswith("branches.") for key in problems):
-            check = "EXITS (in Python copy, depth, channels, head_rank)"
+            check = "EXITS (in Python copy, depth, channels, head_rank), or train the exits again from its full path"
         first = next(iter(problems.values()))
         raise EarlyExitError(f"{source} does not fit the model: {first} ({len(problems)} differences); check {check}")
     for key, value in expected.items():

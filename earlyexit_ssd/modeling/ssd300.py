@@ -18,7 +18,7 @@ from earlyexit_ssd.modeling.detector import register_detector
 from earlyexit_ssd.modeling.losses import LossSettings
 from earlyexit_ssd.modeling.outputs import Router
 from earlyexit_ssd.modeling.pretrained import Pretrained
-from earlyexit_ssd.modeling.retrofit import COCO_CLASSES, torchvision_name
+from earlyexit_ssd.modeling.retrofit import torchvision_name
 from earlyexit_ssd.modeling.trunk import Trunk
 
 SIZE = 300
@@ -118,8 +118,6 @@ def earlyexit_ssd300_vgg16(
         detections_per_img=detections_per_img,
         topk_candidates=topk_candidates,
     )
-    if classes is None and detector.head.classification_head.num_columns == len(COCO_CLASSES) + 1:
-        classes = COCO_CLASSES
     model = EarlyExitSSD300(detector, exits=exits, classes=classes, losses=losses, router=router)
     model.score_thresh = score_thresh
     return model

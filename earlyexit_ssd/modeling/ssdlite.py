@@ -13,11 +13,11 @@ from torchvision.models.detection.backbone_utils import _validate_trainable_laye
 from earlyexit_ssd.config.check import LAST_LAYER
 from earlyexit_ssd.modeling.branches import Exit, takes_exits
 from earlyexit_ssd.modeling.checkpoint import ShippedWeights
-from earlyexit_ssd.modeling.detector import register_detector
+from earlyexit_ssd.modeling.detector import COCO_CLASSES, register_detector
 from earlyexit_ssd.modeling.losses import LossSettings
 from earlyexit_ssd.modeling.outputs import Router
 from earlyexit_ssd.modeling.pretrained import Pretrained
-from earlyexit_ssd.modeling.retrofit import COCO_CLASSES, torchvision_name
+from earlyexit_ssd.modeling.retrofit import torchvision_name
 from earlyexit_ssd.modeling.trunk import Trunk, build_ssdlite, ssdlite_trunk
 from earlyexit_ssd.modeling.validate import LEAST_SCORE
 
@@ -102,8 +102,6 @@ def earlyexit_ssdlite320_mobilenet_v3_large(
         detector.load_state_dict(weights.get_state_dict(progress=progress, check_hash=True))
     elif not trained:
         _initialise(detector.backbone)
-    if classes is None and detector.head.classification_head.num_columns == len(COCO_CLASSES) + 1:
-        classes = COCO_CLASSES
     model = EarlyExitSSDLite(detector, exits=exits, classes=classes, losses=losses, router=router)
     model.score_thresh = score_thresh
     return model

@@ -159,42 +159,38 @@ def reads_taps(name: str | None) -> bool:
 @register_policy("mean_foreground")
 def mean_foreground(logits: Tensor) -> Tensor:
     """Mean of 1 - p(background) over all default boxes. Only for comparison, since it is close to 0 for all photos."""
-    total = exp_(logits - logits[..., :1]).sum(-1)  # not clamped, to save time: the inverse of an infinite sum is 0
-    return 1 - total.reciprocal().mean(-1)
+    return 1 - logits.softmax(-1)[..., 0].mean(-1)
 
 
 @register_policy("max_foreground", FEWER_CANDIDATES)
 def max_foreground(logits: Tensor) -> Tensor:
     """Largest object probability of all default boxes. A photo leaves if at least one object is certain."""
-    return FastSoftmax(logits).object_probability.amax(-1)
+    return object_probability(logits).amax(-1)
 
 
 @register_policy("entropy", CANDIDATES)
 def entropy(logits: Tensor) -> Tensor:
     """Mean over the default boxes of 1 - H / log C, where H = -sum_c p(c) log p(c) is the entropy of a default box.
     BranchyNet (Teerapittayanon et al. 2016, section III-B) has one entropy per image."""
-    differences = _minus_background(logits)
-    ratios = exp_(differences.clone())
-    total = ratios.sum(-1)
-    # with d(c) = log(p(c) / p(background)): H = log(sum_c exp d(c)) - sum_c p(c) d(c)
-    entropies = total.log() - differences.mul_(ratios).sum(-1) / total
-    return (1 - entropies.mean(-1) / math.log(logits.shape[-1])).clamp(0, 1)
+    log_probability = logits.log_softmax(-1)
+    negative_entropy = (log_probability.exp() * log_probability).sum(-1).mean(-1)
+    return (1 + negative_entropy / math.log(logits.shape[-1])).clamp(0, 1)
 
 
 @register_policy("margin", CANDIDATES)
 def margin(logits: Tensor) -> Tensor:
     """sum_b f_b (p1_b - p2_b) / sum_b f_b over the default boxes b, where p1 and p2 are the two largest probabilities,
     background included, and f = 1 - p(background)."""
-    softmax = FastSoftmax(logits)
-    first = softmax.ratios.amax(-1)
-    difference = (first - without_largest(softmax.ratios, first).amax(-1)) / softmax.total
-    return (difference * softmax.foreground).sum(-1) / softmax.foreground.sum(-1).clamp(min=1e-12)
+    probability = logits.softmax(-1)
+    foreground = 1 - probability[..., 0]
+    largest, second = probability.topk(2, -1).values.unbind(-1)
+    return ((largest - second) * foreground).sum(-1) / foreground.sum(-1).clamp(min=1e-12)
 
 
 @register_policy("ambiguous_mass", CANDIDATES)
 def ambiguous_mass(logits: Tensor) -> Tensor:
     """1 / (1 + m), where m is the sum of the object probabilities of the ambiguous default boxes (`AMBIGUOUS`)."""
-    return 1 / (1 + where_ambiguous(FastSoftmax(logits).object_probability).sum(-1))
+    return 1 / (1 + where_ambiguous(object_probability(logits)).sum(-1))
 
 
 @register_policy("emptiness", FEWER_CANDIDATES)
@@ -210,69 +206,23 @@ def at_likeliest_boxes(signals: ExitSignals, boxes: int | None) -> ExitSignals:
     images, count, classes = logits.shape
     if boxes is None or boxes >= count:
         return signals
-    difference = largest_of(logits[..., 1:]) - logits[..., 0]
+    difference = logits[..., 1:].amax(-1) - logits[..., 0]
     indices = difference.topk(boxes, dim=-1, sorted=False).indices
-    if images == 1:  # the usual case, with the fewest operations
-        chosen = logits[0].index_select(0, indices[0])[None]
-    else:  # index_select on all boxes of all images is faster than gather
-        indices = indices + torch.arange(0, images * count, count, device=indices.device)[:, None]
-        chosen = logits.reshape(-1, classes).index_select(0, indices.flatten()).view(images, -1, classes)
+    # index_select on all boxes of all images is faster than gather
+    indices = indices + torch.arange(0, images * count, count, device=indices.device)[:, None]
+    chosen = logits.reshape(-1, classes).index_select(0, indices.flatten()).view(images, -1, classes)
     return ExitSignals(chosen, signals.tap, signals.empty)
 
 
-def largest_of(values: Tensor) -> Tensor:
-    """Compute ``values.amax(-1)`` up to twice as fast. PyTorch vectorises amax only if the last dimension is a multiple
-    of 32."""
-    classes = values.shape[-1]
-    if classes < 32 or classes % 32 == 0:
-        return values.amax(-1)
-    return torch.maximum(values[..., : classes - classes % 32].amax(-1), values[..., -32:].amax(-1))
-
-
-def without_largest(values: Tensor, largest: Tensor) -> Tensor:
-    """Return the non-negative ``values`` [..., C] with 0 where they equal their maximum ``largest`` [...]. This is
-    faster than a mask. At ties all maxima become 0, so `margin` is then too large."""
-    return (largest[..., None] - values).sign_().mul_(values)
+def object_probability(logits: Tensor) -> Tensor:
+    """Return the largest probability over the classes except background, [N, A] of logits [N, A, C]."""
+    return logits.softmax(-1)[..., 1:].amax(-1)
 
 
 def where_ambiguous(probability: Tensor) -> Tensor:
     """Return ``probability`` with 0 where it is not `AMBIGUOUS`."""
     low, high = AMBIGUOUS
-    if torch.onnx.is_in_onnx_export():  # F.threshold can be exported with the threshold 0 only
-        return probability * ((probability > low) & (probability < high))
-    return F.threshold(probability, low, 0.0) * (probability < high)
-
-
-class FastSoftmax:
-    """Softmax of logits [N, A, C]. For few classes it is five times as fast as PyTorch's."""
-
-    def __init__(self, logits: Tensor) -> None:
-        # [N, A, C]: p(class) / p(background) = exp(logit - background logit), and their sums [N, A]
-        self.ratios = exp_(_minus_background(logits))
-        self.total = self.ratios.sum(-1)
-
-    @property
-    def foreground(self) -> Tensor:
-        """1 - p(background), [N, A]."""
-        return 1 - 1 / self.total
-
-    @property
-    def object_probability(self) -> Tensor:
-        """Largest probability over the classes except background, [N, A]."""
-        return self.ratios[..., 1:].amax(-1) / self.total
-
-
-def exp_(values: Tensor) -> Tensor:
-    """Compute ``values.exp_()`` as 2^(x log2 e). PyTorch's exp is MKL's, which takes three times as long on AMD
-    processors. It works in place, because allocating memory takes longer than the arithmetic."""
-    if torch.onnx.is_in_onnx_export():  # ONNX has no exp2
-        return values.exp_()
-    return values.mul_(math.log2(math.e)).exp2_()
-
-
-def _minus_background(logits: Tensor) -> Tensor:
-    """Subtract the background logit from logits [N, A, C], and clamp to 60, so that sums of exp are finite in fp32."""
-    return (logits - logits[..., :1]).clamp_(max=60.0)
+    return probability * ((probability > low) & (probability < high))
 
 
 @register_policy("balanced_ambiguity", FEWER_CANDIDATES)
@@ -312,9 +262,8 @@ class BalancedAmbiguity(FittedPolicy):
                 f"routing policy 'balanced_ambiguity' has weights of {weights} classes, the model has {classes}; "
                 "calibrate again (tools/calibrate.py)"
             )
-        softmax = FastSoftmax(signals.logits)
-        largest, likeliest = softmax.ratios[..., 1:].max(-1)
-        return 1 / (1 + (where_ambiguous(largest / softmax.total) * self.weights[likeliest]).sum(-1))
+        largest, likeliest = signals.logits.softmax(-1)[..., 1:].max(-1)
+        return 1 / (1 + (where_ambiguous(largest) * self.weights[likeliest]).sum(-1))
 
 
 LEVELS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -331,8 +280,7 @@ def logit_statistics(logits: Tensor) -> Tensor:
     boxes with p above each of `LEVELS`, the sum of all p, and the sum of the ambiguous p. The last two are the two
     largest values of max_b p_b(c) over the object classes c, where b are the default boxes.
     """
-    softmax = FastSoftmax(logits)
-    by_box_and_class = softmax.ratios[..., 1:] / softmax.total[..., None]
+    by_box_and_class = logits.softmax(-1)[..., 1:]
     probability, by_class = by_box_and_class.amax(-1), by_box_and_class.amax(1)
     counts = (probability[..., None] > _LEVELS.to(probability)).sum(1, dtype=probability.dtype)
     sums = torch.stack([probability, where_ambiguous(probability)], 1).sum(-1)
@@ -498,7 +446,7 @@ def regression_inputs(signals: ExitSignals) -> Tensor:
     largest object probability."""
     if signals.empty:
         return signals.tap
-    largest = FastSoftmax(signals.logits).object_probability.amax(-1, keepdim=True)
+    largest = object_probability(signals.logits).amax(-1, keepdim=True)
     return torch.cat([signals.tap, torch.logit(largest, eps=LOGIT_EPS)], dim=1)
 
 

@@ -109,8 +109,6 @@ class ExitRouter(nn.Module):
             return -torch.ones_like(signals.logits[:, 0, 0], dtype=torch.float32)
         likeliest = at_likeliest_boxes(signals, self._boxes)
         logits = self.tempered(likeliest.logits, exit_index)
-        if logits is signals.logits:  # a policy may change its input in place, but detections need the original
-            logits = logits.clone()
         confidence = self._policy(ExitSignals(logits, likeliest.tap, likeliest.empty), exit_index)
         if confidence.shape != (len(logits),):
             raise EarlyExitError(
@@ -119,9 +117,9 @@ class ExitRouter(nn.Module):
         return confidence.clamp(0.0, 1.0)
 
     def tempered(self, logits: Tensor, exit_index: int) -> Tensor:
-        """Divide raw logits by the exit's temperature, in fp32. Logits of the full path are not divided."""
+        """Return a copy of raw logits divided by the exit's temperature, in fp32. The full path's are not divided."""
         if exit_index >= self.num_exits:
-            return logits.float()
+            return logits.float().clone()
         temperature = self.temperatures[exit_index].detach()
         if isinstance(self.temperatures, nn.Parameter):  # a training step may have moved it outside its bounds
             temperature = temperature.clamp(*self.temperature_bounds)

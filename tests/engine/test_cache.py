@@ -4,7 +4,6 @@ import itertools
 import os
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +15,7 @@ from earlyexit_ssd.data.transforms import build_transforms
 from earlyexit_ssd.engine.cache import ARRAYS_OF_HEAD, CachedLoader, TapCache
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.files import write_image
-from earlyexit_ssd.modeling.detector import BranchLosses, compute_taps, default_boxes_of_image
+from earlyexit_ssd.modeling.detector import compute_taps, default_boxes_of_image
 from tests.modeling.conftest import small_model
 
 CPU = torch.device("cpu")
@@ -57,18 +56,6 @@ def test_cached_and_computed_taps_differ_by_rounding_only(tmp_path, dataset, dty
             assert int(found["image_id"]) == target["image_id"]
 
 
-def test_losses_from_a_float32_cache_equal_losses_from_photos(tmp_path, dataset):
-    cache, model = build(tmp_path / "taps", dataset, views=1, dtype="float32")
-    images, targets = zip(*(dataset.sample(row, 0) for row in range(4)), strict=True)
-    model.freeze_full_path()
-    model.train()
-    start = {key: value.clone() for key, value in model.branches.state_dict().items()}
-    from_photos = model(list(images), [dict(target) for target in targets])
-    model.branches.load_state_dict(start)  # BatchNorm's statistics have changed
-    from_cache = BranchLosses(model)(cache.rows(np.arange(4), CPU))
-    assert all(torch.equal(value, from_photos[name]) for name, value in from_cache.items())
-
-
 def test_complete_cache_is_used_again_and_another_key_replaces_it(tmp_path, dataset):
     folder = tmp_path / "taps"
     build(folder, dataset)
@@ -105,13 +92,6 @@ def test_no_file_stays_open_for_batches_of_workers(tmp_path, dataset):
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     assert len(cache.targets) == 200
-
-
-def test_too_small_disk_is_an_error_before_writing(tmp_path, dataset, monkeypatch):
-    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
-    message = "the taps of 6 photos x 2 views: .* GiB needed, 0.0 GiB free; set EXITS_PHASE"
-    with pytest.raises(EarlyExitError, match=message):
-        build(tmp_path / "taps", dataset)
 
 
 def test_cache_above_the_budget_is_an_error(tmp_path, dataset):

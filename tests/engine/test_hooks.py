@@ -9,7 +9,6 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from earlyexit_ssd import ExitRouter
 from earlyexit_ssd.engine import Hook, read_log
 from earlyexit_ssd.engine.loop import AfterStep, Checkpoint, ExponentialMovingAverage, Log
 from earlyexit_ssd.errors import CannotWrite, EarlyExitError
@@ -93,17 +92,6 @@ def test_resumed_log_has_no_step_twice(tmp_path, partial_line):
     board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     steps = [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert steps == [event.step for event in board.Scalars("loss")] == list(range(3, 31, 3))
-
-
-def test_temperatures_are_clamped_after_every_step():
-    router, seen = ExitRouter(2, learn_temperatures=True), []
-    functions = (
-        lambda model: seen.append(router.temperatures.tolist()),
-        lambda model: router.clamp_temperatures(),
-        lambda model: router.temperatures.data.add_(10.0),
-    )
-    assert line_trainer([AfterStep(function) for function in functions], epochs=1).run()  # the last function runs first
-    assert seen == [[3.0, 3.0]] * 10
 
 
 def test_measurements_at_the_end_of_epochs_are_logged(tmp_path):

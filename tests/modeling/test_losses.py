@@ -12,7 +12,6 @@ from torchvision.models.detection._utils import BoxCoder, SSDMatcher
 from torchvision.ops import box_iou
 
 from earlyexit_ssd.errors import EarlyExitError
-from earlyexit_ssd.modeling import EarlyExitSSDLite
 from earlyexit_ssd.modeling.losses import (
     Assignment,
     LossSettings,
@@ -166,8 +165,3 @@ def test_distillation_gives_the_teacher_no_gradient():
 def test_invalid_settings_are_named(settings, message):
     with pytest.raises(EarlyExitError, match=message):
         LossSettings(**settings)
-
-
-def test_number_of_exit_weights_must_fit_the_model():
-    with pytest.raises(EarlyExitError, match="exit_weights of the losses is .1, 2, 3., expected one number"):
-        EarlyExitSSDLite(small_model(), losses=LossSettings(exit_weights=(1, 2, 3)))

@@ -1,9 +1,8 @@
 """Models loaded by name or path, with their routing."""
 
 import pytest
-import torch
 
-from earlyexit_ssd import EarlyExitSSDLite, EarlyExitSSDLite_Weights, ExitRouter
+from earlyexit_ssd import EarlyExitSSDLite, ExitRouter
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.modeling import Architecture, load_model, save_model
 from tests.modeling.conftest import SMALL, small_model
@@ -26,10 +25,6 @@ def test_model_file_has_its_routing(tmp_path, images):
     assert set(plain(images)[0]) == {"boxes", "scores", "labels"}
 
 
-def test_file_without_routing_is_loaded(tmp_path):
-    assert EarlyExitSSDLite.from_pretrained(save(tmp_path / "model.pth", None)).router is None
-
-
 def test_forced_training_is_still_known_after_saving_again(tmp_path):
     save_model(tmp_path / "model.pth", small_model(), Architecture(**SMALL), {"forced": True})
     EarlyExitSSDLite.from_pretrained(tmp_path / "model.pth").save(tmp_path / "again.pth")
@@ -48,21 +43,3 @@ def test_forced_training_is_still_known_after_saving_again(tmp_path):
 def test_routing_that_cannot_be_used_is_named(tmp_path, settings, message):
     with pytest.raises(EarlyExitError, match=rf"model\.pth: its routing cannot be used {message}"):
         EarlyExitSSDLite.from_pretrained(save(tmp_path / "model.pth", settings))
-
-
-def test_damaged_files_and_unknown_names_are_refused(tmp_path):
-    (tmp_path / "broken.pth").write_bytes(b"version https://git-lfs.github.com/spec/v1")
-    with pytest.raises(EarlyExitError, match=r"broken\.pth: not a file of weights"):
-        EarlyExitSSDLite.from_pretrained(tmp_path / "broken.pth")
-    with pytest.raises(EarlyExitError, match=r"did you mean 'chair'\?"):
-        EarlyExitSSDLite.from_pretrained("chairs")
-
-
-@pytest.mark.parametrize("member", list(EarlyExitSSDLite_Weights), ids=lambda member: member.name)
-def test_shipped_weights_detect_with_their_routing(member):
-    model = EarlyExitSSDLite.from_pretrained(member.name.lower())
-    assert model.router is not None
-    assert all(value.dtype == torch.float32 for value in model.parameters())
-    (detection,) = model([torch.rand(3, 240, 320)])
-    assert int(detection["exit_index"]) < len(member.meta["exits"])
-    assert detection["labels"].max() < len(member.meta["categories"])

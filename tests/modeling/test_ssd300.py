@@ -28,10 +28,13 @@ def plain():
     return detector
 
 
+EXITS = {"branch": "light", "exit_layers": (7, 10), "channels": 16}
+
+
 @pytest.fixture
 def model(plain):
-    torch.manual_seed(0)
-    return EarlyExitSSD300(plain, branch="light", exit_layers=(7, 10), channels=16, classes=("red", "blue")).eval()
+    """A model with the parts of ``plain``, since its 24 million parameters take seconds to draw."""
+    return EarlyExitSSD300(plain, classes=("red", "blue"), **EXITS).eval()
 
 
 def photo(colour):
@@ -43,17 +46,15 @@ def photo(colour):
 
 def test_unrouted_checkpoint_has_torchvision_s_detections(plain, tmp_path):
     torch.save({"model": plain.state_dict()}, tmp_path / "ssd300.pth")
-    model = torchvision.models.get_model(NAME, weights=tmp_path / "ssd300.pth").eval()
+    model = EarlyExitSSD300.from_pretrained(tmp_path / "ssd300.pth")
+    assert model.exits == EarlyExitSSD300.default_exits
     full_path = {key: value for key, value in model.state_dict().items() if not key.startswith("branches.")}
     assert_equal(full_path, dict(plain.state_dict()))
     images = [torch.rand(3, 240, 320), photo((0.9, 0.1, 0.1))]
-    opened = EarlyExitSSD300.from_pretrained(tmp_path / "ssd300.pth")
-    assert opened.exits == EarlyExitSSD300.default_exits
     with torch.no_grad():
-        detections, of_opened, expected = model(images), opened(images), plain(images)
+        detections, expected = model(images), plain(images)
     assert sum(len(detection["scores"]) for detection in expected) > 0
     assert_equal(detections, expected)
-    assert_equal(of_opened, expected)
 
 
 def test_exits_share_the_default_boxes_and_are_routed(model):
@@ -70,7 +71,6 @@ def test_exits_share_the_default_boxes_and_are_routed(model):
 
 
 def test_losses_of_exits_fall_in_training(model):
-    model.freeze_full_path()
     model.losses = LossSettings(teacher="none")
     images = [photo((0.9, 0.1, 0.1)), photo((0.1, 0.1, 0.9))]
     targets = [{"boxes": torch.tensor([[60.0, 60, 180, 180]]), "labels": torch.tensor([label])} for label in (1, 2)]
@@ -78,7 +78,7 @@ def test_losses_of_exits_fall_in_training(model):
     optimizer = torch.optim.AdamW(branches.parameters(), lr=0.01)
     losses = []
     for _ in range(15):
-        loss = sum(branches(batch).values())
+        loss = sum(value for name, value in branches(batch).items() if name.startswith("exit"))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -88,16 +88,12 @@ def test_losses_of_exits_fall_in_training(model):
 
 def test_model_files_and_checkpoints_are_loaded(model, tmp_path):
     model.save(tmp_path / "m.pth")
-    loaded = EarlyExitSSD300.from_pretrained(tmp_path / "m.pth")
-    assert loaded.exits == model.exits and loaded.classes == ("red", "blue")
-    assert_equal(loaded.state_dict(), model.state_dict())
     torch.save(model.state_dict(), tmp_path / "state.pth")
-    exits = {"branch": "light", "exit_layers": (7, 10), "channels": 16}
-    built = torchvision.models.get_model(NAME, weights=tmp_path / "state.pth", classes=("red", "blue"), **exits)
-    assert (built.exits, built.nms_thresh, built.score_thresh, built.training) == (model.exits, 0.45, 0.01, True)
-    assert_equal(built.state_dict(), model.state_dict())
     with pytest.raises(EarlyExitError, match="ssd300_vgg16, expected ssdlite320_mobilenet_v3_large"):
         EarlyExitSSDLite.from_pretrained(tmp_path / "m.pth")
+    built = torchvision.models.get_model(NAME, weights=tmp_path / "state.pth", classes=("red", "blue"), **EXITS)
+    assert (built.exits, built.nms_thresh, built.score_thresh, built.training) == (model.exits, 0.45, 0.01, True)
+    assert_equal(built.state_dict(), model.state_dict())
 
 
 def test_unsupported_settings_are_refused(plain):

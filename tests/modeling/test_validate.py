@@ -10,7 +10,7 @@ from torchvision.tv_tensors import BoundingBoxes
 
 from earlyexit_ssd import EarlyExitSSDLite, ExitRouter
 from earlyexit_ssd.errors import EarlyExitError
-from earlyexit_ssd.modeling import build_ssdlite
+from earlyexit_ssd.modeling import LossSettings
 from earlyexit_ssd.modeling.detector import FullPathLosses
 from earlyexit_ssd.modeling.validate import check_images, check_router, check_targets
 from tests.modeling.conftest import assert_equal
@@ -101,7 +101,13 @@ def test_router_needs_a_temperature_loss_in_training(model, images, targets):
         model.train()(images, targets)
 
 
-def test_constructor_checks_the_losses():
-    detector = build_ssdlite(num_classes=2, image_size=96, width=0.25)
-    with pytest.raises(EarlyExitError, match="expected a LossSettings"):
-        EarlyExitSSDLite(detector, exit_layers=(8,), channels=16, depth=(1,), losses={"teacher": "full"})
+@pytest.mark.parametrize(
+    ("losses", "message"),
+    [
+        ({"teacher": "full"}, "expected a LossSettings"),
+        (LossSettings(exit_weights=(1, 2, 3)), "exit_weights of the losses is .1, 2, 3., expected one number"),
+    ],
+)
+def test_constructor_checks_the_losses(model, losses, message):
+    with pytest.raises(EarlyExitError, match=message):
+        EarlyExitSSDLite(model, losses=losses)

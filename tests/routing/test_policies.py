@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import timeit
 from copy import copy
 from types import SimpleNamespace
 
@@ -15,10 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from earlyexit_ssd.errors import EarlyExitError
-from earlyexit_ssd.evaluation.cost import mmacs_to_exit
-from earlyexit_ssd.modeling import Architecture
 from earlyexit_ssd.modeling.outputs import ExitSignals
-from earlyexit_ssd.modeling.trunk import evaluating
 from earlyexit_ssd.routing import POLICIES, ExitRouter, get_policy, policies
 from earlyexit_ssd.routing.policies import (
     LEVELS,
@@ -82,13 +78,6 @@ def test_in_the_unit_interval_and_one_number_per_image(name, seed, scale):
     assert math.isclose(confidence[1].item(), alone.item(), abs_tol=1e-5)
 
 
-@pytest.mark.parametrize("name", sorted(set(NOT_FITTED) - {"mean_foreground", "max_foreground"}))
-def test_an_image_of_certain_background_leaves(name):
-    logits = torch.zeros(1, 50, 4)
-    logits[..., 0] = 12.0
-    assert get_policy(name)(ExitSignals(logits), 0).item() > 0.99
-
-
 @pytest.mark.parametrize(
     ("function", "arguments", "message"),
     [
@@ -99,9 +88,6 @@ def test_an_image_of_certain_background_leaves(name):
         (get_policy, ["balanced_ambiguity", []], "'balanced_ambiguity' needs parameters"),
         (register_policy, ["none", 0], "'none': boxes is 0, expected 1 or more"),
         (register_policy, ["none", 1.5], "'none': boxes is 1.5, expected 1 or more"),
-        (register_policy(len), [len], r"routing policy is registered under <built-in function len>, expected a name"),
-        (register_policy("learned_gain"), [len], "'learned_gain' is registered already"),
-        (register_policy("entropy"), [len], "'entropy' is registered already"),
         (register_policy("none"), [torch.nn.Linear], "'none' is the class Linear; derive it from FittedPolicy"),
     ],
 )
@@ -127,26 +113,14 @@ WRONG_PARAMETERS = {
     "foreseen_emptiness": [3, "abc", [3], {"weight": [0.1]}, [{"weights": [0.1]}], [{"weight": "a", "bias": 0}]],
     "balanced_ambiguity": [3, [0.5, "a"], [0.5, 0.0], [0.5, float("nan")], {"cat": 1.0}],
 }
-EXPECTED_PARAMETERS = {
-    "learned_gain": "the numbers of a fitted model",
-    "foreseen_emptiness": "weight and bias",
-    "balanced_ambiguity": "a positive weight for every class",
-}
 
 
 @pytest.mark.parametrize(
     ("name", "parameters"), [(name, value) for name, values in WRONG_PARAMETERS.items() for value in values]
 )
 def test_wrong_parameters_are_refused(name, parameters):
-    message = f"'{name}': its parameters are .*, expected {EXPECTED_PARAMETERS[name]}"
-    with pytest.raises(EarlyExitError, match=message):
+    with pytest.raises(EarlyExitError, match=f"'{name}': its parameters are .*, expected {POLICIES[name].expected}"):
         get_policy(name, parameters)
-
-
-def test_register_a_function(monkeypatch):
-    monkeypatch.setattr(policies, "POLICIES", copy(POLICIES))
-    register_policy("test_only")(lambda logits: logits[..., 1:].amax((-1, -2)).sigmoid())
-    assert get_policy("test_only")(ExitSignals(torch.zeros(2, 3, 2)), 0).tolist() == [0.5, 0.5]
 
 
 def test_flags_of_policies():
@@ -179,31 +153,6 @@ def test_likeliest_boxes_by_hand():
     assert at_likeliest_boxes(signals, None) is signals and at_likeliest_boxes(signals, 4) is signals
     pair = at_likeliest_boxes(ExitSignals(torch.cat([logits, logits.flip(1)])), 2).logits
     assert sorted(pair[0].tolist()) == sorted(pair[1].tolist()) == [[-3, -4, -1], [0, 3, 1]]
-
-
-@pytest.mark.parametrize("classes", [1, 31, 32, 33, 80])
-def test_largest_of_any_number_of_classes(classes):
-    values = torch.randn(2, 5, classes)
-    for each in (values, values.flip(-1)):
-        assert policies.largest_of(each).equal(each.amax(-1))
-    values = values.abs()
-    others = values.masked_fill(values == values.amax(-1, keepdim=True), 0.0)
-    assert policies.without_largest(values, values.amax(-1)).equal(others)
-
-
-@pytest.mark.parametrize("outputs", [8, 81])
-@pytest.mark.parametrize("name", sorted(POLICIES))
-def test_speed(name, outputs):
-    """The target is 0.3 ms per image on one thread. The limit is ten times that, since the machine may be busy."""
-    signals = ExitSignals(torch.randn(4, 3234, outputs), torch.randn(4, 160))
-    fitted = {
-        "learned_gain": [GainModel(80).to_plain()] * 2,
-        "foreseen_emptiness": [{"weight": [0.1] * 161, "bias": 0.0}] * 2,
-        "balanced_ambiguity": [0.5] * (outputs - 1),
-    }
-    router = ExitRouter(2, policy=name, temperatures=1.5, parameters=fitted.get(name))
-    seconds = timeit.repeat(lambda: router.confidence(signals, 1), number=1, repeat=5)
-    assert min(seconds) / 4 < 0.003
 
 
 # Probabilities of background and two classes at three default boxes of two images.
@@ -265,17 +214,14 @@ def test_fits_a_function_of_the_statistics():
     model = fit_gain(inputs[:400], gains[:400])
     error = (model(inputs[400:]) - gains[400:]).pow(2).mean()
     assert error < 0.2 * gains[400:].var()
-    assert fit_gain(inputs[:400], gains[:400])(inputs).equal(model(inputs))  # the same model for the same seed
-    assert fit_gain(inputs[:1], gains[:1])(inputs).isfinite().all()  # one photo has no variance
+    assert sum(parameter.numel() for parameter in model.parameters()) < 400
 
 
-def test_a_fit_to_one_photo_is_finite():
-    inputs = torch.ones(1, NUM_STATISTICS + 6)
-    assert fit_gain(inputs, torch.tensor([0.5]))(inputs).item() == pytest.approx(0.5, abs=0.1)
-
-
-def test_gain_model_has_a_few_hundred_parameters():
-    assert sum(parameter.numel() for parameter in GainModel(112).parameters()) < 400
+def test_fit_depends_on_the_seed_only_and_accepts_one_photo(monkeypatch):
+    monkeypatch.setattr(policies, "FIT_STEPS", 10)
+    inputs = torch.randn(1, NUM_STATISTICS + 6)  # one photo has no variance
+    first, second = (fit_gain(inputs, torch.tensor([0.5]))(inputs) for _ in range(2))
+    assert first.isfinite().all() and first.equal(second)
 
 
 def random_model(tap_channels, seed):
@@ -403,14 +349,3 @@ def test_a_cross_fitted_confidence_does_not_depend_on_its_photo():
     )
     expected = torch.sigmoid(-(calib.tap[folds == 1] @ torch.tensor(alone["weight"]) + alone["bias"]))
     assert torch.allclose(others[folds == 1], expected)
-
-
-def test_cost_of_foreseen_emptiness_is_counted():
-    model = Architecture(("chair",), image_size=96, width=0.25, exit_layers=(6, 8), empty=(6,)).build()
-    with evaluating(model):
-        inputs = [2 * tap.shape[1] for tap in model.trunk_maps(torch.zeros(1, 3, 96, 96))[0]]
-    parameters = [{"weight": [0.0] * count, "bias": 0.0} for count in (inputs[0], inputs[1] + 1)]
-    router = ExitRouter(2, policy="foreseen_emptiness", parameters=parameters, thresholds=0.9)
-    costs = mmacs_to_exit(model, router)
-    assert costs == sorted(costs)
-    assert costs[1] - mmacs_to_exit(model)[1] == pytest.approx(sum(inputs) / 1e6, rel=0.1)
