@@ -354,7 +354,7 @@ def predict(args: argparse.Namespace) -> None:
         else:
             print(answer)
     if failed:
-        raise EarlyExitError(f"{failed} photos or frames could not be used, see above")
+        raise EarlyExitError(f"{failed} of the photos, frames or sources could not be used, see above")
 
 
 def _calibrate_stream(args: argparse.Namespace, detector: object, sources: list) -> None:

@@ -158,7 +158,8 @@ def clip_boxes(records: Sequence[Record], problems: Problems) -> list[Record]:
 
 def describe(record: Record, annotation_id: int | str | None = None) -> str:
     """Return the place of a record for messages, such as "instances.json: photo cat.jpg (id 3), annotation 7"."""
-    text = f"{record.source or record.path.parent}: photo {record.path.name} (id {record.image_id})"
+    image_id = record.image_id if record.source_id is None else record.source_id
+    text = f"{record.source or record.path.parent}: photo {record.path.name} (id {image_id})"
     return text if annotation_id is None else f"{text}, annotation {annotation_id}"
 
 

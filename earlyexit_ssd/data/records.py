@@ -37,6 +37,7 @@ class Record:
     height: int
     annotations: tuple[Annotation, ...] = ()
     source: Path | None = None  # the annotation file, for messages
+    source_id: int | None = None  # the id in this file, if ``image_id`` is another
 
     @property
     def has_targets(self) -> bool:
@@ -132,8 +133,10 @@ def select_classes(raws: Sequence[RawDataset], classes: Sequence[str], train: bo
         for record in raw.records:
             relabelled = [(annotation, new_labels.get(annotation.label)) for annotation in record.annotations]
             objects = tuple(dataclasses.replace(annotation, label=label) for annotation, label in relabelled if label)
-            image_id = record.image_id if len(raws) == 1 else len(records) + 1
-            records.append(dataclasses.replace(record, image_id=image_id, annotations=objects))
+            record = dataclasses.replace(record, annotations=objects)
+            if len(raws) > 1:
+                record = dataclasses.replace(record, image_id=len(records) + 1, source_id=record.image_id)
+            records.append(record)
     return records
 
 

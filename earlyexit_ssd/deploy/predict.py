@@ -45,7 +45,10 @@ def open_predictor(path: str | os.PathLike[str], runtime: str, threads: int, sco
     """Open and warm up an exported detector. Its score thresholds become ``score - CLOSE_MARGIN``, which a temporal
     exit needs. Higher thresholds of the file are kept."""
     predictor = Predictor(path, runtime, threads)
-    predictor.score_thresh = np.maximum(predictor.score_thresh, np.float32(max(score - CLOSE_MARGIN, 0)))
+    least = max(score - CLOSE_MARGIN, 0.0)
+    predictor.score_thresh = {
+        name: max(value, least) for name, value in zip(predictor.classes, predictor.score_thresh.tolist(), strict=True)
+    }
     predictor.warm_up()
     return predictor
 

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -89,8 +90,7 @@ class Predictor:
     Attributes:
         classes: names of the labels 1..K.
         exit_names: names of the exits, shallow to deep, ``full`` last.
-        score_thresh: score threshold per class, float32 [K].
-        thresholds: exit name -> threshold; None for an exit that was not exported.
+        stored_score_thresh: score threshold per class that the file has, float32 [K].
         certificate: certificate of the calibration, as JSON; None without one.
         versions: versions of the software that wrote the file.
 
@@ -130,8 +130,8 @@ class Predictor:
             reason = f"{type(error).__name__}: {error}"
             raise EarlyExitError(f"{path}: not a file of earlyexit export ({reason}); export the model again") from None
         self.path, self.runtime, self.threads = path, runtime, threads
-        self._set_score_thresh(score_thresh)
-        self._set_thresholds(thresholds)
+        self.score_thresh = score_thresh
+        self.thresholds = thresholds
 
     def _read_metadata(self, metadata: Mapping[str, Any]) -> None:
         """Set attributes from metadata (JSON text by key). Raise AttributeError, KeyError, TypeError or ValueError if
@@ -142,17 +142,17 @@ class Predictor:
         self.classes: tuple[str, ...] = tuple(map(str, values["classes"]))
         self.exit_names: tuple[str, ...] = tuple(map(str, values["exit_names"]))
         thresholds = [None if value is None else float(value) for value in values["thresholds"]]
-        self.score_thresh = np.array(list(map(float, values["score_thresh"])), np.float32)
+        self.stored_score_thresh = self._score_thresh = np.array([*map(float, values["score_thresh"])], np.float32)
         self.certificate: dict[str, Any] | None = json.loads(metadata.get("certificate") or "null")
         self._drift_record: DriftRecord | None = None
         if self.certificate is not None:
             self._drift_record = DriftRecord.from_certificate(self.certificate, self.exit_names)
         self.versions: dict[str, str] = json.loads(metadata.get("versions") or "{}")
-        if len(self.score_thresh) != len(self.classes):
-            raise ValueError(f"{len(self.score_thresh)} score thresholds for {len(self.classes)} classes")
+        if len(self._score_thresh) != len(self.classes):
+            raise ValueError(f"{len(self._score_thresh)} score thresholds for {len(self.classes)} classes")
         if len(thresholds) != len(self.exit_names) - 1:
             raise ValueError(f"{len(thresholds)} thresholds for {len(self.exit_names) - 1} early exits")
-        self.thresholds: dict[str, float | None] = dict(zip(self.exit_names, thresholds, strict=False))
+        self._threshold_of = dict(zip(self.exit_names, thresholds, strict=False))
 
     def __call__(self, image: Array) -> Detections:
         """Detect in one photo.
@@ -190,7 +190,7 @@ class Predictor:
         """SHA-256 of the files and of the exits' thresholds, which identifies the detector."""
         files = [self.path, self.path.with_suffix(".bin")] if self.path.suffix == ".xml" else [self.path]
         files = sorted(self.path.glob("[!.]*")) if self.path.is_dir() else files
-        return hashlib.sha256(repr([*map(sha256, files), self.thresholds]).encode()).hexdigest()
+        return hashlib.sha256(repr([*map(sha256, files), self._threshold_of]).encode()).hexdigest()
 
     def warm_up(self) -> None:
         """Run a blank photo twice, routed and through the full path, since the first calls are slower."""
@@ -206,17 +206,23 @@ class Predictor:
 
     def _detect(self, image: Array, name: str, thresholds: Array) -> Detections:
         start = time.perf_counter()
-        feeds = {"image": as_photo(image, name), "thresholds": thresholds, "score_thresh": self.score_thresh}
+        feeds = {"image": as_photo(image, name), "thresholds": thresholds, "score_thresh": self._score_thresh}
         outputs = self._network(feeds)
         boxes, labels, scores = (outputs[name] for name in ("boxes", "labels", "scores"))
         if self._fixed_score_thresh:
-            keep = scores > self.score_thresh[labels - 1]
+            keep = scores > self._score_thresh[labels - 1]
             boxes, labels, scores = boxes[keep], labels[keep], scores[keep]
         exit_index, confidence = int(outputs["exit_index"]), float(outputs["exit_confidence"])
         return Detections.of(self, (boxes, labels, scores), exit_index, confidence, start)
 
-    def _set_score_thresh(self, score_thresh: float | Mapping[str, float] | None) -> None:
-        stored, values = self.score_thresh, self.score_thresh.copy()
+    @property
+    def score_thresh(self) -> Array:
+        """Score thresholds of the classes, float32 [classes]. Set one number, or class name -> number."""
+        return self._score_thresh
+
+    @score_thresh.setter
+    def score_thresh(self, score_thresh: float | Mapping[str, float] | None) -> None:
+        stored, values = self.stored_score_thresh, self._score_thresh.copy()
         if isinstance(score_thresh, Mapping):
             for name, value in score_thresh.items():
                 if name not in self.classes:
@@ -232,22 +238,27 @@ class Predictor:
                 f"{self.path}: score_thresh of {shown(self.classes[index])} is {values[index]:g}, but OpenVINO cannot "
                 f"lower the {stored[index]:g} in an ONNX file; export with --format openvino"
             )
-        self.score_thresh = values
+        values.flags.writeable = False
+        self._score_thresh = values
 
-    def _set_thresholds(self, thresholds: Mapping[str, float] | Sequence[float] | None) -> None:
+    @property
+    def thresholds(self) -> Mapping[str, float | None]:
+        """Threshold by early exit; None: closed when the file was written. Set a list, or exit name -> number."""
+        return MappingProxyType(self._threshold_of)
+
+    @thresholds.setter
+    def thresholds(self, thresholds: Mapping[str, float] | Sequence[float] | None) -> None:
         if thresholds is not None and not isinstance(thresholds, Mapping):
-            if not isinstance(thresholds, (list, tuple)) or len(thresholds) != len(self.thresholds):
-                raise EarlyExitError(
-                    f"thresholds {shown(thresholds)}: expected a number for each of {', '.join(self.thresholds)}, or "
-                    "exit name -> number"
-                )
-            thresholds = dict(zip(self.thresholds, thresholds, strict=True))
+            if not isinstance(thresholds, (list, tuple)) or len(thresholds) != len(self._threshold_of):
+                expected = f"a number for each of {', '.join(self._threshold_of)}, or exit name -> number"
+                raise EarlyExitError(f"thresholds {shown(thresholds)}: expected {expected}")
+            thresholds = dict(zip(self._threshold_of, thresholds, strict=True))
         for name, value in (thresholds or {}).items():
-            if name not in self.thresholds:
-                hint = suggest(str(name), self.thresholds) or f"; they are {', '.join(self.thresholds)}"
+            if name not in self._threshold_of:
+                hint = suggest(str(name), self._threshold_of) or f"; they are {', '.join(self._threshold_of)}"
                 raise EarlyExitError(f"thresholds has {shown(name)}, which is not an early exit of the file{hint}")
             value = CLOSED if value == CLOSED else _number_in_0_1(f"threshold of {name}", value)
-            stored = self.thresholds[name]
+            stored = self._threshold_of[name]
             if stored is None and value < CLOSED:
                 raise EarlyExitError(
                     f"{self.path}: {name} was closed when the file was written; export the model with {name} open"
@@ -258,9 +269,9 @@ class Predictor:
                         f"{self.path}: OpenVINO cannot change the threshold of {name} in an ONNX file; export with "
                         "--format openvino"
                     )
-                self.thresholds[name] = value
+                self._threshold_of[name] = value
                 self._drift_record = None  # the certificate is for the stored thresholds
-        values = [CLOSED if value is None else value for value in self.thresholds.values()]
+        values = [CLOSED if value is None else value for value in self._threshold_of.values()]
         self._thresholds = np.array(values, np.float32)
 
 

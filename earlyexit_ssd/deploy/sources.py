@@ -126,7 +126,7 @@ def _read_video(source: Source, stride: int) -> Iterator[Frame | DataError]:
     capture = cv2.VideoCapture(address)
     try:
         if not capture.isOpened():
-            fix = "check the address and the cable, and close other programs that use it"
+            fix = "check the number or address and the cable, and close other programs that use it"
             fix = fix if live else "copy it again, or convert it to MP4 (H.264)"
             yield DataError(f"{source.title}: {'camera or stream' if live else 'video'} cannot be opened; {fix}")
             return

@@ -6,6 +6,7 @@ changes add up. The threshold is calibrated on unlabelled frames of the camera.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import itertools
@@ -200,6 +201,12 @@ class TemporalExit:
             raise EarlyExitError(
                 f"the stream rule is for a score threshold of {rule.score:g}, not {score:g}; calibrate a rule for it"
             )
+        stored = getattr(detector, "stored_score_thresh", None)
+        if stored is not None and (detector.score_thresh > np.maximum(stored, rule.score)).any():
+            raise EarlyExitError(
+                f"the stream rule is for a score threshold of {rule.score:g}, score_thresh of the detector is up to "
+                f"{detector.score_thresh.max():g}; lower it to {rule.score - CLOSE_MARGIN:g}"
+            )
         self.detector, self.rule = detector, rule
         self.reset()
 
@@ -218,9 +225,11 @@ class TemporalExit:
             if _is_repeat(small, last, close_call, self.rule.threshold):
                 self._repeats += 1
                 ms = 1000 * (time.perf_counter() - start)
+                detections = copy.deepcopy(detections)  # the caller may change its arrays
                 return dataclasses.replace(detections, exit_index=-1, exit_name=REPEATED, exit_confidence=None, ms=ms)
         detections = self.detector(image)
-        self._last, self._repeats = (small, detections, Answer.of(detections, self.rule.score).close_call), 0
+        close_call = Answer.of(detections, self.rule.score).close_call
+        self._last, self._repeats = (small, copy.deepcopy(detections), close_call), 0
         return dataclasses.replace(detections, ms=1000 * (time.perf_counter() - start))
 
 

@@ -284,7 +284,7 @@ def compare_certificate(
 
     For a target that limits a risk against the labels, ``counts`` must have the score and IoU of the target.
     """
-    target = plain_part(certificate.target)
+    target, unit = plain_part(certificate.target), None
     limit, draws = target_value(target), _draws(full.settings, len(chosen))
     if target["kind"] == "ap_drop":
         before, after = full.figures["AP50"], routed.figures["AP50"]
@@ -305,7 +305,7 @@ def compare_certificate(
     if measured is not None:
         excess = limit - measured if target["kind"] == "speedup" else measured - limit
         kept = excess <= 1e-9  # a target that is met exactly may have a rounding error
-    return CertificateResult(target, measured, bounds, kept)
+    return CertificateResult(target, measured, bounds, kept, unit)
 
 
 def _by_image(collected: Collected, chosen: Tensor) -> np.ndarray:

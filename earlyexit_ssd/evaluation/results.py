@@ -188,9 +188,10 @@ class CertificateResult(JsonDataclass):
     """Target of a certificate, and the figure measured on these photos."""
 
     target: Target
-    measured: float | None  # loss of AP50, mean loss of a photo, or speed-up in the certificate's unit of cost
+    measured: float | None  # loss of AP50, mean loss of a photo, or speed-up in ``unit``
     interval: Interval  # bootstrap interval of ``measured``
     kept: bool | None  # ``measured`` meets the target; None if it is undefined
+    unit: str | None = None  # of the costs, for a speed-up: "ms" or "mmacs"
 
 
 @dataclass(frozen=True)

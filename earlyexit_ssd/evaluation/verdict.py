@@ -112,7 +112,7 @@ def check_exit_accuracy(results: Results) -> Iterator[Finding]:
 
 def check_exits_below_full(results: Results) -> Iterator[Finding]:
     """Veto if an early exit is clearly better than the full path, which may be damaged. An exit that is to be shipped
-    alone gives no veto."""
+    alone gives no veto, nor does one that was trained behind an unchanged checkpoint (``taken_over``)."""
     full = results.full
     for early in results.early:
         if early.ap50 <= full.ap50 + AP50_TOLERANCE:
@@ -123,6 +123,8 @@ def check_exits_below_full(results: Results) -> Iterator[Finding]:
             yield Finding(f"{figures}, but not clearly: with other photos it might not be")
         elif early.name == exit_to_ship_alone(results):
             yield Finding(f"{figures}: was the full path trained to its end?")
+        elif results.context.taken_over:
+            yield Finding(f"{figures}: the exits were trained, the full path is the checkpoint as it was")
         else:
             wrong = "something is wrong: was the full path trained to its end, and is it unchanged since?"
             unless = "If only the exits were trained on photos like these, ship that exit alone"
@@ -195,8 +197,9 @@ def check_certificate(results: Results) -> Iterator[Finding]:
     if certificate.interval:
         text += " [{}, {}]".format(*map(figure.format, certificate.interval))
     score = f" at score {target['score']:g}" if target.get("score") is not None else ""
+    unit = {"ms": " in ms", "mmacs": " in MMAC"}.get(certificate.unit, "")
     target_text, measured = {
-        "speedup": (f"a speed-up of {value:g}x", f"{text} is reached"),
+        "speedup": (f"a speed-up of {value:g}x{unit}", f"{text} is reached"),
         "ap_drop": (f"at most {value:g} AP50 lost", f"{text} is lost"),
         "risk": (f"a mean loss of at most {value:g} per photo{score}", f"it is {text}"),
     }[kind]

@@ -94,7 +94,7 @@ class Candidate(JsonDataclass):
     objects: int | None = None  # number of detections of the base detector at EVAL.SCORE
     objects_kept: int | None = None  # number of these that the candidate finds too
     mmacs: float | None = None  # millions of multiply-accumulates; rivals only
-    ms: float | None = None  # mean milliseconds per photo
+    ms: float | None = None  # mean milliseconds per photo: those of the base detector / ``speedup``
     speedup: float | None = None  # speed relative to the base detector in the same run
     holds: bool = False  # whether ``lost_bound`` and ``AP_lost_bound`` are within the budget
     rival: bool = False  # whether it is a detector from an ONNX file, which is never chosen
@@ -146,10 +146,11 @@ class Plan:
         """Return all candidates, in the order in which they are tried.
 
         1. Nets without exits: the base detector, then all sizes with the best head.
-        2. Nets with the best head and exits.
-        3. Nets with the detector's own head and exits: at all sizes if it has branches, otherwise at its own size.
-        4. With ``goal.train`` the fine-tuned nets: without exits at many sizes, then with exits.
-        5. If the joint phase is tried, its nets: without exits, then with exits.
+        2. With ``goal.train`` the fine-tuned nets without exits, at many sizes.
+        3. Nets with the best head and exits.
+        4. Nets with the detector's own head and exits: at all sizes if it has branches, otherwise at its own size.
+        5. With ``goal.train`` the fine-tuned nets with exits.
+        6. If the joint phase is tried, its nets: without exits, then with exits.
         """
 
         def nets(sizes: Iterable[int], fold: str, **training: bool) -> list[Candidate]:
@@ -162,12 +163,13 @@ class Plan:
         base = nets([self.architecture.image_size], OWN_HEAD)
         best = nets(self.sizes(), self.best_head)
         own_head = nets(self.sizes(), OWN_HEAD) if self.has_branches else base
-        plan = [*base, *best, *with_exits([*best, *own_head])]
+        plan, trained = [*base, *best], []
         if self.goal.train:
-            trained = self.sizes(fine_tuned=True)
-            between = range(trained[0], trained[-1] - 1, -FINE_STEP)  # the net also works between its training sizes
-            plan += nets([*trained, *between], self.best_head, fine_tuned=True)
-            plan += with_exits(nets(trained, self.best_head, fine_tuned=True))
+            sizes = self.sizes(fine_tuned=True)
+            between = range(sizes[0], sizes[-1] - 1, -FINE_STEP)  # the net also works between its training sizes
+            trained = nets(sizes, self.best_head, fine_tuned=True)
+            plan += [*trained, *nets(between, self.best_head, fine_tuned=True)]
+        plan += with_exits([*best, *own_head, *trained])
         if self.trains_jointly:
             fold = "compact" if self.cfg.MODEL.FOLD == "compact" else OWN_HEAD
             joint = nets([*self.sizes(), *self.cfg.JOINT.SIZES], fold, joint=True)

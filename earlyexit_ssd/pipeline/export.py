@@ -7,6 +7,7 @@ import copy
 import dataclasses
 import io
 import json
+import logging
 import os
 import tempfile
 import warnings
@@ -30,7 +31,7 @@ from earlyexit_ssd.data.dataset import as_tensor
 from earlyexit_ssd.data.shapes import render_scene
 from earlyexit_ssd.deploy import Detections, Predictor, graph
 from earlyexit_ssd.deploy.predictor import FORMAT, MANIFEST
-from earlyexit_ssd.errors import EarlyExitError, import_package, one_line
+from earlyexit_ssd.errors import DataError, EarlyExitError, import_package, one_line
 from earlyexit_ssd.evaluation.cost import gather_instead_of_resize
 from earlyexit_ssd.files import make_folder, write_json, writing
 from earlyexit_ssd.images import read_image
@@ -42,6 +43,8 @@ from earlyexit_ssd.modeling.retrofit import read_weights
 from earlyexit_ssd.modeling.trunk import evaluating
 from earlyexit_ssd.modeling.validate import LEAST_SCORE
 from earlyexit_ssd.runtimes import OnnxRuntime
+
+logger = logging.getLogger(__name__)
 
 Format = Literal["onnx", "staged", "openvino"]
 SUFFIXES = {"onnx": ".onnx", "staged": "", "openvino": ".xml"}  # the files of format staged are in a folder
@@ -327,9 +330,19 @@ def write_segments(
 
 
 def _photos(paths: Sequence[str | os.PathLike[str]]) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield name and pixels of the photos to compare on, one at a time, because all of them may not fit in memory."""
+    """Yield name and pixels of the photos to compare on, one at a time, because all of them may not fit in memory.
+    Unreadable photos are left out with a warning. Raise a DataError if no photo is left."""
+    read = 0
     for path in paths:
-        yield str(path), read_image(path)
+        try:
+            photo = read_image(path)
+        except DataError as error:
+            logger.warning("--photos: left out: %s", error)
+            continue
+        read += 1
+        yield str(path), photo
+    if paths and not read:
+        raise DataError(f"--photos: none of the {len(paths)} photos can be read")
     for seed in range(0 if paths else RENDERED_PHOTOS):
         yield f"rendered photo {seed}", np.array(render_scene(np.random.default_rng(seed), 320)[0])
 

@@ -38,6 +38,7 @@ from earlyexit_ssd.evaluation.cost import ONNX_RUNTIME, OPENVINO, PlainPath, exa
 from earlyexit_ssd.evaluation.matches import ap_of_choice, bootstrap_choices, exit_matches, interval, photo_counts
 from earlyexit_ssd.evaluation.outputs import collect_detections
 from earlyexit_ssd.evaluation.results import JsonDataclass, Results
+from earlyexit_ssd.evaluation.verdict import SHIP_INSTEAD
 from earlyexit_ssd.files import locked_folder, locks_folder, write_image, write_json, write_text, writing
 from earlyexit_ssd.modeling import COCO_CLASSES, Architecture, load_model, save_model
 from earlyexit_ssd.modeling.checkpoint import ModelInfo, weights_hash
@@ -102,6 +103,7 @@ class Outcome(JsonDataclass):
     test: TestFigures | None
     ship: bool  # see `TestFigures.worth_shipping`
     summary: str  # one paragraph
+    untried: int = 0  # candidates that the time limit left out
 
 
 @locks_folder("out_dir")
@@ -134,8 +136,9 @@ def optimize(
     _warn_if_busy()
     stop_at = np.inf if goal.minutes is None else time.monotonic() + 60 * goal.minutes
     search = CandidateSearch(cfg, weights, goal, out)
-    measured, rivals = _measure_candidates(search, stop_at), search.rivals()
-    chosen = choose_candidate(measured, goal)
+    (measured, untried), rivals = _measure_candidates(search, stop_at), search.rivals()
+    measured, best = _choose(search, measured)
+    chosen = None if best is None else best.candidate
     written = () if chosen is None else MODEL_FILES if runtime == OPENVINO else MODEL_FILES[:2]
     for path in (out / name for name in MODEL_FILES if name not in written):
         if path.exists():  # of an earlier search, and not to be taken for the result of this one
@@ -143,12 +146,12 @@ def optimize(
                 os.replace(path, path.with_name(f"former_{path.name}"))
             logger.warning("%s is of an earlier search: renamed to former_%s", path, path.name)
     results, test, ship, int8 = None, None, False, None
-    if chosen is None:
+    if best is None:
         summary = _summary_without_choice(measured, goal)
     else:
-        chosen = _write_model(search, chosen)
+        chosen = _write_model(search, best)
         if goal.int8:
-            chosen, int8 = _choose_8_bits(search, measured, chosen)
+            chosen, int8 = _choose_8_bits(search, measured, best)
         measured = [chosen if candidate.key == chosen.key else candidate for candidate in measured]
         results = _evaluate(search)
         test = TestFigures.of(results)
@@ -157,8 +160,13 @@ def optimize(
             chosen = int8
         ship = test.worth_shipping(goal)
         summary = _summary(chosen, test, ship, goal)
+        findings = results.verdict.findings if results.verdict else ()
+        for better in (finding.line for finding in findings if finding.line.startswith(SHIP_INSTEAD)):
+            summary += f" A rival is better on the test photos{better.removeprefix(SHIP_INSTEAD)}. Look at it first."
+    if untried:
+        summary += f" The search stopped after {goal.minutes:g} minutes: {untried} candidates were not tried."
     candidates = (*measured, *rivals, *([int8] if int8 else []))
-    outcome = Outcome(measured[0], chosen, candidates, test, ship, summary)
+    outcome = Outcome(measured[0], chosen, candidates, test, ship, summary, untried)
     content = outcome.to_json()
     write_json(search.out / "optimize.json", content)
     write_text(search.out / "summary.txt", summary + "\n")
@@ -175,8 +183,9 @@ def _warn_if_busy() -> None:
         logger.warning("the machine is busy (load %.1f on %d cores): milliseconds will be unreliable", load, cores)
 
 
-def _measure_candidates(search: CandidateSearch, stop_at: float) -> list[Candidate]:
-    """Measure the candidates one after another, the base detector first.
+def _measure_candidates(search: CandidateSearch, stop_at: float) -> tuple[list[Candidate], int]:
+    """Measure the candidates one after another, the base detector first. Return them, and the number of those that
+    were left out because of the time.
 
     Each result is stored in candidates.json. A resumed search takes the stored results. After ``stop_at``, a time of
     `time.monotonic`, only the base detector is still measured.
@@ -188,18 +197,19 @@ def _measure_candidates(search: CandidateSearch, stop_at: float) -> list[Candida
         measured = {name: Candidate.from_json(each) for name, each in content.get("candidates", {}).items()}
     else:
         logger.info("%s is of a search with other settings, photos or weights: all candidates are measured again", path)
-    for candidate in progress(plan, desc="candidates"):
+    search.base_ms = next((base.ms for base in measured.values()), None)
+    for index, candidate in enumerate(progress(plan, desc="candidates")):
         if measured and time.monotonic() > stop_at:
-            minutes = search.goal.minutes
-            logger.warning("stopped after %g minutes: %d of %d candidates tried", minutes, len(measured), len(plan))
-            break
+            untried = sum(rest.key not in measured for rest in plan[index:])
+            logger.warning("stopped after %g minutes: %d candidates not tried", search.goal.minutes, untried)
+            return list(measured.values()), untried
         if candidate.key in measured or search.plan.skips(candidate, measured.values()):
             continue
         measured[candidate.key] = search.measure(candidate).candidate
         stored = {key: value.to_json() for key, value in measured.items()}
         write_json(path, {"key": search.key, "candidates": stored})
         logger.info("%s", measured[candidate.key])
-    return list(measured.values())
+    return list(measured.values()), 0
 
 
 class MeasuredCandidate(NamedTuple):
@@ -220,7 +230,10 @@ class CandidateSearch:
         base: the base detector's recorded outputs on the calib split.
         reference: the base detector's detections, which losses are measured against.
         key: hash of the weights, photos and settings that determine the figures of the candidates.
+        base_ms: milliseconds of the base detector in its first measurement; None before it.
     """
+
+    base_ms: float | None = None
 
     def __init__(self, cfg: CfgNode, weights: str | os.PathLike[str] | None, goal: Goal, out: Path) -> None:
         self.goal, self.out, self.device = goal, out, evaluation_device(cfg)
@@ -315,7 +328,8 @@ class CandidateSearch:
             ap_bound = loss_bound("AP")
             holds = ap_bound <= self.goal.coco_ap_drop
         agreement = calib.agreement(found.exits, self.reference)
-        ms = float(costs.per_exit(found.thresholds)[found.exits].mean())
+        speedup = costs.plain / float(costs.per_exit(found.thresholds)[found.exits].mean())
+        self.base_ms = self.base_ms or costs.plain
         exits = zip(candidate.exits, found.thresholds, strict=True)
         opened = [name for name, threshold in exits if threshold < CLOSED]
         return dataclasses.replace(
@@ -326,8 +340,8 @@ class CandidateSearch:
             lost_bound=bound,
             objects=agreement.objects,
             objects_kept=agreement.kept,
-            ms=ms,
-            speedup=costs.plain / ms,
+            ms=self.base_ms / speedup,
+            speedup=speedup,
             holds=holds,
             AP_lost_bound=ap_bound,
         )
@@ -343,9 +357,11 @@ class CandidateSearch:
             matches, rival_choice = self.base.matches_with_extra_exit(detections)
             choices = [rival_choice - 1, rival_choice]
             before, after = (ap_of_choice(matches, choice, ap50_only=True).AP50 for choice in choices)
-            figures = {"ms": timing.ms, "speedup": base_timing.ms / timing.ms, "mmacs": rival.mmacs}
+            speedup, name, ms = base_timing.ms / timing.ms, f"{rival.name} (in ONNX Runtime)", timing.ms
+            if self.cfg.EVAL.RUNTIME == ONNX_RUNTIME:
+                name, ms = rival.name, (self.base_ms or base_timing.ms) / speedup
+            figures = {"ms": ms, "speedup": speedup, "mmacs": rival.mmacs}
             figures |= {"AP50": after, "lost": _difference(before, after)}
-            name = rival.name if self.cfg.EVAL.RUNTIME == ONNX_RUNTIME else f"{rival.name} (in ONNX Runtime)"
             measured.append(Candidate(name, int(rival.example.shape[-1]), "its own", **figures, rival=True))
         return measured
 
@@ -455,12 +471,22 @@ def _difference(before: float | None, after: float | None) -> float | None:
     return None if before is None or after is None else before - after
 
 
-def _write_model(search: CandidateSearch, chosen: Candidate) -> Candidate:
-    """Write the chosen model, and its exported files in 32 bits. Return the candidate with the figures and thresholds
-    of the files. It is measured again, since candidates.json has only figures, and other milliseconds may lead to other
-    thresholds."""
-    out, measured = search.out, search.measure(chosen)
-    recorded = measured.recorded
+def _choose(search: CandidateSearch, measured: Sequence[Candidate]) -> tuple[list[Candidate], MeasuredCandidate | None]:
+    """Return the ``measured`` candidates, and the one to ship. It is measured again, since candidates.json has only
+    figures. If other milliseconds then close all its exits, the choice is made again without it."""
+    measured = list(measured)
+    while (chosen := choose_candidate(measured, search.goal)) is not None:
+        again = search.measure(chosen)
+        measured = [again.candidate if each.key == chosen.key else each for each in measured]
+        if not chosen.exits or min(again.candidate.thresholds) < CLOSED:
+            return measured, again
+        logger.info("%s: all exits closed in the second measurement, not chosen", again.candidate.name)
+    return measured, None
+
+
+def _write_model(search: CandidateSearch, measured: MeasuredCandidate) -> Candidate:
+    """Write a measured model, and its exported files in 32 bits. Return the candidate."""
+    out, recorded = search.out, measured.recorded
     info: ModelInfo = {**search.info}
     if measured.search is None:
         routing = ("router", "certificate", "trained_temperatures")
@@ -491,24 +517,25 @@ def _evaluate(search: CandidateSearch) -> Results:
 
 
 def _choose_8_bits(
-    search: CandidateSearch, measured: Sequence[Candidate], chosen: Candidate
+    search: CandidateSearch, measured: Sequence[Candidate], best: MeasuredCandidate
 ) -> tuple[Candidate, Candidate | None]:
-    """Try 8 bits for the chosen candidate and, if they are refused, for its net without exits.
+    """Try 8 bits for the chosen candidate ``best`` and, if they are refused, for its net without exits.
 
     Returns:
         the candidate whose files are written, and that candidate in 8 bits. The second is None if no detector in 8 bits
         is faster than the chosen candidate in 32 bits.
     """
+    chosen = best.candidate
     int8 = _in_8_bits(search, chosen)
     # some nets with the detector's own head are measured only with exits
     nets = [candidate for candidate in measured if candidate.net == chosen.net and not candidate.exits]
     if int8 is not None or not chosen.exits or not nets:
         return chosen, int8
     (net,) = nets
-    net = _write_model(search, net)  # with milliseconds of now, like those of ``chosen``
+    net = _write_model(search, search.measure(net))  # with figures of now, like those of ``chosen``
     int8 = _in_8_bits(search, net)
     if int8 is None or int8.ms >= chosen.ms:
-        return _write_model(search, chosen), None
+        return _write_model(search, best), None
     return net, int8
 
 

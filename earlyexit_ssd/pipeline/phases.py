@@ -226,7 +226,7 @@ def exits_advice(cfg: CfgNode, first: str, layer: int) -> tuple[str, ...]:
         more = ["train the exits: EXITS_PHASE.EPOCHS is 0"]
     elif phase.CACHE:
         more.append(f"more views of a photo than {phase.CACHE_VIEWS} (EXITS_PHASE.CACHE_VIEWS)")
-    if min(cfg.EXITS.COPY) < 1:
+    if "copied" in cfg.EXITS.BRANCH and min(cfg.EXITS.COPY) < 1:
         more.append(f"wider branches than {', '.join(f'{share:g}' for share in cfg.EXITS.COPY)} (EXITS.COPY)")
     photos = "more photos"
     if cfg.LOSS.SUPERVISION != "teacher":

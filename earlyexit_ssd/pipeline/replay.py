@@ -385,18 +385,19 @@ def measure_cost_model(
     """Measure the costs, router included, in the unit of CALIBRATION.COST and with the timing settings of EVAL.
 
     Args:
-        plain: detector to compare with; None: ``model`` without exits.
+        plain: detector to compare with; None: ``model`` without exits, which is the path with all exits closed.
     """
     settings, example, early_exits = build_evaluation(cfg), example_input(model), router.num_exits
     paths = [opened for count in range(early_exits + 1) for opened in itertools.product((True, False), repeat=count)]
-    plain = model if plain is None else plain
     networks: list[nn.Module] = []
     for opened in paths:
         thresholds = open_thresholds(opened + (True,) * (early_exits - len(opened)))
         path_router = ExitRouter(**{**router.to_dict(), "thresholds": thresholds}).to(example.device)
         networks.append(AllOutputs(PathToExit(model, len(opened), path_router)))
-    networks.append(PlainPath(plain))
-    examples = [*[example] * len(paths), example_input(plain)]
+    examples = [example] * len(paths)
+    if plain is not None:
+        networks.append(PlainPath(plain))
+        examples.append(example_input(plain))
     if cfg.CALIBRATION.COST == "mmacs":
         unit, measured, costs = "mmacs", {}, list(map(count_mmacs, networks, examples))
     else:

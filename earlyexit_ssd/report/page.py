@@ -42,7 +42,7 @@ from earlyexit_ssd.evaluation.verdict import DETECTS_AP50, SHIP_INSTEAD, target_
 from earlyexit_ssd.files import write_text
 from earlyexit_ssd.report.page_photos import PagePhotos, photos_json
 from earlyexit_ssd.report.pictures import GREY, ORANGE, STYLES, candidate_rows, log_curves, reliability_points
-from earlyexit_ssd.report.tables import calibration_report, figure, guarantee_lines, share, table_cells
+from earlyexit_ssd.report.tables import calibration_report, figure, guarantee_lines, share, speedup_text, table_cells
 
 logger = logging.getLogger(__name__)
 
@@ -286,8 +286,8 @@ def calibration_page(
         ap50 = f"AP50 {measured.AP50_full:.3f}"
         verdict, good = f"The full path does not detect ({ap50}): train it before its exits are opened.", False
     elif opened:
-        speedup = f"{measured.speedup:.2f} times as fast as the detector without exits"
-        verdict = f"{' and '.join(opened)} opened: {speedup}; judge it on the test photos (earlyexit evaluate)."
+        advice = "judge it on the test photos (earlyexit evaluate)"
+        verdict = f"{' and '.join(opened)} opened: {speedup_text(certificate)}; {advice}."
         good = None
     else:
         verdict, good = f"No exit is opened: no thresholds hold {target_text} on these photos.", False
@@ -433,5 +433,5 @@ def _search_tiles(results: Results, test: Mapping[str, Any]) -> tuple[Tile, ...]
         Tile("speed-up", f"{speedup:.2f}×", times, speedup > 1),
         Tile("AP50", figure(test["AP50"]), f"your detector {figure(test['AP50_base'])}"),
         _objects_tile(results.routed, test["objects_found"], test["objects_found_base"], "your detector"),
-        *_evaluation_tiles(results)[3:],  # the first three compare with the full path
+        _evaluation_tiles(results)[3],  # the others compare with the full path of the chosen detector
     )

@@ -91,7 +91,7 @@ def verdict_lines(verdict: Verdict) -> list[str]:
     if verdict.ship:
         return [f"verdict: ship {'the exits' if verdict.what == 'routed' else verdict.what}", *others]
     besides = ["found besides:", *others] if others else []
-    return ["verdict: do not ship the routed detector as it is", *vetoes, *besides]
+    return ["verdict: do not ship the detector as it is", *vetoes, *besides]
 
 
 def write_calibration(folder: Path, certificate: Certificate, temperatures: Sequence[FittedTemperature]) -> None:
@@ -127,6 +127,14 @@ def calibration_report(certificate: Certificate, temperatures: Sequence[FittedTe
     return "\n".join([*lines, "", *guarantee_lines(certificate)])
 
 
+def speedup_text(certificate: Certificate) -> str:
+    """Return the mean cost compared with the detector without exits. Fewer MMACs need not be faster."""
+    speedup, unit = certificate.measured.speedup, certificate.cost_model.unit
+    if unit == "ms":
+        return f"{speedup:.2f} times as fast as the detector without exits"
+    return f"the detector without exits costs {speedup:.2f} times as many"
+
+
 def guarantee_lines(certificate: Certificate) -> list[str]:
     """Return the figures on the calibration photos and the guarantee, one sentence a line."""
     measured, target, unit = certificate.measured, certificate.target, certificate.cost_model.unit
@@ -141,8 +149,7 @@ def guarantee_lines(certificate: Certificate) -> list[str]:
         if agreement["same_photos"] is not None:
             line += f"; the same answer for {100 * agreement['same_photos']:.1f} % of the photos"
         lines.append(line)
-    times = f"{measured.speedup:.2f} times as fast as the detector without exits"
-    lines.append(f"mean cost {measured.cost:.1f} {unit}, {times}")
+    lines.append(f"mean cost {measured.cost:.1f} {unit}: {speedup_text(certificate)}")
     draws, draw = "the calibration photos", "photo"
     if target.block:
         draws, draw = f"the {measured.blocks} blocks of {target.block} calibration photos", f"block of {target.block}"

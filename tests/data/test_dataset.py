@@ -18,6 +18,7 @@ from PIL import Image
 
 from earlyexit_ssd.config import get_cfg
 from earlyexit_ssd.data import class_names, load_dataset, require_disjoint
+from earlyexit_ssd.data.checks import describe
 from earlyexit_ssd.data.dataset import (
     DetectionDataset,
     build_loader,
@@ -422,6 +423,8 @@ def test_joined_sets_have_the_classes_of_the_training_set(make_coco):
     joined = load_dataset(cfg, ("tiny", "other"))
     assert joined.classes == ("chair", "cat"), "the classes of DATA.TRAIN"
     assert [record.image_id for record in joined.records] == [1, 2, 3, 4, 5, 6]
+    ids = [record.source_id for record in joined.records]
+    assert ids[:3] == ids[3:] != [1, 2, 3] and f"(id {ids[4]})" in describe(joined.records[4]), "ids of the files"
     assert [a.label for record in joined.records for a in record.annotations] == [1, 2, 1, 2]
     cfg.DATA.TRAIN = ("tiny", "other")
     assert load_dataset(cfg, ("tiny", "other")).classes == class_names(cfg) == ("chair", "cat", "dog")

@@ -158,6 +158,20 @@ def test_thresholds_can_be_set(onnx_file, photos, predictor):
     assert middle.thresholds == {"exit8": 2.0, "exit12": predictor.thresholds["exit12"]}
 
 
+def test_thresholds_and_score_thresholds_can_be_set_later(onnx_file, photos):
+    detector = Predictor(onnx_file)
+    detector.thresholds = {"exit8": 2.0, "exit12": 2.0}
+    assert {detector(photo).exit_name for photo in photos} == {"full"}
+    detector.score_thresh = 1.0
+    assert not any(len(detector(photo).boxes) for photo in photos)
+    with pytest.raises(TypeError):
+        detector.thresholds["exit8"] = 0.0  # would have no effect
+    with pytest.raises(ValueError, match="read-only"):
+        detector.score_thresh[0] = 0.1
+    with pytest.raises(EarlyExitError, match=r"score_thresh is -1, expected a number in \[0, 1\]"):
+        detector.score_thresh = -1
+
+
 def test_score_thresholds_can_be_set(model, onnx_file, staged_folder, photos, monkeypatch):
     for score_thresh, by_class in ((0.35, 0.35), ({"dog": 0.4}, {"cat": model.score_thresh, "dog": 0.4})):
         monkeypatch.setattr(model, "score_thresh", by_class)

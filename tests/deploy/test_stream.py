@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -67,9 +68,21 @@ def test_repeated_detections_are_marked():
     detect = TemporalExit(detector, RULE)
     first, *_, last = [detect(scene(30)) for _ in range(50)]
     assert (last.exit_name, last.exit_index, last.exit_confidence) == ("repeated", -1, None)
-    assert last.boxes is first.boxes and last.ms < 4.0 and detector.calls == 1
+    assert (last.boxes == first.boxes).all() and last.ms < 4.0 and detector.calls == 1
+    for answer in (first, last):
+        answer.boxes[:] = 0  # the caller's own copy
+    assert detect(scene(30)).boxes.any()
     detect.reset()
     assert detect(scene(30)).exit_name != REPEATED
+
+
+def test_a_rule_refuses_a_detector_whose_answers_may_be_left_out():
+    detector = RedBox()
+    detector.stored_score_thresh = np.array([0.001, 0.7])
+    for raised, refused in (([0.5, 0.7], False), ([0.5, 0.8], True), ([0.6, 0.7], True)):
+        detector.score_thresh = np.array(raised)
+        with pytest.raises(EarlyExitError, match="for a score threshold of 0.5") if refused else nullcontext():
+            TemporalExit(detector, RULE)
 
 
 def test_slow_drift_adds_up():

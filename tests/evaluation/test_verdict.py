@@ -285,6 +285,13 @@ def test_the_first_exit_on_an_unchanged_checkpoint_is_compared_with_the_full_pat
     assert not judge({**metrics, "context": {}}).ship  # otherwise it must reach 0.30
 
 
+def test_exits_may_be_better_than_an_unchanged_checkpoint():
+    better = {"exit12_AP50": 0.75, "exit12_AP50_below_full_interval": [-0.1, -0.02]}
+    verdict = judge(changed({"context": {"taken_over": True}}, **better))
+    line = "exit12: AP50 0.750 is above full's 0.720: the exits were trained, the full path is the checkpoint as it was"
+    assert verdict.ship and line in [finding.line for finding in verdict.findings]
+
+
 @pytest.mark.parametrize(("layer", "fix"), [(11, "move it deeper"), (12, "it needs more training")])
 @pytest.mark.parametrize(
     ("taken_over", "limit"), [(True, "of the full path's 0.720, under 75%"), (False, "under 0.30")]

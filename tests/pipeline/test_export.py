@@ -14,7 +14,7 @@ from PIL import Image
 
 from earlyexit_ssd import ExitRouter
 from earlyexit_ssd.deploy import Predictor
-from earlyexit_ssd.errors import EarlyExitError
+from earlyexit_ssd.errors import DataError, EarlyExitError
 from earlyexit_ssd.modeling.trunk import evaluating
 from earlyexit_ssd.pipeline import export
 from earlyexit_ssd.pipeline.export import export_detector, open_any
@@ -109,6 +109,15 @@ def test_few_photos_are_in_memory_at_a_time(tmp_path, paths, model, traced_once,
     monkeypatch.setattr(export, "read_image", reading)
     assert export_detector(model, tmp_path / "detector.onnx", photos=paths).photos == len(paths) == 6
     assert max(alive) <= 2
+
+
+def test_unreadable_photos_are_left_out_of_the_comparison(tmp_path, paths, model, traced_once, caplog):
+    (tmp_path / "broken.jpg").write_bytes(b"no photo")
+    export_detector(model, tmp_path / "detector.onnx", photos=[tmp_path / "broken.jpg", paths[0]])
+    assert "left out: " in caplog.text and "broken.jpg" in caplog.text
+    with pytest.raises(DataError, match="none of the 1 photos can be read"):
+        export_detector(model, tmp_path / "other.onnx", photos=[tmp_path / "broken.jpg"])
+    assert not (tmp_path / "other.onnx").exists()
 
 
 @pytest.mark.parametrize("routed", [True, False])

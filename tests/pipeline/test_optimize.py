@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 from types import SimpleNamespace
-from unittest.mock import Mock
+from unittest.mock import Mock, patch
 
+import numpy as np
 import pytest
 import torch
 
+from earlyexit_ssd.calibration.certificate import Measured
 from earlyexit_ssd.config import load_config
 from earlyexit_ssd.deploy.benchmark import Ratio
 from earlyexit_ssd.errors import ConfigError, EarlyExitError
 from earlyexit_ssd.evaluation.cost import Timing
 from earlyexit_ssd.modeling import Architecture
 from earlyexit_ssd.pipeline import optimize
+from earlyexit_ssd.pipeline.calibrate import FoundThresholds
 from earlyexit_ssd.pipeline.int8 import FloatLayers, Int8Figures
 from earlyexit_ssd.pipeline.optimize import (
     Candidate,
     CandidateSearch,
     Goal,
     MeasuredCandidate,
+    _choose,
     _choose_8_bits,
     _evaluate,
     _in_8_bits,
@@ -28,6 +32,7 @@ from earlyexit_ssd.pipeline.optimize import (
     _warn_if_busy,
     _write_model,
 )
+from earlyexit_ssd.pipeline.replay import CostModel
 from tests.modeling.conftest import SMALL, small_model
 
 FAST = Candidate("fast", 320, "as it is", lost=0.009, holds=True, ms=5.0, speedup=2.0)
@@ -122,11 +127,12 @@ def test_8_bits_are_tried_without_exits_if_they_are_refused_with_exits(monkeypat
     routed = dataclasses.replace(net, name="routed", exits=("exit12",), thresholds=(0.5,), ms=5.0)
     written = []
 
-    def write(search, candidate):
-        written.append(candidate.name)
-        return dataclasses.replace(candidate, ms={"net": 8.0, "routed": 5.0}[candidate.name])
+    def write(search, measured):
+        written.append(measured.candidate.name)
+        return measured.candidate
 
     monkeypatch.setattr(optimize, "_write_model", write)
+    search = SimpleNamespace(measure=lambda candidate: MeasuredCandidate(dataclasses.replace(candidate, ms=8.0), None))
 
     def quantise(search, candidate):
         speed = speeds.get(candidate.name)
@@ -135,11 +141,43 @@ def test_8_bits_are_tried_without_exits_if_they_are_refused_with_exits(monkeypat
 
     monkeypatch.setattr(optimize, "_in_8_bits", quantise)
     before = dataclasses.replace(net, ms=2.0)  # as measured earlier
-    chosen, int8 = _choose_8_bits("search", [FAST, before, routed], routed)
+    best = MeasuredCandidate(routed, None)
+    chosen, int8 = _choose_8_bits(search, [FAST, before, routed], best)
     assert chosen.name == files_of and (int8 and int8.name) == in_8_bits
     assert (written or ["routed"])[-1] == files_of
     if not speeds:  # the net was measured only with exits
-        assert _choose_8_bits("search", [FAST, routed], routed) == (routed, None)
+        assert _choose_8_bits(search, [FAST, routed], best) == (routed, None)
+
+
+def test_a_choice_whose_exits_close_when_it_is_measured_again_is_not_shipped():
+    base = Candidate("base", 320, "compact", lost=0.0, ms=9.0, speedup=1.0, holds=True)
+    net = dataclasses.replace(base, image_size=288, speedup=1.5)
+    routed = dataclasses.replace(net, exits=("exit12",), thresholds=(0.5,), speedup=2.0)
+    closed = dataclasses.replace(routed, thresholds=(2.0,), speedup=1.6)
+    again = {net: net, routed: closed}
+    search = SimpleNamespace(goal=Goal(), measure=lambda candidate: MeasuredCandidate(again[candidate], None))
+    measured, best = _choose(search, [base, net, routed])
+    assert best.candidate == net and measured == [base, net, closed]
+    again = {routed: closed}
+    assert _choose(search, [base, routed]) == ([base, closed], None)
+
+
+def test_milliseconds_of_candidates_are_those_of_the_base_detector_by_their_speedup():
+    """The machine was half as fast when the second candidate was measured."""
+    calib = Mock(
+        matches_with_extra_exit=lambda _: (None, np.zeros(2, int)), agreement=lambda *_: Mock(objects=1, kept=1)
+    )
+    search = SimpleNamespace(base_ms=None, reference=None, cfg=load_config(), goal=Goal())
+    search.architecture = Architecture(**SMALL)
+    found = FoundThresholds((), np.zeros(2, int), Measured(AP50_lost_bound=0.0))
+    with patch.object(optimize, "ap_of_choice", lambda *_, **__: Mock(AP50=0.5)):
+        first, second = (
+            CandidateSearch._with_figures(
+                search, Candidate("", size, "compact"), calib, CostModel("ms", {(): ms}, 0, plain, {}), found
+            )
+            for size, ms, plain in ((128, 8.0, 8.0), (96, 8.0, 16.0))
+        )
+    assert (first.ms, first.speedup, second.ms, second.speedup) == (8.0, 1.0, 4.0, 2.0)
 
 
 # What the search checks, builds and writes.
@@ -198,7 +236,7 @@ def test_a_jointly_trained_net_has_the_default_boxes_of_its_training(tmp_path):
 @pytest.mark.parametrize("routed", [True, False])
 @pytest.mark.parametrize("trained", [{"trained_temperatures": [1.5, 2.0]}, {}], ids=["calibrated", "trained"])
 def test_the_written_model_has_the_temperatures_of_the_training(monkeypatch, tmp_path, routed, trained):
-    """A later calibration for a risk needs them. The candidate is measured again."""
+    """A later calibration for a risk needs them."""
     saved = []
     monkeypatch.setattr(optimize, "save_model", lambda path, model, architecture, info: saved.append(info))
     monkeypatch.setattr(optimize, "certificate_of", lambda *_: Mock(router={"temperatures": [3.0, 3.0]}))
@@ -210,8 +248,8 @@ def test_the_written_model_has_the_temperatures_of_the_training(monkeypatch, tmp
     measured = MeasuredCandidate(again, recorded, *(["search", "chosen"] if routed else []))
     info = {"phase": "exits", "router": {"temperatures": [4.0, 4.0] if trained else [1.5, 2.0]}, **trained}
     given = SimpleNamespace(exit_names=("exit8", "exit12", "full"))
-    search = SimpleNamespace(out=tmp_path, info=info, model=given, cfg=load_config(), measure=lambda _: measured)
-    assert _write_model(search, FAST) == again
+    search = SimpleNamespace(out=tmp_path, info=info, model=given, cfg=load_config())
+    assert _write_model(search, measured) == again
     assert saved[0].get("trained_temperatures") == ([1.0, 2.0] if routed else None)
     assert ("router" in saved[0]) is ("certificate" in saved[0]) is routed and saved[0]["phase"] == "exits"
 
@@ -241,6 +279,7 @@ def test_a_rival_that_was_timed_in_another_runtime_says_so(monkeypatch, runtime,
         sets={"CALIB": None},
         model=model,
         base=SimpleNamespace(matches_with_extra_exit=lambda detections: (None, 4)),
+        base_ms=None,
     )
     (found,) = CandidateSearch.rivals(search)
     assert (found.name, found.ms, found.speedup, found.image_size) == (name, 2.0, 3.0, 416)

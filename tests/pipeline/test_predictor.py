@@ -49,8 +49,8 @@ def test_pictures_of_one_exit_and_of_all():
     predictor = routed(0.0, 0.0)
     found = predictor(PHOTO)
     assert annotate(PHOTO, found, 0.5).size == (60, 90)
-    # tiles with a margin of 8 px and a line of 30 px; the photo fills the tile's height
-    assert predictor.side_by_side(PHOTO, found, 0.5).size == (3 * 328 + 8, 320 + 38)
+    # tiles with a margin of 4 px and a line of 30 px; the photo fills the tile's height
+    assert predictor.side_by_side(PHOTO, found, 0.5).size == (3 * 328, 320 + 38)
 
 
 def test_checkpoint_without_exits_gets_the_class_names_of_a_configuration(tmp_path):

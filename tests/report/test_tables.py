@@ -95,7 +95,7 @@ def test_report_names_the_photos_the_settings_and_the_runtimes(with_rivals):
     [
         ("routed", [], "\n\nverdict: ship the exits\n  - accurate enough"),
         ("exit8 alone", [], "\n\nverdict: ship exit8 alone\n  - accurate enough"),
-        (None, ["slow"], "routed detector as it is\n  - veto: slow\nfound besides:\n  - accurate enough"),
+        (None, ["slow"], "ship the detector as it is\n  - veto: slow\nfound besides:\n  - accurate enough"),
     ],
 )
 def test_report_ends_with_the_verdict(metrics, what, vetoes, expected):
@@ -104,7 +104,7 @@ def test_report_ends_with_the_verdict(metrics, what, vetoes, expected):
     assert report(metrics).endswith(expected)
     if vetoes:
         metrics["verdict"]["findings"] = vetoes
-        assert report(metrics).endswith("verdict: do not ship the routed detector as it is\n  - veto: slow")
+        assert report(metrics).endswith("verdict: do not ship the detector as it is\n  - veto: slow")
 
 
 # Calibration.
@@ -145,7 +145,7 @@ def test_calibration_report_on_unlabelled_photos_has_no_ap():
         "nobody labelled these photos, so AP is not known; loss per photo 0.0100 against what the full path says",
         "agreement with the full path at score 0.4: 21 of its 22 objects kept, 1 added; the same answer for 90.0 % of "
         "the photos",
-        "mean cost 3.0 mmacs, 1.50 times as fast as the detector without exits",
+        "mean cost 3.0 mmacs: the detector without exits costs 1.50 times as many",
         "with probability 0.95 over the draw of the 12 blocks of 5 calibration photos the expected loss per block of 5 "
         "is at most 0.06 (bound 0.0200, betting)",
     ]

@@ -28,7 +28,7 @@ def test_script_runs_alone(photos, tmp_path):
     command = [str(ROOT / "tools" / "predict.py"), str(photos / "grey.png"), "--all-exits"]
     result = run_command([*command, "--out", str(tmp_path / "out")])
     assert "grey.png: " in result.stdout
-    assert Image.open(tmp_path / "out" / "grey.png").width == 3 * 328 + 8
+    assert Image.open(tmp_path / "out" / "grey.png").width == 3 * 328
 
 
 def test_bad_photos_are_skipped(photos, tmp_path, capsys):
@@ -38,7 +38,7 @@ def test_bad_photos_are_skipped(photos, tmp_path, capsys):
     captured = capsys.readouterr()
     errors = [line for line in captured.err.splitlines() if line.startswith("error: ")]
     assert [error.split(": ")[2].split(" (")[0] for error in errors[:2]] == ["no such photo", "not a readable photo"]
-    assert errors[2:] == ["error: 2 photos or frames could not be used, see above"]
+    assert errors[2:] == ["error: 2 of the photos, frames or sources could not be used, see above"]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["blue.png", "grey.png"]
 
 
