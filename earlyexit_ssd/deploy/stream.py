@@ -24,7 +24,7 @@ from PIL import Image
 
 from earlyexit_ssd.bounds import betting_p_value, photos_needed, upper_bound
 from earlyexit_ssd.console import progress
-from earlyexit_ssd.deploy.predictor import Detections
+from earlyexit_ssd.deploy.predictor import Detections, as_photo
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.files import write_json
 from earlyexit_ssd.plain import build, check_fields, read_json
@@ -217,9 +217,10 @@ class TemporalExit:
         self._repeats = 0
 
     def __call__(self, image: np.ndarray) -> Detections:
-        """Return the detections of the next frame, uint8 [H, W, 3] RGB. Repeated detections have the ``exit_name``
+        """Return the detections of the next frame, as :meth:`Predictor.__call__` takes it. Repeated detections have the ``exit_name``
         `REPEATED` and the ``exit_index`` -1, and their ``ms`` is the time of the comparison."""
-        start, small = time.perf_counter(), thumbnail(image)
+        start, image = time.perf_counter(), as_photo(image, "frame")
+        small = thumbnail(image)
         if self._last is not None and self._repeats < self.rule.most_repeats:
             last, detections, close_call = self._last
             if _is_repeat(small, last, close_call, self.rule.threshold):

@@ -69,6 +69,7 @@ def test_repeated_detections_are_marked():
     first, *_, last = [detect(scene(30)) for _ in range(50)]
     assert (last.exit_name, last.exit_index, last.exit_confidence) == ("repeated", -1, None)
     assert (last.boxes == first.boxes).all() and last.ms < 4.0 and detector.calls == 1
+    assert detect(scene(30) / 255).exit_name == REPEATED  # floats in [0, 1] are frames too
     for answer in (first, last):
         answer.boxes[:] = 0  # the caller's own copy
     assert detect(scene(30)).boxes.any()
