@@ -217,8 +217,8 @@ class TemporalExit:
         self._repeats = 0
 
     def __call__(self, image: np.ndarray) -> Detections:
-        """Return the detections of the next frame, as :meth:`Predictor.__call__` takes it. Repeated detections have the ``exit_name``
-        `REPEATED` and the ``exit_index`` -1, and their ``ms`` is the time of the comparison."""
+        """Return the detections of a frame, an image for :meth:`Predictor.__call__`. Repeated detections have the
+        ``exit_name`` `REPEATED` and the ``exit_index`` -1, and their ``ms`` is the time of the comparison."""
         start, image = time.perf_counter(), as_photo(image, "frame")
         small = thumbnail(image)
         if self._last is not None and self._repeats < self.rule.most_repeats:
