@@ -214,12 +214,15 @@ def exit_keywords(exits: Sequence[Exit]) -> dict[str, object]:
     return keywords
 
 
-def check_exits(exits: Sequence[Exit], last_layer: int) -> None:
-    """Raise EarlyExitError unless glances with increasing pixels come first, then exits with increasing layers."""
+def check_exits(exits: Sequence[Exit], last_layer: int, side: int) -> None:
+    """Raise EarlyExitError unless glances with increasing pixels below the input's ``side`` come first, then exits with
+    increasing layers."""
     glances = [exit for exit in exits if exit.pixels is not None]
     pixels = [exit.pixels for exit in exits[: len(glances)]]
     if None in pixels or pixels != sorted(set(pixels)):
         raise EarlyExitError(f"glances at {pixels} pixels: expected increasing sides, and glances before other exits")
+    if pixels and pixels[-1] >= side:
+        raise EarlyExitError(f"a glance at {pixels[-1]} pixels: expected fewer than the input's {side}")
     for group in (exits[len(glances) :], *([exit] for exit in glances)):  # layers of glances may be in any order
         layers = tuple(exit.layer for exit in group)
         if list(layers) != sorted(set(layers)) or not all(1 <= layer < last_layer for layer in layers):

@@ -318,7 +318,7 @@ class EarlyExitDetector(SSD):
         for name in ("transform", "proposal_matcher", "neg_to_pos_ratio", *POST_PROCESSING):
             setattr(self, name, getattr(detector, name))
         self.exits = tuple(self.default_exits if exits is None else exits)
-        check_exits(self.exits, self.last_layer)
+        check_exits(self.exits, self.last_layer, min(size))
         self.width = getattr(detector, "width", 1.0)
         self.exit_layers = (*(exit.layer for exit in self.exits), self.last_layer)
         self.exit_names = (*(exit.name for exit in self.exits), "full")

@@ -217,6 +217,7 @@ def test_detector_without_exits_is_routed(images):
         ({"exit_layer": (8,)}, TypeError, "did you mean 'exit_layers'"),
         ({"classes": ["chair"]}, EarlyExitError, "1 class names for a head with 3 outputs"),
         ({"exits": (Exit(8, "light"), Exit(12, "empty", pixels=64))}, EarlyExitError, "and glances before other exits"),
+        ({"exits": (Exit(12, "empty", pixels=128),)}, EarlyExitError, "128 pixels: expected fewer than"),
         ({"exits": (Exit(16, "empty", pixels=64),)}, EarlyExitError, "increasing trunk layers from 1 to 15"),
         ({"exit_layers": (0,)}, EarlyExitError, "increasing trunk layers from 1 to 15"),
         ({"exit_layers": (16,)}, EarlyExitError, "increasing trunk layers from 1 to 15"),
