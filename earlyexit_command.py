@@ -453,9 +453,10 @@ def benchmark(args: argparse.Namespace) -> None:
     import os
     import random
 
+    from earlyexit_ssd.console import write_line
     from earlyexit_ssd.deploy.benchmark import benchmark, machine, table
-    from earlyexit_ssd.deploy.sources import find_sources
-    from earlyexit_ssd.errors import EarlyExitError
+    from earlyexit_ssd.deploy.sources import Source, find_sources, read_frames
+    from earlyexit_ssd.errors import DataError, EarlyExitError
     from earlyexit_ssd.files import make_folder, write_json
 
     if args.most is not None and args.most < 1:
@@ -464,6 +465,10 @@ def benchmark(args: argparse.Namespace) -> None:
     photos = [source.name for source in find_sources(args.photos) if source.kind == "photo"]
     if args.most is not None and len(photos) > args.most:
         photos = sorted(random.Random(0).sample(photos, args.most))
+    unreadable = [photo for photo in photos if isinstance(next(read_frames(Source(photo, "photo"))), DataError)]
+    for photo in unreadable:
+        write_line(f"{photo}: not a readable photo, left out")
+        photos.remove(photo)
     threads = args.threads or sorted({1, os.cpu_count() or 1})
     make_folder(Path(args.out).parent)
     machine_before = machine()  # its load must not include this benchmark

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -170,6 +171,12 @@ def find_files(folder: Path, suffixes: Sequence[str]) -> tuple[list[Path], list[
             matches = path.suffix.lower() in suffixes and os.path.isfile(path)
             (matching if matches else others).append(path)
     return sorted(matching), sorted(others)
+
+
+def natural_order(path: Path) -> tuple[str, list[tuple[int, str]]]:
+    """Return a key that sorts files by folder and name, with numbers in names as numbers: frame 9 before frame 10."""
+    parts = re.split(r"(\d+)", path.name)
+    return str(path.parent), [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]
 
 
 PALETTE = ("#e53e3e", "#3182ce", "#38a169", "#d69e2e", "#805ad5", "#00a3c4", "#d53f8c", "#975a16")

@@ -19,7 +19,7 @@ from PIL import Image
 from earlyexit_ssd.console import progress
 from earlyexit_ssd.data.dataset import DetectionDataset, photo_hashes
 from earlyexit_ssd.errors import EarlyExitError
-from earlyexit_ssd.images import open_photo, orientation_of, to_rgb, turned
+from earlyexit_ssd.images import natural_order, open_photo, orientation_of, to_rgb, turned
 
 logger = logging.getLogger(__name__)
 
@@ -56,13 +56,9 @@ def parse_block(text: str, fps: float | None = None) -> int:
 def block_of_each(paths: Sequence[Path], photos: int) -> np.ndarray:
     """Return the number of the block of each photo, from 0, int64 [len(paths)]. A block has ``photos`` consecutive
     photos of a folder, or fewer at its end. Photos are sorted by name, and numbers in names as numbers."""
-
-    def sort_key(index: int) -> tuple[str, list[tuple[int, str]]]:
-        parts = re.split(r"(\d+)", paths[index].name)
-        return str(paths[index].parent), [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]
-
     blocks, count = np.zeros(len(paths), dtype=np.int64), 0
-    for _, members in itertools.groupby(sorted(range(len(paths)), key=sort_key), lambda index: paths[index].parent):
+    in_order = sorted(range(len(paths)), key=lambda index: natural_order(paths[index]))
+    for _, members in itertools.groupby(in_order, lambda index: paths[index].parent):
         indices = list(members)
         blocks[indices] = count + np.arange(len(indices)) // photos
         count = int(blocks[indices[-1]]) + 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 import platform
 import time
@@ -22,6 +23,8 @@ from earlyexit_ssd.console import progress
 from earlyexit_ssd.deploy.predictor import Predictor
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.images import read_image
+
+logger = logging.getLogger(__name__)
 
 PACKAGES = ("earlyexit_ssd", "numpy", "onnxruntime", "openvino", "torch", "torchvision")
 MIXED, EASY, HARD = "as they come", "all easy", "all hard"  # see `Row.stream`
@@ -175,9 +178,11 @@ def benchmark(
                 worker(_open, worker.contestant, thread_count, score)
             timed = []
             for batch, (stream, group) in itertools.product(batches, _streams(workers[0], photos).items()):
-                if len(group) >= batch:
-                    times = _time(workers, group, batch, rounds, f"threads {thread_count}, batch {batch}, {stream}")
-                    timed.append(((thread_count, batch, stream, len(group)), times))
+                if len(group) < batch:
+                    logger.warning("batch %d is not timed on %s photos: there are %d", batch, stream, len(group))
+                    continue
+                times = _time(workers, group, batch, rounds, f"threads {thread_count}, batch {batch}, {stream}")
+                timed.append(((thread_count, batch, stream, len(group) // batch * batch), times))
             peaks = [worker(_peak_mb) for worker in workers]
         for setting, times in timed:
             rows += _rows(contestants, setting, times, peaks)

@@ -17,7 +17,7 @@ from typing import Literal
 import numpy as np
 
 from earlyexit_ssd.errors import DataError, EarlyExitError
-from earlyexit_ssd.images import PHOTO_SUFFIXES, find_files, read_image
+from earlyexit_ssd.images import PHOTO_SUFFIXES, find_files, natural_order, read_image
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,8 @@ def find_sources(arguments: Sequence[str | os.PathLike[str]]) -> list[Source]:
     """Return the sources that command-line arguments name, in order.
 
     A number is a camera, and an argument with ``://`` is a stream. A folder gives all photos and videos in it and in
-    its subfolders. A pattern (``*``, ``?``, ``[...]``, ``**``) gives all matching files. Any other argument is a file.
+    its subfolders. A pattern (``*``, ``?``, ``[...]``, ``**``) gives all matching files. Both are in `natural_order`.
+    Any other argument is a file.
     A folder without photos and videos, or a pattern without matching files, raises DataError.
     """
     sources: list[Source] = []
@@ -69,13 +70,15 @@ def find_sources(arguments: Sequence[str | os.PathLike[str]]) -> list[Source]:
         paths: Sequence[str | Path] = [argument]
         if os.path.isdir(argument):
             paths, others = find_files(Path(argument), PHOTO_SUFFIXES + VIDEO_SUFFIXES)
+            paths.sort(key=natural_order)
             if others:
                 text = "%s: %d files are ignored, since they are neither photos nor videos; the first is %s"
                 logger.warning(text, argument, len(others), others[0])
             if not paths:
                 raise DataError(f"{argument}: the folder has no photos and no videos; name files or another folder")
         elif glob.has_magic(argument) and not exists:
-            paths = list(filter(os.path.isfile, sorted(glob.glob(argument, recursive=True))))
+            found = filter(os.path.isfile, map(Path, glob.glob(argument, recursive=True)))
+            paths = sorted(found, key=natural_order)
             if not paths:
                 raise DataError(f"{argument}: no file matches this pattern; check the folder and upper and lower case")
         for path in paths:

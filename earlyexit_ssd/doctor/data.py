@@ -184,7 +184,8 @@ def boxes_in_shares(evidence: DataEvidence) -> dict[str, float]:
 @check(
     most=0.1,
     meaning="boxes end outside their photos, as if they were x1, y1, x2, y2 instead of x, y, width, height",
-    advice="subtract x and y from the last two numbers of each box, or use the right format of boxes",
+    advice="if the last two numbers are x2, y2, subtract x and y; otherwise draw the boxes: x, y may be the centre, or "
+    "boxes may be shifted or belong to other photos",
 )
 def boxes_as_corners(evidence: DataEvidence) -> dict[str, float]:
     """Share of the boxes with width >= x1 and height >= y1 that end outside by more than 2 % of the photo."""

@@ -34,7 +34,7 @@ def judge(results: Results) -> Verdict:
     context = results.context
     rules = RULES if results.early else (report_no_exits, compare_with_rivals, report_other_runtimes)
     if not context.labelled:
-        rules = (report_agreement, check_speedup)  # without labels AP is unknown, which the other rules need
+        rules = (report_agreement, check_certificate, check_speedup)  # the other rules need AP, which needs labels
     elif findings := list(check_full_path(results)):
         forced = "; --force was used on the way" if context.forced else ""
         return Verdict(False, None, (Finding(findings[0].line + forced, veto=True),))
@@ -186,9 +186,10 @@ def check_speedup(results: Results) -> Iterator[Finding]:
 
 
 def check_certificate(results: Results) -> Iterator[Finding]:
-    """Veto if the certificate's target is not met on these photos."""
+    """Veto if the certificate's target is not met on these photos. Without labels some targets cannot be judged."""
     certificate = results.certificate
-    if certificate is None:
+    needs_labels = certificate and "labels" in (certificate.target.get("reference"), certificate.target["kind"])
+    if certificate is None or (not results.context.labelled and (needs_labels or certificate.measured is None)):
         return
     target, value = certificate.target, target_value(certificate.target)
     kind = target["kind"]

@@ -187,15 +187,17 @@ class ThresholdSearch:
             self.cfg.SEED, self.blocks, with_curve=True,
         )  # fmt: skip
         if certified.step == 0:  # the step with all exits closed is the cheapest that passed
-            advice = "the exits are not accurate enough: allow a larger risk, or train them longer"
+            fix = "fit the policy on more training photos" if all(self.calib.recording.empty) else "train them longer"
+            advice = f"the exits are not accurate enough: allow a larger risk, or {fix}"
             no_loss = np.zeros(1)
             fewest = photos_needed(no_loss, target.value, target.delta, BOUNDS[settings.BOUND]) or MAX_PHOTOS
             if certified.passed:
                 advice = "thresholds within the risk do not save cost: try another policy, cheaper branches, more risk"
-            elif certified.photos_needed:
-                advice = f"{max(certified.photos_needed, self.draws + 1)} {self.draws_name} like these would be enough"
             elif self.draws < fewest:
                 advice = f"at least {fewest} are needed, even if no detection changes"
+            elif certified.photos_needed:
+                needed = max(certified.photos_needed, self.draws + 1)
+                advice = f"about {needed} {self.draws_name} like these would be enough"
             logger.warning(
                 "all exits stay closed: none can be opened at a risk of %g with probability %g on %d %s; %s",
                 target.value, 1 - target.delta, self.draws, self.draws_name, advice,

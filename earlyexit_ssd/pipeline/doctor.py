@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from earlyexit_ssd.console import progress
 from earlyexit_ssd.data import DetectionDataset, class_names, load_dataset, to_coco
-from earlyexit_ssd.data.checks import check_photos
+from earlyexit_ssd.data.checks import check_photos, clip_boxes
 from earlyexit_ssd.data.dataset import read_dataset
 from earlyexit_ssd.data.duplicates import PerceptualHashes
 from earlyexit_ssd.data.problems import Problems
@@ -97,6 +97,7 @@ def _split(cfg: CfgNode, name: str) -> Split:
     if name == "TRAIN" and labelled:
         records = limit_negatives(records, cfg.DATA.NEGATIVE_SHARE, cfg.SEED)
     records = check_photos(limit_photos(records, cfg.DATA.LIMIT, cfg.SEED), problems)
+    clip_boxes(records, problems)  # to report boxes outside their photos; the checks judge boxes as they are
     problems.log(name)
     paths = [record.path for record in records]
     hashes = [sha256(path) for path in progress(paths, f"read {name}")]

@@ -74,7 +74,7 @@ class Gate:
 
     def __str__(self) -> str:
         state = "passed" if self.passed else "failed, forced" if self.forced else "failed"
-        return f"gate of phase {self.phase} {state}: {', '.join(map(str, self.checks))}"
+        return f"gate of phase {self.phase} {state}: {', '.join(map(str, self.checks)) or 'nothing to check'}"
 
     def failed(self) -> GateFailed:
         """Return the error for a failed gate, with the advice."""

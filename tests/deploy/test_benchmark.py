@@ -36,12 +36,13 @@ def paths(tmp_path_factory):
     return [str(path) for path in sorted(folder.iterdir())]
 
 
-def test_each_stream_and_batch_is_timed_with_all_detectors(paths):
+def test_each_stream_and_batch_is_timed_with_all_detectors(paths, caplog):
     contestants = [Waiter("routed", ms=2), Waiter("plain", "there", ms=20, routed=False), Waiter("last", ms=20)]
-    rows = benchmark(contestants, paths, threads=[1], batches=[1, 2], rounds=3)
-    assert [row.stream for row in rows[::3]] == [MIXED, EASY, HARD] * 2
-    expected = [(1, 7, 21), (1, 2, 6), (1, 4, 12), (2, 7, 9), (2, 2, 3), (2, 4, 6)]
+    rows = benchmark(contestants, paths, threads=[1], batches=[1, 2, 5], rounds=3)
+    assert [row.stream for row in rows[::3]] == [*[MIXED, EASY, HARD] * 2, MIXED]
+    expected = [(1, 7, 21), (1, 2, 6), (1, 4, 12), (2, 6, 9), (2, 2, 3), (2, 4, 6), (5, 5, 3)]
     assert [(row.batch, row.photos, row.calls) for row in rows[::3]] == expected
+    assert f"batch 5 is not timed on {HARD} photos: there are 4" in caplog.text
     assert [row.name for row in rows[:3]] == ["routed", "plain", "last"]
     # the first detector of a runtime is compared with the first of all
     assert rows[0].against is None and rows[1].against.name == rows[2].against.name == "routed"

@@ -1,6 +1,7 @@
 import itertools
 import os
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,9 +26,9 @@ def folder(tmp_path):
 def test_kinds_of_sources(folder, caplog):
     arguments = ["0", "rtsp://me:sec@ret@cam/1", str(folder / "notes.txt"), str(folder / "no.mov"), folder]
     found = find_sources(arguments)
-    inside = [str(folder / name) for name in ("a.jpg", "b.PNG", "deep/down/c.bmp", "street.mp4")]
+    inside = [str(folder / name) for name in ("a.jpg", "b.PNG", "street.mp4", "deep/down/c.bmp")]
     assert [source.name for source in found[4:]] == inside
-    assert [source.kind for source in found] == ["live", "live", "photo", "video", "photo", "photo", "photo", "video"]
+    assert [source.kind for source in found] == ["live", "live", "photo", "video", "photo", "photo", "video", "photo"]
     assert found[1].title == "rtsp://cam/1"
     ignored = "1 files are ignored, since they are neither photos nor videos"
     assert f"{folder}: {ignored}; the first is {folder / 'notes.txt'}" in caplog.messages
@@ -37,6 +38,13 @@ def test_patterns(folder):
     (folder / "odd[1].jpg").touch()
     for pattern, name in (("a.[jJ]*", "a.jpg"), ("**/*.bmp", "deep/down/c.bmp"), ("odd[1].jpg", "odd[1].jpg")):
         assert find_sources([f"{folder}/{pattern}"]) == [Source(str(folder / name), "photo")]
+
+
+def test_frames_in_a_folder_are_in_the_order_of_their_numbers(tmp_path):
+    for number in (10, 9, 100):
+        (tmp_path / f"f{number}.jpg").touch()
+    for argument in (tmp_path, f"{tmp_path}/*.jpg"):
+        assert [Path(source.name).name for source in find_sources([argument])] == ["f9.jpg", "f10.jpg", "f100.jpg"]
 
 
 def test_no_source_is_an_error(folder):

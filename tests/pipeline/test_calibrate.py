@@ -2,6 +2,7 @@
 
 import itertools
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -73,14 +74,18 @@ def test_an_ap_drop_opens_nothing_if_the_full_path_does_not_detect(monkeypatch, 
 
 
 @pytest.mark.parametrize(
-    ("draws", "advice"), [(4, "at least 79 are needed, even if no detection changes"), (100, "not accurate enough")]
+    ("draws", "advice"),
+    [
+        (4, "at least 79 are needed, even if no detection changes"),
+        (100, "not accurate enough: allow a larger risk, or fit the policy"),
+    ],
 )
 def test_closed_exits_of_a_risk_are_explained(monkeypatch, caplog, draws, advice):
     """The photos that leave lose everything, also on too few photos for any threshold."""
     recorded = SimpleNamespace(
         confidences=lambda router: [np.linspace(0, 1, draws)],
         losses=lambda reference: np.tile([1.0, 0.0], (draws, 1)),
-        recording=range(draws),
+        recording=MagicMock(empty=[True], __len__=lambda _: draws),
     )
     costs = CostModel("mmacs", {(): 1.0, (True,): 4.0, (False,): 3.0}, 1, 3.0, {})
     confidences, target = recorded.confidences(None), calibrate.CalibrationTarget("risk", 0.05)

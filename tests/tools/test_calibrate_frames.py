@@ -80,6 +80,7 @@ def test_speedup_on_frames_and_the_calibrated_model(camera, sped_up, trained, ca
     assert metrics["exits"][-1]["recall"] in (1.0, None) and not metrics["verdict"]["ship"]
     assert "agreement with what the full path finds; AP is not known" in printed
     assert "nobody labelled these photos: routing keeps" in printed
+    assert "the certificate was asked for a speed-up of " in printed
 
     assert eval_exits.main([*use, "DATA.TEST", "[calib]", "DATA.CALIB", "[test]"]) == 2
     assert "is in the certificate's calibration list" in capsys.readouterr().err
