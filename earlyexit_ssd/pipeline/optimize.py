@@ -301,7 +301,7 @@ class CandidateSearch:
         temperatures = temperatures_of(fit_temperatures(cfg, calib), model.exit_names)
         router, confidences = fit_router(cfg, policy, temperatures, calib, train)
         costs = measure_cost_model(cfg, model, router, self.model)
-        target = self.goal.target(costs.plain)
+        target = self.goal.target(self.base_ms or costs.plain)
         search = ThresholdSearch(cfg, target, router, confidences, calib, None, costs, baseline=self.reference)
         try:
             found = search.run()

@@ -162,6 +162,19 @@ def test_a_choice_whose_exits_close_when_it_is_measured_again_is_not_shipped():
     assert _choose(search, [base, routed]) == ([base, closed], None)
 
 
+def test_wanted_milliseconds_are_compared_with_the_first_of_the_base_detector(monkeypatch):
+    """The machine is faster than when the base detector was measured. Candidates have milliseconds of that time."""
+    monkeypatch.setattr(optimize, "fit_temperatures", lambda *_: [])
+    monkeypatch.setattr(optimize, "fit_router", lambda *_: (None, None))
+    monkeypatch.setattr(optimize, "measure_cost_model", lambda *_: CostModel("ms", {(): 7.6}, 0, 7.6, {}))
+    monkeypatch.setattr(optimize, "ThresholdSearch", search := Mock(side_effect=KeyError))
+    recorded = SimpleNamespace(model=Mock(exit_names=("exit8", "full")))
+    given = SimpleNamespace(cfg=None, model=None, goal=Goal(ms=4.0), base_ms=8.0, reference=None)
+    with pytest.raises(KeyError):
+        CandidateSearch._measure_routed(given, FAST, recorded, None, "ambiguous_mass")
+    assert search.call_args.args[1].value == 2.0
+
+
 def test_milliseconds_of_candidates_are_those_of_the_base_detector_by_their_speedup():
     """The machine was half as fast when the second candidate was measured."""
     calib = Mock(
