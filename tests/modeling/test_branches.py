@@ -287,6 +287,8 @@ def test_registered_branch_is_built_and_described(images, monkeypatch):
     outputs = model.eval().exit_outputs(images)
     assert outputs.heads[0]["cls_logits"].shape == outputs.heads[2]["cls_logits"].shape
     assert Architecture.of(model).to_dict()["branch"] == ["constant", "copied"]
+    with pytest.raises(EarlyExitError, match="branch 'other': channels is 0, expected an Argument"):
+        register_branch("other", channels=0)
 
 
 # The kind "light".
