@@ -28,6 +28,7 @@ from earlyexit_ssd.pipeline.optimize import (
     _choose_8_bits,
     _evaluate,
     _in_8_bits,
+    _measure_candidates,
     _summary,
     _warn_if_busy,
     _write_model,
@@ -147,6 +148,17 @@ def test_8_bits_are_tried_without_exits_if_they_are_refused_with_exits(monkeypat
     assert (written or ["routed"])[-1] == files_of
     if not speeds:  # the net was measured only with exits
         assert _choose_8_bits(search, [FAST, routed], best) == (routed, None)
+
+
+def test_a_stopped_search_counts_the_candidates_that_are_left_and_resumes(tmp_path):
+    plan = [Candidate("", size, "compact", ms=8.0) for size in (320, 288, 256, 224)]
+    search = SimpleNamespace(out=tmp_path, key="key", candidates=plan, goal=Goal(minutes=1.0))
+    search.measure = lambda candidate: MeasuredCandidate(candidate, None)
+    search.plan = SimpleNamespace(skips=lambda candidate, _: candidate.image_size == 256)
+    assert _measure_candidates(search, 0.0) == (plan[:1], 2)
+    assert _measure_candidates(search, np.inf) == ([plan[0], plan[1], plan[3]], 0)
+    assert search.base_ms == 8.0
+    assert _measure_candidates(search, 0.0)[1] == 0
 
 
 def test_a_choice_whose_exits_close_when_it_is_measured_again_is_not_shipped():
