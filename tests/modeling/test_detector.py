@@ -232,6 +232,7 @@ def test_detector_without_exits_is_routed(images):
         ({"exit_layers": (0,)}, EarlyExitError, "increasing trunk layers from 1 to 15"),
         ({"exit_layers": (16,)}, EarlyExitError, "increasing trunk layers from 1 to 15"),
         ({"exit_layers": (8, 8)}, EarlyExitError, r"exit_layers \(8, 8\): expected increasing"),
+        ({"exit_layers": (12, 8)}, EarlyExitError, r"exit_layers \(12, 8\): expected increasing"),
     ],
 )
 def test_invalid_arguments_are_named(keywords, error, message):
