@@ -228,7 +228,8 @@ class Predictor:
                 if name not in self.classes:
                     hint = suggest(str(name), self.classes) or f"; the classes are {', '.join(self.classes)[:100]}"
                     raise EarlyExitError(f"score_thresh has {shown(name)}, which is not a class of the file{hint}")
-                values[self.classes.index(name)] = _number_in_0_1(f"score_thresh of {shown(name)}", value)
+                same_name = [each == name for each in self.classes]  # COCO's unused ids share the name "N/A"
+                values[same_name] = _number_in_0_1(f"score_thresh of {shown(name)}", value)
         elif score_thresh is not None:
             values[:] = _number_in_0_1("score_thresh", score_thresh)
         lowered = np.flatnonzero(values < stored)
@@ -253,6 +254,7 @@ class Predictor:
                 expected = f"a number for each of {', '.join(self._threshold_of)}, or exit name -> number"
                 raise EarlyExitError(f"thresholds {shown(thresholds)}: expected {expected}")
             thresholds = dict(zip(self._threshold_of, thresholds, strict=True))
+        threshold_of = dict(self._threshold_of)
         for name, value in (thresholds or {}).items():
             if name not in self._threshold_of:
                 hint = suggest(str(name), self._threshold_of) or f"; they are {', '.join(self._threshold_of)}"
@@ -269,8 +271,10 @@ class Predictor:
                         f"{self.path}: OpenVINO cannot change the threshold of {name} in an ONNX file; export with "
                         "--format openvino"
                     )
-                self._threshold_of[name] = value
-                self._drift_record = None  # the certificate is for the stored thresholds
+                threshold_of[name] = value
+        if threshold_of != self._threshold_of:
+            self._drift_record = None  # the certificate is for the stored thresholds
+        self._threshold_of = threshold_of
         values = [CLOSED if value is None else value for value in self._threshold_of.values()]
         self._thresholds = np.array(values, np.float32)
 

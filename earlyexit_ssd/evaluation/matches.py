@@ -222,7 +222,8 @@ def _match_photo(
     areas = boxes[:, 2] * boxes[:, 3]
     other_size = (areas < smallest) | (areas > largest)
     false_positive = ~(true_positive | matched | other_size)
-    return labels, detections["boxes"].numpy()[order].T, scores[order], overlap, true_positive, false_positive
+    corners = detections["boxes"].float().numpy()[order].T  # NumPy has no bfloat16
+    return labels, corners, scores[order], overlap, true_positive, false_positive
 
 
 def xywh(boxes: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from torchvision.models.detection.ssdlite import SSDLiteHead
 from torchvision.ops.misc import Conv2dNormActivation, SqueezeExcitation
 
 from earlyexit_ssd.config.check import C4_LAYER, LARGEST_SIDE, LAST_LAYER, MAX_CHANNELS, TAIL_BLOCKS
-from earlyexit_ssd.errors import EarlyExitError, check_keywords, suggest
+from earlyexit_ssd.errors import EarlyExitError, check_keywords, shown, suggest
 from earlyexit_ssd.modeling.heads import copy_rows, factorise, is_folded
 from earlyexit_ssd.modeling.outputs import Head
 from earlyexit_ssd.modeling.trunk import norm_layer
@@ -82,6 +82,10 @@ BRANCHES: Registry[tuple[Callable[..., Branch], Mapping[str, Argument]]] = Regis
 
 def register_branch(name: str, **arguments: Argument) -> Callable[[T], T]:
     """Decorator: register a class or function that builds the branches of kind ``name``."""
+    for argument, value in arguments.items():
+        if not isinstance(value, Argument):
+            expected = "an Argument, such as Argument(0)"
+            raise EarlyExitError(f"branch '{name!s:.60}': {argument} is {shown(value)}, expected {expected}")
 
     def register(build: T) -> T:
         BRANCHES.register(name, (build, arguments))

@@ -198,13 +198,17 @@ def _measure_candidates(search: CandidateSearch, stop_at: float) -> tuple[list[C
     else:
         logger.info("%s is of a search with other settings, photos or weights: all candidates are measured again", path)
     search.base_ms = next((base.ms for base in measured.values()), None)
+
+    def done(candidate: Candidate) -> bool:
+        return candidate.key in measured or search.plan.skips(candidate, measured.values())
+
     for index, candidate in enumerate(progress(plan, desc="candidates")):
+        if done(candidate):
+            continue
         if measured and time.monotonic() > stop_at:
-            untried = sum(rest.key not in measured for rest in plan[index:])
+            untried = sum(not done(rest) for rest in plan[index:])
             logger.warning("stopped after %g minutes: %d candidates not tried", search.goal.minutes, untried)
             return list(measured.values()), untried
-        if candidate.key in measured or search.plan.skips(candidate, measured.values()):
-            continue
         measured[candidate.key] = search.measure(candidate).candidate
         stored = {key: value.to_json() for key, value in measured.items()}
         write_json(path, {"key": search.key, "candidates": stored})
@@ -301,7 +305,7 @@ class CandidateSearch:
         temperatures = temperatures_of(fit_temperatures(cfg, calib), model.exit_names)
         router, confidences = fit_router(cfg, policy, temperatures, calib, train)
         costs = measure_cost_model(cfg, model, router, self.model)
-        target = self.goal.target(costs.plain)
+        target = self.goal.target(self.base_ms or costs.plain)
         search = ThresholdSearch(cfg, target, router, confidences, calib, None, costs, baseline=self.reference)
         try:
             found = search.run()

@@ -330,11 +330,12 @@ def photo_grid(samples: Sequence[tuple[Tensor, Mapping[str, Tensor]]], classes: 
 
 def _join(rows: Sequence[Sequence[Image.Image]], width: int, header: int = 0) -> Image.Image:
     """Return a picture of pictures in rows, below an empty header. The pictures of a row are side by side."""
-    picture, top = Image.new("RGB", (width, header + sum(row[0].height for row in rows)), BACKGROUND), header
-    for row in rows:
+    heights = [max(part.height for part in row) for row in rows]
+    picture, top = Image.new("RGB", (width, header + sum(heights)), BACKGROUND), header
+    for row, height in zip(rows, heights, strict=True):
         for column, part in enumerate(row):
             picture.paste(part, (column * part.width, top))
-        top += row[0].height
+        top += height
     return picture
 
 

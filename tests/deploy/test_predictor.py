@@ -170,6 +170,12 @@ def test_thresholds_and_score_thresholds_can_be_set_later(onnx_file, photos):
         detector.score_thresh[0] = 0.1
     with pytest.raises(EarlyExitError, match=r"score_thresh is -1, expected a number in \[0, 1\]"):
         detector.score_thresh = -1
+    with pytest.raises(EarlyExitError, match="'exit13', which is not an early exit"):
+        detector.thresholds = {"exit8": 0.0, "exit13": 0.0}
+    assert detector.thresholds == {"exit8": 2.0, "exit12": 2.0}  # all are set or none
+    detector.classes = ("N/A", "N/A")  # as ids that COCO does not use
+    detector.score_thresh = {"N/A": 0.25}
+    assert detector.score_thresh.tolist() == [0.25, 0.25]
 
 
 def test_score_thresholds_can_be_set(model, onnx_file, staged_folder, photos, monkeypatch):

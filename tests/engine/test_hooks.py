@@ -47,20 +47,21 @@ def test_resumed_run_has_the_weights_of_an_uninterrupted_run(tmp_path):
                 assert torch.equal(value, other), kill_at
 
 
-def test_signal_saves_a_checkpoint_and_stops(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_saves_a_checkpoint_and_stops(tmp_path, number):
     class Interrupt(Hook):
         def after_step(self, trainer):
             if trainer.step == 5:
-                os.kill(os.getpid(), signal.SIGTERM)
+                os.kill(os.getpid(), number)
 
     path = tmp_path / "last.pth"
     checkpoint = Checkpoint(path, 100)
-    before = signal.getsignal(signal.SIGTERM)
+    before = signal.getsignal(number)
     trainer = line_trainer([checkpoint, Interrupt()])
     assert not trainer.run()
-    assert checkpoint.signal_name == "SIGTERM"
+    assert checkpoint.signal_name == number.name
     assert torch.load(path, weights_only=True)["step"] == 5
-    assert signal.getsignal(signal.SIGTERM) == before
+    assert signal.getsignal(number) == before
 
 
 @pytest.mark.parametrize("change", [{"step": "x"}, {"model": {}}, {"optimizer": None}, {"ema": {"average": 3}}])

@@ -107,7 +107,10 @@ def one_node(element, shape):
 
 
 def test_inputs_of_dynamic_size_or_another_type_are_refused():
-    assert OnnxNetwork(one_node(onnx.TensorProto.FLOAT, [1, 3, 8, 8])).input_shape == (1, 3, 8, 8)
+    network = OnnxNetwork(one_node(onnx.TensorProto.FLOAT, [1, 3, 8, 8]), threads=3)
+    options = network._run.session.get_session_options()  # idle threads must not slow the next network
+    assert options.get_session_config_entry("session.intra_op.allow_spinning") == "0"
+    assert (options.intra_op_num_threads, network.input_shape) == (3, (1, 3, 8, 8))
     with pytest.raises(EarlyExitError, match=r"expected one input of a fixed size, got x \['batch', 3, 'height'"):
         OnnxNetwork(one_node(onnx.TensorProto.FLOAT, ["batch", 3, "height", "width"]))
     with pytest.raises(EarlyExitError, match=r"half: its input is tensor\(float16\), expected tensor\(float\)"):

@@ -110,6 +110,8 @@ def test_score_and_iou_are_inclusive(ground_truth, found):
     assert evaluated(coco, half, score=0.5, iou=0.5).true_positives == 1
     assert evaluated(coco, half, score=0.51, iou=0.5).false_negatives == 1
     assert evaluated(coco, half, score=0.5, iou=0.51).false_positives == 1
+    half[1] |= {key: half[1][key].bfloat16() for key in ("boxes", "scores")}
+    assert evaluated(coco, half, score=0.5, iou=0.5).true_positives == 1
 
 
 def test_a_photo_with_only_crowds_is_empty(ground_truth, found):

@@ -39,7 +39,7 @@ from tests.modeling.conftest import assert_equal, copy_state, model_with_varied_
 
 @pytest.mark.parametrize("depth", [0, 1, 2])
 def test_tail_copies_the_last_blocks_and_inherits_their_weights(depth):
-    backbone = small_model().backbone
+    backbone = small_model().backbone.requires_grad_(False)
     tail = Tail(backbone, depth)
     before = copy_state(tail)
     with torch.no_grad():
@@ -68,8 +68,8 @@ def test_branch_inherits_the_wanted_rows_of_a_folded_head():
 
 @pytest.fixture
 def backbone():
-    """A backbone with BatchNorm statistics and scales that differ from channel to channel."""
-    backbone = small_model().backbone.eval()
+    """A frozen backbone with BatchNorm statistics and scales that differ from channel to channel."""
+    backbone = small_model().backbone.eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(0)
     for module in backbone.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
@@ -85,6 +85,7 @@ def test_copy_with_all_channels_equals_the_block(backbone, layer):
     copied.inherit(block)
     x = torch.rand(2, block[0][0].in_channels, 8, 8)
     assert torch.equal(copied.eval()(x), backbone.features[0][layer].block(x))
+    assert all(parameter.requires_grad for parameter in copied.parameters())
 
 
 def test_unused_channels_are_removed_first(backbone):
@@ -286,6 +287,8 @@ def test_registered_branch_is_built_and_described(images, monkeypatch):
     outputs = model.eval().exit_outputs(images)
     assert outputs.heads[0]["cls_logits"].shape == outputs.heads[2]["cls_logits"].shape
     assert Architecture.of(model).to_dict()["branch"] == ["constant", "copied"]
+    with pytest.raises(EarlyExitError, match="branch 'other': channels is 0, expected an Argument"):
+        register_branch("other", channels=0)
 
 
 # The kind "light".

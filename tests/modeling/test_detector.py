@@ -14,6 +14,7 @@ from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.modeling import Architecture, EarlyExitSSDLite, Exit, PathToExit
 from earlyexit_ssd.modeling.detector import (
     AllOutputs,
+    AtExit,
     BranchLosses,
     FullPathLosses,
     compute_taps,
@@ -126,6 +127,15 @@ def test_routed_images_get_their_exit_s_detections_and_no_other_layers_run(plan,
         torch.testing.assert_close(detection, model.detections(outputs, exit_index)[index], rtol=0, atol=1e-3)
 
 
+def test_keep_selects_images_of_every_tensor():
+    """The finest map is needed by exits after C4, the context by light branches."""
+    three = torch.arange(3.0).reshape(3, 1, 1, 1)
+    at = AtExit(small_model(), None, 0, three, 2 * three, 3 * three)
+    at.keep(torch.tensor([True, False, True]))
+    assert [values.flatten().tolist() for values in (at.x, at.finest, at.context)] == [[0, 2], [0, 4], [0, 6]]
+    assert at.glance_tap is None
+
+
 # The detector.
 
 
@@ -222,6 +232,7 @@ def test_detector_without_exits_is_routed(images):
         ({"exit_layers": (0,)}, EarlyExitError, "increasing trunk layers from 1 to 15"),
         ({"exit_layers": (16,)}, EarlyExitError, "increasing trunk layers from 1 to 15"),
         ({"exit_layers": (8, 8)}, EarlyExitError, r"exit_layers \(8, 8\): expected increasing"),
+        ({"exit_layers": (12, 8)}, EarlyExitError, r"exit_layers \(12, 8\): expected increasing"),
     ],
 )
 def test_invalid_arguments_are_named(keywords, error, message):

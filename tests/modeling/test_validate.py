@@ -22,6 +22,7 @@ from tests.modeling.conftest import assert_equal
         ([], "no image: expected a list of at least one"),
         ([np.zeros((3, 4, 4))], "image 0: expected a float tensor .* got ndarray"),
         ([torch.rand(3, 4, 4), torch.rand(3, 0, 4)], "image 1: expected a float tensor"),
+        ([torch.zeros(3, 4, 4, dtype=torch.uint8)], "image 0: expected a float tensor"),
         ([torch.rand(3, 4, 4) * 255], "image 0: values from .* expected \\[0, 1\\]; divide pixels by 255"),
         ([torch.full((3, 4, 4), -2.0)], "image 0: values from -2 to -2, expected"),
         ([torch.full((3, 4, 4), torch.nan)], "image 0: values from nan to nan, expected"),

@@ -109,6 +109,13 @@ def test_sets_of_exits_are_small_enough_for_a_search_of_thresholds():
     assert max(len(candidate.exits) for candidate in plan.candidates(with_empty_exits=True)) == MOST_EXITS
 
 
+def test_nets_without_exits_are_tried_first():
+    plan = Plan(load_config(), Goal(train=True), Architecture(("chair",), exits=())).candidates(with_empty_exits=True)
+    have_exits = [bool(candidate.exits) for candidate in plan]
+    assert have_exits == sorted(have_exits)
+    assert not plan[0].fine_tuned and {plain.fine_tuned for plain in plan if not plain.exits} == {False, True}
+
+
 @pytest.mark.parametrize(("size", "pixels"), [(320, [128, 160, 192]), (112, [48, 64]), (64, [32])])
 def test_glances_of_small_inputs_are_tried_once(size, pixels):
     plan = Plan(load_config(), Goal(), Architecture(("chair",), image_size=size, exits=()))

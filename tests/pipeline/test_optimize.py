@@ -28,6 +28,7 @@ from earlyexit_ssd.pipeline.optimize import (
     _choose_8_bits,
     _evaluate,
     _in_8_bits,
+    _measure_candidates,
     _summary,
     _warn_if_busy,
     _write_model,
@@ -149,6 +150,17 @@ def test_8_bits_are_tried_without_exits_if_they_are_refused_with_exits(monkeypat
         assert _choose_8_bits(search, [FAST, routed], best) == (routed, None)
 
 
+def test_a_stopped_search_counts_the_candidates_that_are_left_and_resumes(tmp_path):
+    plan = [Candidate("", size, "compact", ms=8.0) for size in (320, 288, 256, 224)]
+    search = SimpleNamespace(out=tmp_path, key="key", candidates=plan, goal=Goal(minutes=1.0))
+    search.measure = lambda candidate: MeasuredCandidate(candidate, None)
+    search.plan = SimpleNamespace(skips=lambda candidate, _: candidate.image_size == 256)
+    assert _measure_candidates(search, 0.0) == (plan[:1], 2)
+    assert _measure_candidates(search, np.inf) == ([plan[0], plan[1], plan[3]], 0)
+    assert search.base_ms == 8.0
+    assert _measure_candidates(search, 0.0)[1] == 0
+
+
 def test_a_choice_whose_exits_close_when_it_is_measured_again_is_not_shipped():
     base = Candidate("base", 320, "compact", lost=0.0, ms=9.0, speedup=1.0, holds=True)
     net = dataclasses.replace(base, image_size=288, speedup=1.5)
@@ -160,6 +172,19 @@ def test_a_choice_whose_exits_close_when_it_is_measured_again_is_not_shipped():
     assert best.candidate == net and measured == [base, net, closed]
     again = {routed: closed}
     assert _choose(search, [base, routed]) == ([base, closed], None)
+
+
+def test_wanted_milliseconds_are_compared_with_the_first_of_the_base_detector(monkeypatch):
+    """The machine is faster than when the base detector was measured. Candidates have milliseconds of that time."""
+    monkeypatch.setattr(optimize, "fit_temperatures", lambda *_: [])
+    monkeypatch.setattr(optimize, "fit_router", lambda *_: (None, None))
+    monkeypatch.setattr(optimize, "measure_cost_model", lambda *_: CostModel("ms", {(): 7.6}, 0, 7.6, {}))
+    monkeypatch.setattr(optimize, "ThresholdSearch", search := Mock(side_effect=KeyError))
+    recorded = SimpleNamespace(model=Mock(exit_names=("exit8", "full")))
+    given = SimpleNamespace(cfg=None, model=None, goal=Goal(ms=4.0), base_ms=8.0, reference=None)
+    with pytest.raises(KeyError):
+        CandidateSearch._measure_routed(given, FAST, recorded, None, "ambiguous_mass")
+    assert search.call_args.args[1].value == 2.0
 
 
 def test_milliseconds_of_candidates_are_those_of_the_base_detector_by_their_speedup():

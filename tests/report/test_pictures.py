@@ -164,6 +164,10 @@ def test_photo_grid_draws_every_photo_and_its_boxes():
     assert picture.getpixel((GAP // 2 + 50, GAP // 2 + 40)) == ImageColor.getrgb(PALETTE[0])
     assert picture.getpixel((GAP + 30, GAP + side + 30)) == (0, 0, 0)  # the fifth photo
     assert picture.getpixel((GAP + side + 30, GAP + side + 30)) == (255, 255, 255)
+    wide, high = torch.zeros(3, 120, 240), torch.zeros(3, 240, 120)
+    picture = photo_grid([(wide, NOTHING), *[(high, NOTHING)] * 3, (wide, NOTHING)], ["chair"])
+    assert picture.size == (4 * side, side + 120 + GAP)
+    assert picture.getpixel((side + 30, 230)) == (0, 0, 0)  # photos of other shapes are whole
 
 
 # Charts.

@@ -74,9 +74,10 @@ def test_bounds_hold_in_a_loop_that_does_not_clamp():
     first, second = router.confidence(ExitSignals(LOGITS), 0)
     assert first > second
     assert ExitRouter(**router.to_dict()).temperatures.item() in (0.5, 3.0)
-    router.temperatures.data.fill_(math.nan)
-    router.clamp_temperatures()
-    assert router.temperatures.item() == 1.0
+    for value, clamped in ((math.nan, 1.0), (-math.inf, 0.5), (math.inf, 3.0)):
+        router.temperatures.data.fill_(value)
+        router.clamp_temperatures()
+        assert router.temperatures.item() == clamped
 
 
 def test_objects_and_background_have_equal_weight():
