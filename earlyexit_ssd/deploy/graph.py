@@ -10,7 +10,7 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import onnx
@@ -291,7 +291,10 @@ def _leaves(scope: Scope, segment: Segment, values: Mapping[str, str]) -> str:
     return scope("Squeeze", scope("GreaterOrEqual", values[CONFIDENCE], threshold))
 
 
-def next_inputs(values: Mapping[str, Any]) -> dict[str, Any]:
+T = TypeVar("T")
+
+
+def next_inputs(values: Mapping[str, T]) -> dict[str, T]:
     """Return the inputs of the next segment, from the outputs of a segment: their values or their names."""
     return {f"{name}_in": values[name] for name in STATE if name in values}
 

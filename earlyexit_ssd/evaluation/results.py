@@ -5,7 +5,7 @@ from __future__ import annotations
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypedDict
 
 from earlyexit_ssd.evaluation.cost import EAGER, RUNTIME_TITLES
 from earlyexit_ssd.evaluation.metrics import Figure, Figures
@@ -296,3 +296,23 @@ def timing_title(results: Results) -> str:
 
 def data_title(results: Results) -> str:
     return f"{', '.join(results.context.splits) or 'unnamed data'}: {results.context.images} photos"
+
+
+class SearchedCandidate(TypedDict):
+    """What the report needs of a candidate in optimize.json (`earlyexit_ssd.pipeline.candidates.Candidate`)."""
+
+    name: str
+    exits: list[str]
+    AP50: float | None
+    ms: float | None
+    rival: bool
+
+
+class SearchOutcome(TypedDict):
+    """What the report needs of optimize.json (`earlyexit_ssd.pipeline.optimize.Outcome`)."""
+
+    candidates: list[SearchedCandidate]
+    chosen: SearchedCandidate | None
+    test: dict[str, float] | None  # fields of `TestFigures`
+    ship: bool
+    summary: str

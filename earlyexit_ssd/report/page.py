@@ -32,6 +32,7 @@ from earlyexit_ssd.evaluation.results import (
     Finding,
     Interval,
     Results,
+    SearchOutcome,
     TableRow,
     Target,
     data_title,
@@ -402,7 +403,7 @@ def training_page(section: Section, gates: Sequence[dict[str, Any]], photos: str
 # A search.
 
 
-def search_page(outcome: Mapping[str, Any], results: Results | None) -> Page:
+def search_page(outcome: SearchOutcome, results: Results | None) -> Page:
     """Return the page of a search. ``outcome`` is the content of optimize.json, and ``results`` are the chosen model's
     results on the test photos. The first sentence of the summary is the verdict."""
     candidates, chosen, summary = outcome["candidates"], outcome["chosen"], outcome["summary"]
@@ -425,7 +426,7 @@ def search_page(outcome: Mapping[str, Any], results: Results | None) -> Page:
     )
 
 
-def _search_tiles(results: Results, test: Mapping[str, Any]) -> tuple[Tile, ...]:
+def _search_tiles(results: Results, test: Mapping[str, float]) -> tuple[Tile, ...]:
     """Return the tiles of an evaluation. ``test`` compares what is to be shipped, which may be in 8 bits, with the
     user's own detector."""
     speedup, times = test["ms_base"] / test["ms"], f"{test['ms']:.1f} ms, your detector {test['ms_base']:.1f}"

@@ -6,7 +6,6 @@ import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +21,7 @@ from torch import Tensor
 from earlyexit_ssd.calibration.thresholds import FittedTemperature, Reliability
 from earlyexit_ssd.engine.loop import LogLine
 from earlyexit_ssd.evaluation.cost import RUNTIME_TITLES
-from earlyexit_ssd.evaluation.results import Results, TableRow, data_title, table_rows, timing_title
+from earlyexit_ssd.evaluation.results import Results, SearchOutcome, TableRow, data_title, table_rows, timing_title
 from earlyexit_ssd.images import color_of, draw_boxes, font_of
 
 BLUE, ORANGE, GREY = "#2b6cb0", "#dd6b20", "#4a5568"
@@ -239,7 +238,7 @@ def reliability_points(reliability: Reliability) -> tuple[list[float], list[floa
     return [reliability.confidence[index] for index in filled], [reliability.accuracy[index] for index in filled]
 
 
-def candidate_rows(outcome: Mapping[str, Any]) -> list[TableRow]:
+def candidate_rows(outcome: SearchOutcome) -> list[TableRow]:
     """Return the candidates of a search that have AP50 and milliseconds. ``outcome`` is the content of optimize.json. A
     row's kind is ``chosen``, ``rival``, ``exit`` (the candidate has exits) or ``plain``."""
     rows = []
@@ -251,7 +250,7 @@ def candidate_rows(outcome: Mapping[str, Any]) -> list[TableRow]:
     return rows
 
 
-def candidates_chart(outcome: Mapping[str, Any], runtime: str) -> Image.Image:
+def candidates_chart(outcome: SearchOutcome, runtime: str) -> Image.Image:
     """Draw AP50 on the calib split against mean milliseconds (in this ``runtime``) of the `candidate_rows`, and the
     Pareto frontier. The first row is the unchanged detector. Rivals are squares."""
     rows, frontier = candidate_rows(outcome), []
