@@ -1,6 +1,5 @@
 """The predictor: inputs, outputs and errors."""
 
-import copy
 import itertools
 import json
 import shutil
@@ -18,7 +17,6 @@ from earlyexit_ssd.deploy import Detections, Predictor
 from earlyexit_ssd.deploy.predictor import as_photo
 from earlyexit_ssd.drift import DriftReference
 from earlyexit_ssd.errors import EarlyExitError
-from earlyexit_ssd.pipeline.export import export_detector
 
 
 @pytest.fixture(scope="module")
@@ -313,18 +311,6 @@ def test_a_missing_package_is_an_error_of_one_line(onnx_file, predictor, monkeyp
         monkeypatch.setitem(sys.modules, name, None)
         with pytest.raises(EarlyExitError, match=f"^the package {name} is missing .*: pip install {name}$"):
             call()
-
-
-def test_an_exit_that_was_not_exported_may_be_closed_again(tmp_path, model):
-    pytest.importorskip("openvino")
-    closed = copy.deepcopy(model)
-    closed.router.thresholds = [2.0, *model.router.thresholds.tolist()[1:]]
-    path = export_detector(closed, tmp_path / "closed.onnx").path
-    for runtime in ("onnxruntime", "openvino"):
-        found = Predictor(path, runtime, thresholds={"exit8": 2.0})
-        assert found.thresholds["exit8"] is None and found._thresholds[0] == 2.0
-        with pytest.raises(EarlyExitError, match="exit8 was closed when the file was written"):
-            Predictor(path, runtime, thresholds={"exit8": 0.5})
 
 
 def test_openvino_can_only_raise_the_score_thresholds_of_onnx_files(onnx_file, staged_folder, predictor, photos):

@@ -23,8 +23,10 @@ OFFLINE = {"weights": None, "weights_backbone": None}
 
 
 def narrow_vgg16(**_: object) -> SimpleNamespace:
-    """VGG16 without its classifier, which no detector uses, and with few channels where the detector has no fixed number.
-    The whole network has 138 million parameters."""
+    """VGG16 without its classifier, which no detector uses, and narrow where the detector allows it.
+
+    The whole network has 138 million parameters.
+    """
     features = vgg.make_layers([8, 8, "M", 8, 8, "M", 16, 16, 16, "M", 16, 16, 512, "M", 16, 16, 512, "M"])
     for layer in features:
         if isinstance(layer, nn.Conv2d):

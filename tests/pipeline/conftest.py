@@ -21,8 +21,9 @@ def traced_once(_traced, monkeypatch) -> None:
     trace = export.build_segments
 
     def segments(model):
-        if model.exit_names not in _traced:
-            _traced[model.exit_names] = trace(model)
-        return copy.deepcopy(_traced[model.exit_names])
+        key = tuple((name, model.router.needs(index)) for index, name in enumerate(model.exit_names[:-1]))
+        if key not in _traced:
+            _traced[key] = trace(model)
+        return copy.deepcopy(_traced[key])
 
     monkeypatch.setattr(export, "build_segments", segments)

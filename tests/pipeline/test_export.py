@@ -81,10 +81,14 @@ def test_batch_norm_is_folded_and_closed_exits_are_left_out(tmp_path, paths, onn
     closed.router.thresholds = [2.0, *model.router.thresholds.tolist()[1:]]
     exported = export_detector(closed, tmp_path / "closed.onnx", photos=paths)
     assert exported.size < onnx_file.stat().st_size
-    predictor = Predictor(exported.path)
-    assert predictor.exit_names == ("exit8", "exit12", "full") and predictor.thresholds["exit8"] is None
-    with pytest.raises(EarlyExitError, match="exit8 was closed when the file was written"):
-        Predictor(exported.path, thresholds={"exit8": 0.5})
+    for runtime in ("onnxruntime", "openvino"):
+        pytest.importorskip(runtime)
+        predictor = Predictor(exported.path, runtime, thresholds={"exit8": 2.0})  # it may be closed again
+        assert predictor.exit_names == ("exit8", "exit12", "full")
+        assert predictor.thresholds["exit8"] is None and predictor._thresholds[0] == 2.0
+        with pytest.raises(EarlyExitError, match="exit8 was closed when the file was written"):
+            Predictor(exported.path, runtime, thresholds={"exit8": 0.5})
+    assert Predictor(exported.path).thresholds["exit8"] is None
 
 
 def test_without_a_router_the_file_is_the_full_path(tmp_path, paths, model, traced_once):

@@ -43,7 +43,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def faster(monkeypatch):
+def faster(traced_once, monkeypatch):
     """Files in 8 bits are 1.4 times as fast, so no time is measured."""
     monkeypatch.setattr(int8, "speed_of", lambda *_: Ratio(1.4, 1.3, 1.5))
 
@@ -80,7 +80,7 @@ def in_float(file) -> list[str]:
     return convolutions(onnx.load(file).graph)
 
 
-def test_a_faster_file_is_written_and_as_many_photos_leave(folder, model, traced_once, tmp_path, monkeypatch):
+def test_a_faster_file_is_written_and_as_many_photos_leave(folder, model, tmp_path, monkeypatch):
     monkeypatch.setattr(int8, "LADDER", (FloatLayers(0, False), FloatLayers(3, False)))  # the first is for OpenVINO
     dataset = photos_to_quantise_on(folder, None, model.classes)
     figures = export_int8(model, tmp_path / "detector.onnx", "onnx", dataset, ap_drop=1.0)
@@ -96,9 +96,12 @@ def test_a_faster_file_is_written_and_as_many_photos_leave(folder, model, traced
     assert model.router.thresholds[0] != pytest.approx(predictor.thresholds["exit8"], abs=1e-9)  # the model stays
 
 
-def test_a_file_for_openvino_is_quantised_by_nncf(folder, model, traced_once, tmp_path):
+def test_a_file_for_openvino_is_quantised_by_nncf(folder, model, tmp_path, monkeypatch):
+    """The full path stays in 32 bits, since NNCF takes seconds for each segment."""
     for package in ("nncf", "openvino"):
         pytest.importorskip(package, reason=f"needs {package}: pip install {package}")
+    once = iter([int8._by_nncf()])
+    monkeypatch.setattr(int8, "_by_nncf", lambda: lambda *given: next(once, lambda graph, *_: graph)(*given))
     dataset = photos_to_quantise_on(folder, None, model.classes)
     figures = export_int8(model, tmp_path / "detector.xml", "openvino", dataset, ap_drop=1.0)
     assert figures.float_layers == FloatLayers(0, False) and figures.runtime == "openvino"
@@ -169,7 +172,7 @@ def test_a_file_without_open_exits_has_no_certificate(folder, model, tmp_path, u
     ],
 )
 def test_a_slow_or_inaccurate_file_is_not_written(
-    folder, model, traced_once, unquantised, tmp_path, monkeypatch, speed, ap_drop, message
+    folder, model, unquantised, tmp_path, monkeypatch, speed, ap_drop, message
 ):
     monkeypatch.setattr(int8, "speed_of", lambda *_: speed)
     monkeypatch.setattr(int8, "LADDER", (FloatLayers(0, True), FloatLayers(3, True)))
@@ -179,7 +182,7 @@ def test_a_slow_or_inaccurate_file_is_not_written(
     assert not list(tmp_path.iterdir())
 
 
-def test_staged_files_may_have_the_name_of_a_trial(folder, model, traced_once, unquantised, tmp_path):
+def test_staged_files_may_have_the_name_of_a_trial(folder, model, unquantised, tmp_path):
     dataset = photos_to_quantise_on(folder, None, model.classes)
     for name in ("float32", "trial0"):
         export_int8(model, tmp_path / name, "staged", dataset, ap_drop=1.0)

@@ -71,7 +71,7 @@ def test_the_verdict_compares_the_loss_on_the_test_photos():
     assert summary.startswith("ship it. fast: 1.80 times as fast as your detector (5.0 ms against 9.0, eager, thr")
     assert "compares the budget of 0.01 AP50 with the loss measured on the test photos" in summary
     assert "the loss that 90 % of the bootstrap draws of the calib photos do not exceed." in summary
-    assert "interval includes losses above the budget" in summary
+    assert "interval includes losses above the budget" in summary and " AP lost" in summary
     narrow = dataclasses.replace(figures, AP50_lost_interval=[0.001, 0.009])
     assert "interval includes losses above the budget" not in _summary(FAST, narrow, True, Goal())
 

@@ -19,13 +19,14 @@ import torch
 from matplotlib.figure import Figure
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from earlyexit_ssd.evaluation.matches import bootstrap_choices
+from earlyexit_ssd.evaluation.metrics import EvaluationSettings
 from earlyexit_ssd.files import write_text
 from earlyexit_ssd.report import pictures
 from earlyexit_ssd.routing import policies
 from tools import train_net
 
 ROOT = Path(__file__).resolve().parents[2]
-QUICK_FIT_STEPS = 60  # instead of 600 for a fitted policy
 TINY = """
 DATA:
   CLASSES: [chair]
@@ -60,16 +61,21 @@ def plain_figure(**settings: object) -> Figure:
     return Figure(**{**settings, "layout": None, "dpi": 64})
 
 
-@pytest.fixture(autouse=True)
-def plain_charts(monkeypatch):
-    """Faster charts for all tests but the training of `trained`."""
-    monkeypatch.setattr(pictures, "Figure", plain_figure)
+QUICK = [
+    (pictures, "Figure", plain_figure),
+    (pictures, "place_labels", lambda *_: None),
+    (policies, "FIT_STEPS", 60),  # instead of 600
+    (bootstrap_choices, "__defaults__", (20, 0)),  # draws (instead of 200), and seed
+    (EvaluationSettings.__init__, "__defaults__", (*EvaluationSettings.__init__.__defaults__[:-2], 20, 0)),
+]
+"""What is replaced in tests: object, name, value. The training of `trained` has complete charts, the first two."""
 
 
 @pytest.fixture(autouse=True)
-def quick_fits(monkeypatch):
-    """Fit policies in a tenth of the steps."""
-    monkeypatch.setattr(policies, "FIT_STEPS", QUICK_FIT_STEPS)
+def quick(monkeypatch):
+    """Faster charts, fits and bootstraps."""
+    for replaced in QUICK:
+        monkeypatch.setattr(*replaced)
 
 
 @pytest.fixture(scope="session")
@@ -82,7 +88,10 @@ def trained(tmp_path_factory, made_once, data_root) -> tuple[Path, list[str]]:
 
     def train(root: Path) -> None:
         write_text(root / "tiny.yaml", TINY)
-        assert train_net.main([*arguments(root), "--force"]) == 0
+        with pytest.MonkeyPatch.context() as patch:
+            for replaced in QUICK[2:]:
+                patch.setattr(*replaced)
+            assert train_net.main([*arguments(root), "--force"]) == 0
 
     root = tmp_path_factory.mktemp("trained")
     shutil.copytree(made_once("trained_once", train), root, dirs_exist_ok=True)
@@ -117,8 +126,8 @@ def start_training(
 
 def _train(tool: str, arguments: list[str], stderr: str | Path, environment: dict[str, str]) -> None:
     os.environ.update(environment)
-    pictures.Figure = plain_figure
-    policies.FIT_STEPS = QUICK_FIT_STEPS
+    for replaced in QUICK:
+        setattr(*replaced)
     for number, path in ((1, os.devnull), (2, stderr)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     sys.exit(importlib.import_module(f"tools.{tool}").main(arguments))

@@ -112,8 +112,8 @@ def test_model_file_keeps_the_temperatures_of_the_training(camera, sped_up):
 def test_blocks_and_learnt_thresholds(camera, capsys, monkeypatch):
     root, arguments = camera
     out = root / "blocks"
-    monkeypatch.setattr(thresholds, "BUDGETS", 4)
-    monkeypatch.setattr(thresholds, "STEPS", 50)
+    monkeypatch.setattr(thresholds, "BUDGETS", 2)
+    monkeypatch.setattr(thresholds, "STEPS", 10)
     command = ["--risk", "0.9", "--delta", "0.5", "--block", "2s", "--fps", "2", "--learned", "--out", str(out)]
     assert calibrate.main([*arguments, *command]) == 0
     certificate = load_certificate(out / "certificate.json")

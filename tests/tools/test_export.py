@@ -1,11 +1,14 @@
 """``tools/export.py``: from a model file to a file that runs without PyTorch."""
 
+import functools
+
 import numpy as np
 import pytest
 import torch
 
 from earlyexit_ssd.deploy import Predictor
 from earlyexit_ssd.modeling.trunk import build_ssdlite
+from earlyexit_ssd.pipeline.export import open_any
 from tests.deploy.conftest import build_model
 from tools import export
 
@@ -22,6 +25,9 @@ def test_exported_file_runs_without_pytorch(tmp_path, capsys):
         assert Predictor(out)(np.zeros((20, 30, 3), np.uint8)).exit_name == "full"
 
 
+open_once = functools.cache(open_any)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -36,6 +42,7 @@ def test_exported_file_runs_without_pytorch(tmp_path, capsys):
         ("voc_animals --ap-drop 0.02", "--ap-drop is for --int8; leave it out, or add --int8"),
     ],
 )
-def test_bad_input_is_a_one_line_error(tmp_path, capsys, arguments, message):
+def test_bad_input_is_a_one_line_error(tmp_path, capsys, monkeypatch, arguments, message):
+    monkeypatch.setattr("earlyexit_ssd.pipeline.export.open_any", open_once)
     assert export.main([*arguments.split(), "--out", str(tmp_path / "a.onnx")]) == 2
     assert f"error: {message}" in capsys.readouterr().err and not list(tmp_path.iterdir())

@@ -1,5 +1,6 @@
 """``tools/export_weights.py``: files of the shipped weights, refused models, and the tool from end to end."""
 
+import functools
 import json
 
 import pytest
@@ -13,7 +14,7 @@ from earlyexit_ssd.modeling import Architecture, save_model
 from tests.modeling.conftest import SMALL, small_model
 from tools import eval_exits, export_weights
 
-ship = export_weights.export_weights
+ship, same_model = export_weights.export_weights, functools.cache(small_model)
 FIGURES = {"AP": 0.25, "AP50": 0.5, "AP50_interval": [0.25, 0.75], "mmacs": 8.0, "ms": 4.0}
 
 
@@ -26,7 +27,7 @@ def configuration(threshold: float):
 def run_file(path, **info):
     router = ExitRouter(2, thresholds=[0.75, 0.75], temperatures=[1.5, 2.0]).to_dict()
     info = {"phase": "exits", "forced": False, "router": router, **info}
-    save_model(path, small_model(), Architecture(**SMALL), info)
+    save_model(path, same_model(), Architecture(**SMALL), info)
     return path
 
 
@@ -85,7 +86,7 @@ def test_too_large(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["Toy", "../toy", "", "1st", "a/b"])
 def test_invalid_names(tmp_path, name):
     with pytest.raises(EarlyExitError, match="expected lower-case letters"):
-        ship(run_file(tmp_path / "model.pth"), name, tmp_path, get_cfg(), "")
+        ship(tmp_path / "none.pth", name, tmp_path, get_cfg(), "")
 
 
 def test_figures_of_other_weights_or_another_routing(tmp_path):

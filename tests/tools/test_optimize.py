@@ -39,9 +39,9 @@ def by_operations(networks, examples, runtime, runs, threads):
 
 
 @pytest.fixture
-def without_file(monkeypatch):
-    """Skip the export of the chosen detector."""
-    monkeypatch.setattr("earlyexit_ssd.pipeline.optimize.export_detector", lambda *_: None)
+def chosen_only(monkeypatch):
+    """The search ends when the chosen model is written, without its export and its evaluation on test photos."""
+    monkeypatch.setattr("earlyexit_ssd.pipeline.optimize.export_detector", fail)
 
 
 @pytest.fixture
@@ -94,15 +94,14 @@ def test_a_search_with_other_settings_starts_anew(trained, tmp_path):
     assert len({key(), key(ap_drop=0.5), key("ROUTING.POLICY", "entropy")}) == 3
 
 
-def test_fine_tuned_models_are_candidates_and_are_trained_once(trained, tmp_path, monkeypatch, detects, without_file):
+def test_fine_tuned_models_are_candidates_and_are_trained_once(trained, tmp_path, monkeypatch, detects, chosen_only):
     monkeypatch.setattr(CandidateSearch, "has_empty_photos", False)  # so that no glance is tried
     out = tmp_path / "tuned"
     flags = ["--train", "--ap-drop", "1.0", *FAST, "FINE_TUNING.EPOCHS", "1", "ENGINE.CURVE_PERIOD", "0"]
-    assert optimize.main(command(trained, out, *flags)) == 0
-    found = json.loads((out / "optimize.json").read_text())
-    tuned = [(item["name"], item["image_size"]) for item in found["candidates"] if item["fine_tuned"]]
+    assert optimize.main(command(trained, out, *flags)) == 2
+    found = json.loads((out / "candidates.json").read_text())["candidates"].values()
+    tuned = [(item["name"], item["image_size"]) for item in found if item["fine_tuned"]]
     assert ("96 px, fine-tuned", 96) in tuned
-    assert " AP lost" in found["summary"]
     (folder,) = (out / "fine_tuned").iterdir()
     before = load_model(trained[0] / "run" / "model.pth")[0].state_dict()
     after = load_model(folder / "model.pth")[0].state_dict()
@@ -118,7 +117,7 @@ def test_fine_tuned_models_are_candidates_and_are_trained_once(trained, tmp_path
     assert all(value.equal(after[key]) for key, value in state.items())
 
 
-def test_joint_phase_is_a_candidate(trained, tmp_path, monkeypatch, detects, without_file):
+def test_joint_phase_is_a_candidate(trained, tmp_path, monkeypatch, detects, chosen_only):
     monkeypatch.setattr("earlyexit_ssd.pipeline.optimize.fine_tune", lambda *_: None)
     monkeypatch.setattr("earlyexit_ssd.pipeline.candidates.FINE_TUNED_SHARES", (1.0,))
     monkeypatch.setattr("earlyexit_ssd.pipeline.optimize.choose_candidate", lambda measured, goal: measured[-1])
@@ -130,12 +129,12 @@ def test_joint_phase_is_a_candidate(trained, tmp_path, monkeypatch, detects, wit
 
     monkeypatch.setattr("earlyexit_ssd.pipeline.optimize.train_phases", train_phases)
     flags = ["--train", "--ap-drop", "1.0", "EVAL.RIVALS.SIZES", "[64]", "EXITS.GLANCES", "[[32, 12]]"]
-    assert optimize.main(command(trained, out, *flags, "PHASES", "[baseline, exits, joint]")) == 0
+    assert optimize.main(command(trained, out, *flags, "PHASES", "[baseline, exits, joint]")) == 2
     assert trainings == [(str(out / "joint"), ("baseline", "exits", "joint"), "")]
-    found = json.loads((out / "optimize.json").read_text())
-    names = [candidate["name"] for candidate in found["candidates"] if candidate["joint"]]
+    found = [*json.loads((out / "candidates.json").read_text())["candidates"].values()]
+    names = [candidate["name"] for candidate in found if candidate["joint"]]
     assert names[0] == "jointly trained" and any("exit" in name for name in names)
-    assert found["chosen"]["joint"] and load_model(out / "model.pth")[1].exits[-1].layer == 12
+    assert found[-1]["joint"] and load_model(out / "model.pth")[1].exits[-1].layer == 12
 
 
 def test_original_detector_is_kept_if_no_candidate_holds(trained, tmp_path, capsys, monkeypatch):
@@ -182,7 +181,7 @@ def test_the_configuration_has_the_defaults(trained, tmp_path, monkeypatch, word
     assert (goal.delta, cfg.EVAL.RUNTIME, out) == (delta, runtime, tmp_path)
 
 
-def fail():
+def fail(*_):
     raise EarlyExitError("enough")
 
 
