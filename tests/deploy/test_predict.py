@@ -182,21 +182,21 @@ from tests.deploy.fakes import RedBox, play_instead, scene
 
 class Watched(RedBox):
     def __call__(self, image):
-        if self.calls in (500, 2990):
+        if self.calls in (1000, 9990):
             gc.collect()
             pages = int(Path("/proc/self/statm").read_text().split()[1])
             print(pages * os.sysconf("SC_PAGE_SIZE"), len(os.listdir("/proc/self/fd")))
         return super().__call__(image)
 
-play_instead(pytest.MonkeyPatch(), (scene(x % 16, 2, 8, size=(48, 64)) for x in range(3000)), total=3000)
+play_instead(pytest.MonkeyPatch(), (scene(x % 16, 2, 8, size=(48, 64)) for x in range(10_000)), total=10_000)
 rule = StreamRule(threshold=0.0, score=0.5, most_repeats=100, classes=RedBox.classes)
 list(predict(Watched(), [Source(sys.argv[1], "video")], sys.argv[2], save=SAVES, rule=rule))
 """
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="needs Linux's /proc")
-def test_memory_and_open_files_are_flat_over_3000_frames(tmp_path, video):
-    """A frame has 9 kB, so keeping one frame in ten would take 2.3 MB.
+def test_memory_and_open_files_are_flat_over_10000_frames(tmp_path, video):
+    """A frame has 9 kB, so keeping one frame in ten would take 8 MB.
 
     The test runs in its own process, since the heap of a process with many tests changes by more.
     """
@@ -204,8 +204,8 @@ def test_memory_and_open_files_are_flat_over_3000_frames(tmp_path, video):
     printed = subprocess.run(command, cwd=Path(__file__).parents[2], check=True, capture_output=True, text=True).stdout
     (early, files), (late, files_late) = (map(int, line.split()) for line in printed.splitlines())
     assert files_late == files
-    assert late - early < 1e6  # bytes
-    assert len(rows(tmp_path / "out" / "counts.csv")) == 3000
+    assert late - early < 4e6  # bytes
+    assert len(rows(tmp_path / "out" / "counts.csv")) == 10_000
 
 
 def test_no_output_replaces_another_or_a_source(tmp_path):
