@@ -349,15 +349,15 @@ class _Staged:
         self.inputs = ["thresholds", *self._postprocess.inputs]
 
     def __call__(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        inputs = {"image": feeds["image"]}
+        values: dict[str, Array] = {"image": feeds["image"]}
         for stage, network in zip(self._stages, self._networks, strict=True):
             index, is_empty = stage
-            outputs = network(inputs)
+            outputs = network(values)
             confidence = outputs["confidence"][0] if "confidence" in outputs else np.float32(np.nan)
             if network is self._networks[-1] or confidence >= feeds["thresholds"][index]:
                 break
             # the names of `STATE` in graph.py, which needs the package onnx
-            inputs = {f"{name}_in": outputs[name] for name in ("x", "finest", "context") if name in outputs}
+            values |= {f"{name}_in": outputs[name] for name in ("x", "finest", "context") if name in outputs}
         if is_empty:
             boxes, labels, scores = np.zeros((0, 4), np.float32), np.zeros(0, np.int64), np.zeros(0, np.float32)
             detections = {"boxes": boxes, "labels": labels, "scores": scores}
