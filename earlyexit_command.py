@@ -359,6 +359,7 @@ def predict(args: argparse.Namespace) -> None:
 
 def _calibrate_stream(args: argparse.Namespace, detector: object, sources: list) -> None:
     from earlyexit_ssd.deploy.predict import images_of
+    from earlyexit_ssd.deploy.sources import count_frames
     from earlyexit_ssd.deploy.stream import FEW_EVENTS, calibrate_stream
     from earlyexit_ssd.errors import EarlyExitError
     from earlyexit_ssd.files import make_folder
@@ -371,9 +372,9 @@ def _calibrate_stream(args: argparse.Namespace, detector: object, sources: list)
         delta = None if args.delta == "none" else float(args.delta or "0.05")
     except ValueError:
         raise EarlyExitError(f"--delta {args.delta}: expected a number in (0, 1), or none") from None
-    frames = images_of(sources, args.stride, args.frames)
+    frames, most = images_of(sources, args.stride, args.frames), count_frames(sources, args.stride, args.frames)
     make_folder(Path(args.stream).parent)
-    numbers = {"block": args.block, "most_repeats": args.most_repeats}
+    numbers = {"block": args.block, "most_repeats": args.most_repeats, "most_frames": most}
     numbers = {name: number for name, number in numbers.items() if number is not None}
     rule = calibrate_stream(detector, frames, args.calibrate_stream, delta, score=args.score, **numbers)
     rule = replace(rule, stride=args.stride)

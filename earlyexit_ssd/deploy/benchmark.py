@@ -167,8 +167,8 @@ def benchmark(
         raise EarlyExitError(f"score {score}: expected a number in [0, 1]")
     if not contestants or len(photos) < min(batches):
         raise EarlyExitError(
-            f"{len(photos)} photos and {len(contestants)} detectors: expected at least one detector, and "
-            f"{min(batches)} photos for a call"
+            f"{len(photos)} photos and {len(contestants)} detectors: expected at least one detector, and at least "
+            f"{min(batches)} readable photos"
         )
     rows = []
     for thread_count in threads:
@@ -224,7 +224,8 @@ def _rows(
     peaks: Sequence[float | None],
 ) -> Iterator[Row]:
     """Yield a row for each detector. ``setting`` is (threads, batch, stream, photos); for ``times`` see `_time`."""
-    runtimes = [contestant.runtime for contestant in contestants]
+    runtimes, names = [contestant.runtime for contestant in contestants], [each.name for each in contestants]
+    names = [each.path if names.count(each.name) > 1 else each.name for each in contestants]
     for index, contestant in enumerate(contestants):
         first, comparison = runtimes.index(contestant.runtime), None
         reference = 0 if first == index else first
@@ -233,10 +234,10 @@ def _rows(
                 ratio(times[index, ..., clock], times[reference, ..., clock], quantile)
                 for quantile, clock in itertools.product((None, 0.99), range(2))
             ]
-            comparison = Comparison(contestants[reference].name, *ratios)
+            comparison = Comparison(names[reference], *ratios)
         wall, cpu = times[index, ..., 0], times[index, ..., 1]
         figures = Times.of(wall), Times.of(cpu)
-        yield Row(contestant.name, contestant.runtime, *setting, wall.size, *figures, comparison, peaks[index])
+        yield Row(names[index], contestant.runtime, *setting, wall.size, *figures, comparison, peaks[index])
 
 
 def ratio(times: np.ndarray, against: np.ndarray, quantile: float | None = None) -> Ratio:

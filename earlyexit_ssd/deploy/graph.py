@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -31,10 +31,9 @@ OUTPUTS = {
     "exit_confidence": (TensorProto.FLOAT, []),
 }
 
-LARGE = 1_000_000
-"""Number of pixels above which a photo is large. Of a large photo, only the pixels that the resize reads are gathered
-and converted to floats. A smaller photo is converted as a whole, which is faster for small photos in ONNX Runtime. In
-OpenVINO gathering is always faster."""
+MANY_ROWS = 3
+"""Above so many photo rows per row of the network's input, only the rows that the resize reads are gathered and
+converted to floats. Below, converting the whole photo is faster in ONNX Runtime."""
 LOG_LIMIT = math.log(1000.0 / 16)
 """Largest logarithm of (box side / default box side), as in torchvision's ``BoxCoder``."""
 
@@ -44,7 +43,7 @@ class Segment:
     """The part of the network between the previous exit and this exit.
 
     Inputs of ``model`` are the tensors of `STATE`. Its outputs are the tensors of `STATE`, those of `HEAD` if they are
-    needed, and the router's `CONFIDENCE` [1] if there is a router.
+    needed, and the router's `CONFIDENCE` [1] if there is a router. A glance has no output but the confidence.
     """
 
     index: int  # index of the exit among all exits of the model
@@ -52,6 +51,8 @@ class Segment:
     empty: bool  # whether photos that leave at the exit have no detections
     model: onnx.ModelProto
     full: bool = False  # whether the segment ends the full path
+    of_photo: bool = False  # whether the only input is the resized photo ``x``
+    pixels: int | None = None  # side of this photo for a glance; None for the network's own input size
 
 
 @dataclass(frozen=True)
@@ -137,16 +138,16 @@ def build_graph(segments: Sequence[Segment], settings: Settings, metadata: Mappi
     ``thresholds`` [exits] and ``score_thresh`` [classes] are inputs too. They have defaults, except for OpenVINO. The
     segments are from shallow to deep, the full path last. ``metadata``: keys and texts to store in the file.
     """
-    scope, size, state = _start(settings)
-    values = _add_segments(scope, segments, state, size, settings)
+    scope, size = _start()
+    values = _add_segments(scope, segments, {}, size, settings)
     outputs = {name: (value, *OUTPUTS[name]) for name, value in zip(OUTPUTS, values, strict=True)}
     return _model(scope, outputs, ["image"], settings, metadata)
 
 
-def first_stage(segment: Segment, settings: Settings) -> onnx.ModelProto:
-    """Build a model from a photo to the first segment's outputs, for a folder with one file per segment."""
-    scope, _, state = _start(settings)
-    values, outputs = scope.inline(segment.model, state), {}
+def stage_of_photo(segment: Segment, settings: Settings) -> onnx.ModelProto:
+    """Build a model from a photo to the segment's outputs, for a folder with one file per segment."""
+    scope, size = _start()
+    values, outputs = scope.inline(segment.model, _photo_inputs(scope, segment, size, settings)), {}
     for output in segment.model.graph.output:
         tensor = output.type.tensor_type
         outputs[output.name] = values[output.name], tensor.elem_type, [dim.dim_value for dim in tensor.shape.dim]
@@ -162,11 +163,17 @@ def last_stage(settings: Settings) -> onnx.ModelProto:
     return _model(scope, outputs, [*HEAD, "photo_size"], settings)
 
 
-def _start(settings: Settings) -> tuple[Scope, str, dict[str, str]]:
-    """Return a scope, the name of the photo's size (height, width) in it, and the first segment's inputs."""
+def _start() -> tuple[Scope, str]:
+    """Return a scope, and the name of the photo's size (height, width) in it."""
     scope = Scope(itertools.count())
-    size = scope("Slice", scope("Shape", "image"), scope.constant([0], np.int64), scope.constant([2], np.int64))
-    return scope, size, {"x_in": preprocess(scope, size, settings)}
+    return scope, scope("Slice", scope("Shape", "image"), scope.constant([0], np.int64), scope.constant([2], np.int64))
+
+
+def _photo_inputs(scope: Scope, segment: Segment, size: str, settings: Settings) -> dict[str, str]:
+    """Add the preprocessing for a segment whose input is the photo. Return the segment's inputs."""
+    if segment.pixels is not None:
+        settings = replace(settings, size=(segment.pixels, segment.pixels))
+    return {"x_in": preprocess(scope, size, settings)}
 
 
 def _model(
@@ -247,11 +254,13 @@ def _add_segments(
 ) -> list[str]:
     """Add the segments and the postprocessing to ``scope``. Return the names of all `OUTPUTS`.
 
-    ``state`` has the inputs of the first segment. Leading empty exits are handled here, so photos that leave there need
-    no postprocessing. From the first other exit on, `_add_heads` chooses one exit's outputs, which are postprocessed
-    once. ``leave`` is the branch of the ``If`` for a photo that leaves, ``go_on`` the branch for the other photos.
+    ``state`` has the inputs of the first segment unless its input is the photo. Leading empty exits are handled here,
+    so photos that leave there need no postprocessing. From the first other exit on, `_add_heads` chooses one exit's
+    outputs, which are postprocessed once. ``leave`` is the branch of the ``If`` for a photo that leaves, ``go_on`` the
+    branch for the other photos.
     """
     segment, *deeper = segments
+    state = _photo_inputs(scope, segment, size, settings) if segment.of_photo else state
     values = scope.inline(segment.model, state)
     if not segment.empty:
         logits, offsets, *routing = _add_heads(scope, segments, values, settings)
@@ -309,10 +318,11 @@ def preprocess(scope: Scope, size: str, settings: Settings) -> str:
     """
     if settings.openvino:
         return _gather_and_resize(scope, size, settings)
-    large, small = Scope(scope.numbers), Scope(scope.numbers)
-    is_large = scope("Greater", scope("ReduceProd", size, keepdims=0), scope.constant(LARGE, np.int64))
-    branches = (large, [_gather_and_resize(large, size, settings)]), (small, [_convert_and_resize(small, settings)])
-    return scope.if_else(is_large, [(TensorProto.FLOAT, [1, 3, *settings.size])], *branches)[0]
+    many, few = Scope(scope.numbers), Scope(scope.numbers)
+    height = scope("Gather", size, scope.constant(0, np.int64))
+    has_many = scope("Greater", height, scope.constant(MANY_ROWS * settings.size[0], np.int64))
+    branches = (many, [_gather_rows_and_resize(many, size, settings)]), (few, [_convert_and_resize(few, settings)])
+    return scope.if_else(has_many, [(TensorProto.FLOAT, [1, 3, *settings.size])], *branches)[0]
 
 
 def _normalise(scope: Scope, pixels: str, settings: Settings, layout: Callable[[np.ndarray], np.ndarray]) -> str:
@@ -324,18 +334,32 @@ def _normalise(scope: Scope, pixels: str, settings: Settings, layout: Callable[[
 
 def _convert_and_resize(scope: Scope, settings: Settings) -> str:
     """Convert the whole photo to floats, then resize it."""
+    return _normalise(scope, _resize(scope, "image", settings), settings, lambda values: values.reshape(1, 3, 1, 1))
+
+
+def _resize(scope: Scope, rows: str, settings: Settings) -> str:
+    """Resize uint8 [rows, width, 3] to float32 [1, 3, *settings.size]."""
     # uint8 is transposed faster than float32
-    pixels = scope("Cast", scope("Transpose", "image", perm=[2, 0, 1]), to=TensorProto.FLOAT)
+    pixels = scope("Cast", scope("Transpose", rows, perm=[2, 0, 1]), to=TensorProto.FLOAT)
     pixels = scope("Unsqueeze", pixels, scope.constant([0], np.int64))
     target = scope.constant([1, 3, *settings.size], np.int64)
-    pixels = scope("Resize", pixels, "", "", target, mode="linear", coordinate_transformation_mode="half_pixel")
+    return scope("Resize", pixels, "", "", target, mode="linear", coordinate_transformation_mode="half_pixel")
+
+
+def _gather_rows_and_resize(scope: Scope, size: str, settings: Settings) -> str:
+    """Gather the two photo rows around each output row, resize both along the width, and interpolate between them."""
+    top, bottom, weight = _neighbours(scope, size, 0, settings.size[0])
+    sides = [_resize(scope, scope("Gather", "image", rows, axis=0), settings) for rows in (top, bottom)]
+    weight = scope("Reshape", weight, scope.constant([-1, 1], np.int64))
+    pixels = _interpolate(scope, *sides, weight)
     return _normalise(scope, pixels, settings, lambda values: values.reshape(1, 3, 1, 1))
 
 
 def _gather_and_resize(scope: Scope, size: str, settings: Settings) -> str:
-    """Gather the four pixels around each output point, convert only these to floats, and interpolate.
+    """Gather the values of the four pixels around each output point, convert only these to floats, and interpolate.
 
-    Arithmetic is on rows of width * 3 values, and the transposition comes last. This halves the time in OpenVINO.
+    Arithmetic is on rows of width * 3 values, and the transposition comes last. This halves the time in OpenVINO, which
+    also gathers single values faster than pixels.
     """
     height, width = settings.size
     top, bottom, y_weight = _neighbours(scope, size, 0, height)
@@ -344,14 +368,11 @@ def _gather_and_resize(scope: Scope, size: str, settings: Settings) -> str:
     x_weight = scope("Reshape", x_weight, scope.constant([width, 1], np.int64))
     x_weight = scope("Expand", x_weight, scope.constant([width, 3], np.int64))
     x_weight = scope("Reshape", x_weight, scope.constant([1, width * 3], np.int64))
-    row_shape, rows = scope.constant([height, width * 3], np.int64), []
-    if settings.openvino:  # OpenVINO gathers single values faster than pixels, ONNX Runtime does not
-        left, right = _value_indices(scope, left, width), _value_indices(scope, right, width)
+    columns, rows = [_value_indices(scope, side, width) for side in (left, right)], []
     for indices in (top, bottom):
-        row = scope("Gather", "image", indices, axis=0)
-        row = scope("Reshape", row, scope.constant([height, -1], np.int64)) if settings.openvino else row
-        sides = [scope("Reshape", scope("Gather", row, side, axis=1), row_shape) for side in (left, right)]
-        rows.append(_interpolate(scope, *(scope("Cast", side, to=TensorProto.FLOAT) for side in sides), x_weight))
+        row = scope("Reshape", scope("Gather", "image", indices, axis=0), scope.constant([height, -1], np.int64))
+        sides = [scope("Cast", scope("Gather", row, column, axis=1), to=TensorProto.FLOAT) for column in columns]
+        rows.append(_interpolate(scope, *sides, x_weight))
     pixels = _normalise(scope, _interpolate(scope, *rows, y_weight), settings, lambda values: np.tile(values, width))
     pixels = scope("Reshape", pixels, scope.constant([1, height, width, 3], np.int64))
     return scope("Transpose", pixels, perm=[0, 3, 1, 2])

@@ -27,7 +27,8 @@ from earlyexit_ssd.images import SMALLEST_TEXT, color_of, draw_boxes
 
 logger = logging.getLogger(__name__)
 
-SAVES = ("pictures", "json", "csv", "counts")
+TABLES = {"json": "detections.json", "csv": "detections.csv", "counts": "counts.csv"}
+SAVES = ("pictures", *TABLES)
 """Outputs: annotated photos (PNG) and videos (MP4), COCO results, a row per detection, a row per frame."""
 EXPORTED = (".onnx", ".xml")
 LIVE_FPS = 10.0  # frame rate of the annotated video if a camera does not report its frame rate
@@ -87,7 +88,7 @@ def predict(
     """Detect in every frame of every source, and write outputs into the folder ``out``.
 
     Files appear when they are complete: the picture of a photo at once, a video at its end, tables at the end of the
-    run. Ctrl-C ends a live stream and keeps its output so far.
+    run. Ctrl-C and full disks keep the output so far, also the first part of a video.
 
     Args:
         detector: `Predictor`, or another callable with its signature and ``classes``.
@@ -107,6 +108,7 @@ def predict(
         EarlyExitError: a number is out of its range, a name in ``save`` is unknown, the rule is for another detector,
             score or stride, or OpenCV is needed and missing.
         CannotWrite: an output cannot be written.
+        KeyboardInterrupt: stopped by Ctrl-C in a photo or video. In a live stream Ctrl-C is the usual end.
     """
     if not 0 <= score <= 1:
         raise EarlyExitError(f"score {score}: expected a number in [0, 1]")
@@ -124,14 +126,19 @@ def predict(
     paths = output_paths(sources, out) if "pictures" in save else [None] * len(sources)
     with contextlib.ExitStack() as files:
         loop = _Loop(detect, _Tables(files, Path(out), save, detector.classes, score), score, show, draw)
-        kind = ""
-        for source, path in zip(sources, paths, strict=True):
-            if rule is not None and (source.kind, kind) != ("photo", "photo"):  # photos may be frames of one camera
-                detect.reset()
-            kind = source.kind
-            yield from loop.run(source, path, stride, most_frames)
-            if loop.stopped:
-                break
+        kind, ended_by = "", None
+        try:
+            for source, path in zip(sources, paths, strict=True):
+                if rule is not None and (source.kind, kind) != ("photo", "photo"):  # photos may be frames of one camera
+                    detect.reset()
+                kind = source.kind
+                yield from loop.run(source, path, stride, most_frames)
+                if loop.stopped:
+                    break
+        except (KeyboardInterrupt, GeneratorExit, CannotWrite) as error:  # only now, so that the tables are kept
+            ended_by = error
+    if ended_by is not None or loop.interrupted:
+        raise ended_by or KeyboardInterrupt
     if rule is None and hasattr(detector, "drift"):
         drift = None
         with contextlib.suppress(EarlyExitError):  # scipy is optional on a device
@@ -154,13 +161,16 @@ def images_of(sources: Sequence[Source], stride: int = 1, most_frames: int | Non
 
 
 class _Loop:
-    """Loop over the frames of one source after another. ``stopped`` is true once the user has stopped it."""
+    """Loop over the frames of one source after another.
+
+    ``stopped`` is true once the user has stopped it, ``interrupted`` if that was not in a live stream.
+    """
 
     def __init__(
         self, detect: Callable[[np.ndarray], Detections], tables: _Tables, score: float, show: bool, draw: Draw
     ) -> None:
         self.detect, self.tables, self.score, self.show, self.draw = detect, tables, score, show, draw
-        self.image_ids, self.stopped = itertools.count(1), False
+        self.image_ids, self.stopped, self.interrupted = itertools.count(1), False, False
 
     def run(self, source: Source, path: Path | None, stride: int, most_frames: int | None) -> Iterator[str | DataError]:
         """Yield the texts of one source; see `predict`. Its picture or video is written to ``path``."""
@@ -194,15 +204,13 @@ class _Loop:
                     if self.stopped or exits.total() == most_frames:
                         break
             except KeyboardInterrupt:
-                if source.kind != "live":
-                    raise
-                self.stopped = True
+                self.stopped, self.interrupted = True, source.kind != "live"
         if exits and not photo:
             count, seconds = exits.total(), max(time.monotonic() - start, 1e-9)
             computed = count - exits[REPEATED]
             mean_ms = f"{computed_ms / computed:.1f} ms per computed frame, " if computed else ""
             shares = ", ".join(f"{name} {frames / count:.0%}" for name, frames in exits.most_common())
-            yield f"{source.title}: {count} frames, {count / seconds:.1f} per second, {mean_ms}left at {shares}{arrow}"
+            yield f"{source.title}: {count} frames, {count / seconds:.1f} per second, {mean_ms}exits: {shares}{arrow}"
 
 
 def _lines(source: Source, detections: Detections, score: float, arrow: str) -> Iterator[str]:
@@ -250,18 +258,22 @@ class _Tables:
             temporary = files.enter_context(atomic_path(out / name))
             return files.enter_context(temporary.open("w", encoding="utf-8", errors="backslashreplace", newline=""))
 
+        old = [name for name in TABLES.values() if (out / name).exists()]
+        if old and TABLES.keys() & set(save):
+            text = "%s: %s of an earlier run; new tables replace those of the same name, image ids count from 1 again"
+            logger.warning(text, out, ", ".join(old))
         self.classes, self.score = classes, score
         self.json = self.rows = self.counts = None
         frame_columns = ["image_id", "source", "frame", "seconds"]
         if "json" in save:
-            self.json, self.separator = open_file("detections.json"), "\n"
+            self.json, self.separator = open_file(TABLES["json"]), "\n"
             self.json.write("[")
             files.callback(self.json.write, "\n]\n")
         if "csv" in save:
-            self.rows = csv.writer(open_file("detections.csv"), lineterminator="\n")
+            self.rows = csv.writer(open_file(TABLES["csv"]), lineterminator="\n")
             self.rows.writerow([*frame_columns, "class", "score", "x1", "y1", "x2", "y2"])
         if "counts" in save:
-            self.counts = csv.writer(open_file("counts.csv"), lineterminator="\n")
+            self.counts = csv.writer(open_file(TABLES["counts"]), lineterminator="\n")
             self.counted = [label for label, name in enumerate(classes, 1) if name != "N/A"]  # an unused id of COCO
             names = [classes[label - 1] for label in self.counted]
             self.counts.writerow([*frame_columns, "exit", "confidence", "ms", "found", *names])
@@ -319,7 +331,7 @@ def _video(path: Path, fps: float, size: tuple[int, int]) -> Iterator[Callable[[
         written = int(video.get(cv2.CAP_PROP_FRAME_COUNT))
         video.release()
         if written < frames:  # OpenCV does not report a full disk
-            raise CannotWrite(f"{path}: only {written} of {frames} frames were written; make room")
+            raise CannotWrite(f"{path}: only {max(written, 0)} of {frames} frames can be read back; make room")
 
 
 def _show(picture: Image.Image, wait: int) -> bool:

@@ -251,13 +251,15 @@ class Predictor:
     def thresholds(self, thresholds: Mapping[str, float] | Sequence[float] | None) -> None:
         if thresholds is not None and not isinstance(thresholds, Mapping):
             if not isinstance(thresholds, (list, tuple)) or len(thresholds) != len(self._threshold_of):
-                expected = f"a number for each of {', '.join(self._threshold_of)}, or exit name -> number"
+                names = ", ".join(self._threshold_of)
+                expected = f"a number for each of {names}, or exit name -> number" if names else "none, without exits"
                 raise EarlyExitError(f"thresholds {shown(thresholds)}: expected {expected}")
             thresholds = dict(zip(self._threshold_of, thresholds, strict=True))
         threshold_of = dict(self._threshold_of)
         for name, value in (thresholds or {}).items():
             if name not in self._threshold_of:
-                hint = suggest(str(name), self._threshold_of) or f"; they are {', '.join(self._threshold_of)}"
+                exits = ", ".join(self._threshold_of) or "none"
+                hint = suggest(str(name), self._threshold_of) or f"; its early exits are: {exits}"
                 raise EarlyExitError(f"thresholds has {shown(name)}, which is not an early exit of the file{hint}")
             value = CLOSED if value == CLOSED else _number_in_0_1(f"threshold of {name}", value)
             stored = self._threshold_of[name]
@@ -349,15 +351,15 @@ class _Staged:
         self.inputs = ["thresholds", *self._postprocess.inputs]
 
     def __call__(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        inputs = {"image": feeds["image"]}
+        values: dict[str, Array] = {"image": feeds["image"]}
         for stage, network in zip(self._stages, self._networks, strict=True):
             index, is_empty = stage
-            outputs = network(inputs)
+            outputs = network(values)
             confidence = outputs["confidence"][0] if "confidence" in outputs else np.float32(np.nan)
             if network is self._networks[-1] or confidence >= feeds["thresholds"][index]:
                 break
             # the names of `STATE` in graph.py, which needs the package onnx
-            inputs = {f"{name}_in": outputs[name] for name in ("x", "finest", "context") if name in outputs}
+            values |= {f"{name}_in": outputs[name] for name in ("x", "finest", "context") if name in outputs}
         if is_empty:
             boxes, labels, scores = np.zeros((0, 4), np.float32), np.zeros(0, np.int64), np.zeros(0, np.float32)
             detections = {"boxes": boxes, "labels": labels, "scores": scores}

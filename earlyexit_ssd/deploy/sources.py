@@ -34,6 +34,7 @@ class Source:
 
     name: str
     kind: Literal["photo", "video", "live"]
+    problem: str | None = None  # why the argument ``name`` gives no file
 
     @property
     def title(self) -> str:
@@ -59,7 +60,8 @@ def find_sources(arguments: Sequence[str | os.PathLike[str]]) -> list[Source]:
     A number is a camera, and an argument with ``://`` is a stream. A folder gives all photos and videos in it and in
     its subfolders. A pattern (``*``, ``?``, ``[...]``, ``**``) gives all matching files. Both are in `natural_order`.
     Any other argument is a file.
-    A folder without photos and videos, or a pattern without matching files, raises DataError.
+    If a folder has no photos and videos, or no file matches a pattern, the source has a `Source.problem`. If this holds
+    for all arguments, it raises DataError.
     """
     sources: list[Source] = []
     for argument in map(os.fspath, arguments):
@@ -68,23 +70,45 @@ def find_sources(arguments: Sequence[str | os.PathLike[str]]) -> list[Source]:
             sources.append(Source(argument, "live"))
             continue
         paths: Sequence[str | Path] = [argument]
+        problem = None
         if os.path.isdir(argument):
             paths, others = find_files(Path(argument), PHOTO_SUFFIXES + VIDEO_SUFFIXES)
             paths.sort(key=natural_order)
             if others:
                 text = "%s: %d files are ignored, since they are neither photos nor videos; the first is %s"
                 logger.warning(text, argument, len(others), others[0])
-            if not paths:
-                raise DataError(f"{argument}: the folder has no photos and no videos; name files or another folder")
+            problem = "the folder has no photos and no videos; name files or another folder"
         elif glob.has_magic(argument) and not exists:
             found = filter(os.path.isfile, map(Path, glob.glob(argument, recursive=True)))
             paths = sorted(found, key=natural_order)
-            if not paths:
-                raise DataError(f"{argument}: no file matches this pattern; check the folder and upper and lower case")
+            problem = "no file matches this pattern; check the folder and upper and lower case"
         for path in paths:
             kind = "video" if Path(path).suffix.lower() in VIDEO_SUFFIXES else "photo"
             sources.append(Source(os.fspath(path), kind))
+        if not paths:
+            sources.append(Source(argument, "photo", f"{argument}: {problem}"))
+    if sources and all(source.problem for source in sources):
+        raise DataError(sources[0].problem)
     return sources
+
+
+def count_frames(sources: Sequence[Source], stride: int = 1, most: int | None = None) -> int | None:
+    """Return the number of frames that `read_frames` yields, at most ``most`` of each source, by the headers of videos;
+    None if a source does not say."""
+    counts = []
+    for source in sources:
+        if source.kind == "live" and most is None:
+            return None
+        count = most if source.kind == "live" else 1
+        if source.kind == "video":
+            if not _is_utf8(source.name):
+                return None
+            count = int(opencv().VideoCapture(os.path.abspath(source.name)).get(opencv().CAP_PROP_FRAME_COUNT))
+            if count <= 0:
+                return None
+            count = -(-count // stride)
+        counts.append(min(count, most or count))
+    return sum(counts)
 
 
 def read_frames(source: Source, stride: int = 1) -> Iterator[Frame | DataError]:
@@ -96,6 +120,9 @@ def read_frames(source: Source, stride: int = 1) -> Iterator[Frame | DataError]:
     """
     if stride < 1:
         raise EarlyExitError(f"stride is {stride}, expected 1 (every frame) or more")
+    if source.problem:
+        yield DataError(source.problem)
+        return
     if source.kind != "photo":
         yield from _read_video(source, stride)
         return
@@ -116,6 +143,10 @@ def opencv() -> ModuleType:
     return cv2
 
 
+def _is_utf8(name: str) -> bool:
+    return name.encode("utf-8", "replace").decode() == name
+
+
 def _read_video(source: Source, stride: int) -> Iterator[Frame | DataError]:
     cv2 = opencv()
     live, address = source.kind == "live", int(source.name) if source.name.isdecimal() else source.name
@@ -123,7 +154,7 @@ def _read_video(source: Source, stride: int) -> Iterator[Frame | DataError]:
     if not live and not os.path.isfile(source.name):
         yield DataError(f"{source.title}: no such video; check the path")
         return
-    if source.name.encode("utf-8", "replace").decode() != source.name:  # OpenCV would crash
+    if not _is_utf8(source.name):  # OpenCV would crash
         yield DataError(f"{source.title}: OpenCV cannot read a name that is not UTF-8; rename the file")
         return
     capture = cv2.VideoCapture(address)

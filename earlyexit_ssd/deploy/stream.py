@@ -148,6 +148,8 @@ class StreamRule:
         figures: figures of the calibration; None for a rule without calibration.
         stride: the rule holds if every ``stride``-th frame is used.
         detector: ``digest`` of the detector; None: not known.
+        frame_size: (height, width) of the calibration's frames, pixels; None: not known. Frames of another size are
+            never repeated.
     """
 
     threshold: Annotated[float, 0, 255]
@@ -157,6 +159,7 @@ class StreamRule:
     figures: StreamFigures | None = None
     stride: Annotated[int, 1, 2**31] = 1
     detector: str | None = None
+    frame_size: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -207,7 +210,7 @@ class TemporalExit:
                 f"the stream rule is for a score threshold of {rule.score:g}, score_thresh of the detector is up to "
                 f"{detector.score_thresh.max():g}; lower it to {rule.score - CLOSE_MARGIN:g}"
             )
-        self.detector, self.rule = detector, rule
+        self.detector, self.rule, self._warned = detector, rule, False
         self.reset()
 
     def reset(self) -> None:
@@ -220,8 +223,13 @@ class TemporalExit:
         """Return the detections of a frame, an image for :meth:`Predictor.__call__`. Repeated detections have the
         ``exit_name`` `REPEATED` and the ``exit_index`` -1, and their ``ms`` is the time of the comparison."""
         start, image = time.perf_counter(), as_photo(image, "frame")
-        small = thumbnail(image)
-        if self._last is not None and self._repeats < self.rule.most_repeats:
+        small, size = thumbnail(image), image.shape[:2]
+        fits = self.rule.frame_size in (None, size)
+        if not fits and not self._warned:
+            text = "the stream rule is for frames of %d x %d pixels; all of %d x %d are computed, so calibrate again"
+            logger.warning(text, *self.rule.frame_size[::-1], *size[::-1])
+            self._warned = True
+        if fits and self._last is not None and self._repeats < self.rule.most_repeats:
             last, detections, close_call = self._last
             if _is_repeat(small, last, close_call, self.rule.threshold):
                 self._repeats += 1
@@ -251,6 +259,7 @@ class StreamRecording:
     ms: float = 0.0  # mean milliseconds of a detection
     ms_compared: float = 0.0  # mean milliseconds of a thumbnail and its comparison
     detector: str | None = None  # ``digest`` of the detector
+    frame_size: tuple[int, int] | None = None  # (height, width) of the first frame
     _same: dict[tuple[int, int], bool] = field(default_factory=dict, repr=False)  # results of `same_answer`
 
     @classmethod
@@ -265,6 +274,7 @@ class StreamRecording:
                 change(small, recording.thumbnails[-1])  # only to measure its time
             recording.ms_compared += 1000 * (time.perf_counter() - start)
             recording.ms += detections.ms
+            recording.frame_size = recording.frame_size or image.shape[:2]
             recording.thumbnails.append(small)
             recording.answers.append(Answer.of(detections, score))
         recording.ms /= max(1, len(recording))
@@ -353,6 +363,7 @@ def calibrate_stream(
     block: int = 150,
     score: float = 0.5,
     most_repeats: int = MOST_REPEATS,
+    most_frames: int | None = None,
 ) -> StreamRule:
     """Find the largest threshold of a temporal exit that changes at most ``share`` of the answers.
 
@@ -370,6 +381,7 @@ def calibrate_stream(
         block: number of consecutive frames per block. A block should be longer than any event in front of the camera.
         score: score threshold of the answers. A `StreamRecording` has its own.
         most_repeats: largest number of repeats in a row.
+        most_frames: largest number of ``frames``, to refuse too few before they are recorded; None: not known.
 
     Raises:
         EarlyExitError: a number is out of its range, there is no frame, no threshold passes, or there are too few
@@ -382,6 +394,8 @@ def calibrate_stream(
         raise EarlyExitError(f"block is {block} and most_repeats {most_repeats}, expected at least 1 and 0")
     if delta is not None:
         least = photos_needed(np.zeros(1), share, delta, functools.partial(betting_p_value, delta=delta))
+        if least is not None and most_frames is not None and most_frames < least * block:
+            raise _too_few(most_frames, most_frames // block, share, delta, block, least)
         if least is not None:
             text = "a guarantee of %.1f %% takes at least %d frames (%d blocks)"
             logger.info(text, 100 * share, least * block, least)
@@ -407,6 +421,7 @@ def calibrate_stream(
         most_repeats=most_repeats,
         classes=recording.classes,
         detector=recording.detector,
+        frame_size=recording.frame_size,
         figures=recording.figures(passed[-1], most_repeats, share, delta, block),
     )
 
@@ -421,8 +436,12 @@ def _no_rule(frames: int, losses: np.ndarray, share: float, delta: float | None,
         )
     p_value = functools.partial(betting_p_value, delta=delta)
     needed = photos_needed(losses if losses.size else np.zeros(1), share, delta, p_value)
+    return _too_few(frames, losses.size, share, delta, block, needed)
+
+
+def _too_few(frames: int, blocks: int, share: float, delta: float, block: int, needed: int | None) -> EarlyExitError:
     about = "" if needed is None else f"; about {needed} blocks are needed ({needed * block} frames)"
     return EarlyExitError(
-        f"{frames} frames are {losses.size} blocks of {block}, too few to guarantee {share:.1%} at delta "
+        f"{frames} frames are {blocks} blocks of {block}, too few to guarantee {share:.1%} at delta "
         f"{delta:g}{about}; give more frames, a larger share, a shorter block, or no guarantee (delta none)"
     )

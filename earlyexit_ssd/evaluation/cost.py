@@ -9,9 +9,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
 import torch
 from scipy import stats
 from torch import Tensor, nn
@@ -67,60 +65,13 @@ class OpenVinoNetwork(nn.Module):
 
     def __init__(self, content: bytes, threads: int = 1) -> None:
         super().__init__()
-        graph = gather_instead_of_resize(import_package("onnx").load_from_string(content)).SerializeToString()
-        model = import_package(OPENVINO).Core().read_model(graph)
+        model = import_package(OPENVINO).Core().read_model(content)
         self._request = compile_in_openvino(model, threads).create_infer_request()
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Return the outputs, in the graph's order, for a float32 tensor on the CPU."""
         outputs = self._request.infer([x.numpy()], share_inputs=True)
         return [torch.from_numpy(output) for output in outputs.values()]
-
-
-def gather_instead_of_resize(model: Any) -> Any:
-    """Return a copy of an ONNX model in which each bilinear ``Resize`` of known sizes is replaced by faster nodes.
-
-    For each output row they gather the two nearest input rows and interpolate. Then they do the same with columns. In
-    OpenVINO this takes half the time.
-    """
-    onnx = import_package("onnx")
-    helper, numpy_helper = onnx.helper, onnx.numpy_helper
-    changed = onnx.shape_inference.infer_shapes(model, data_prop=True)
-    graph = changed.graph
-    shapes = {
-        value.name: [dimension.dim_value for dimension in value.type.tensor_type.shape.dim]
-        for value in (*graph.input, *graph.value_info, *graph.output)
-    }
-    nodes: list[Any] = []
-    for node in graph.node:
-        attributes = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
-        half_pixel = attributes.get("coordinate_transformation_mode") in (b"half_pixel", b"pytorch_half_pixel")
-        x = node.input[0] if half_pixel and node.op_type == "Resize" and attributes.get("mode") == b"linear" else ""
-        before, after = shapes.get(x, [0]), shapes.get(node.output[0], [0])
-        if 0 in (*before, *after):
-            nodes.append(node)
-            continue
-        for axis in (2, 3):
-            positions = np.maximum((np.arange(after[axis]) + 0.5) * before[axis] / after[axis] - 0.5, 0)
-            lower = positions.astype(np.int64)
-            weight = (positions - lower).astype(np.float32).reshape(-1, *[1] * (3 - axis))
-            constants = {"lower": lower, "upper": np.minimum(lower + 1, before[axis] - 1), "weight": weight}
-            name = f"resize_{len(nodes)}"
-            for key, value in constants.items():
-                graph.initializer.append(numpy_helper.from_array(value, f"{name}_{key}"))
-            first, second, difference, weighted = (f"{name}_{step}" for step in ("first", "second", "sub", "mul"))
-            out = f"{name}_rows" if axis == 2 else node.output[0]
-            nodes += [
-                helper.make_node("Gather", [x, f"{name}_lower"], [first], name=first, axis=axis),
-                helper.make_node("Gather", [x, f"{name}_upper"], [second], name=second, axis=axis),
-                helper.make_node("Sub", [second, first], [difference], name=difference),
-                helper.make_node("Mul", [difference, f"{name}_weight"], [weighted], name=weighted),
-                helper.make_node("Add", [first, weighted], [out], name=f"{name}_sum"),
-            ]
-            x = out
-    del graph.node[:]
-    graph.node.extend(nodes)
-    return changed
 
 
 def in_runtime(network: nn.Module, example: Tensor, runtime: str, threads: int = 1) -> nn.Module:

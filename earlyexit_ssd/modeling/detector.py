@@ -29,7 +29,7 @@ from earlyexit_ssd.modeling.branches import Exit, Place, check_exits, describe_e
 from earlyexit_ssd.modeling.heads import num_outputs
 from earlyexit_ssd.modeling.losses import Assignment, LossSettings, assign, detection_losses, distillation_loss
 from earlyexit_ssd.modeling.outputs import ExitOutputs, ExitSignals, Head, Router, pool_tap
-from earlyexit_ssd.modeling.trunk import PixelBoxes, Trunk, evaluating, small_copy
+from earlyexit_ssd.modeling.trunk import PixelBoxes, Trunk, evaluating
 from earlyexit_ssd.registry import Registry
 
 Targets = list[dict[str, Tensor]]
@@ -100,6 +100,7 @@ class AtExit:
         model, trunk: the detector, and the layers of its trunk.
         index: index of the exit; the full path's index is the number of early exits.
         x: output of the trunk at this exit, [N, C, H, W]; at a glance, the images.
+        copies: small copies of the images [N, 3, P, P], one for each glance.
         finest: the finest feature map of the full path's head; None before it is computed.
         context: context of this exit's branch.
         glance_tap: tap [N, C, H, W] of a glance; None at other exits, and before :attr:`tap` is first read.
@@ -109,6 +110,7 @@ class AtExit:
     trunk: Trunk
     index: int
     x: Tensor
+    copies: Sequence[Tensor]
     finest: Tensor | None = None
     context: Tensor | None = None
     glance_tap: Tensor | None = None
@@ -124,9 +126,8 @@ class AtExit:
         if self.index >= self.model.num_glances:
             return self.x
         if self.glance_tap is None:
-            glance = self.model.exits[self.index]
-            copies = small_copy(self.x, glance.pixels)
-            self.glance_tap, _ = self.trunk.run(copies, 0, self.trunk.ends[glance.layer])
+            end = self.trunk.ends[self.model.exits[self.index].layer]
+            self.glance_tap, _ = self.trunk.run(self.copies[self.index], 0, end)
         return self.glance_tap
 
     def maps(self) -> list[Tensor]:
@@ -152,11 +153,13 @@ class AtExit:
         for name in ("x", "finest", "context", "glance_tap"):
             value = getattr(self, name)
             setattr(self, name, None if value is None else value[images])
+        self.copies = [copies[images] for copies in self.copies]
 
 
 def walk(
     model: EarlyExitDetector,
     x: Tensor,
+    copies: Sequence[Tensor] | None = None,
     branches: bool = True,
     first: int = 0,
     finest: Tensor | None = None,
@@ -166,6 +169,8 @@ def walk(
 
     Args:
         x: normalised images [N, 3, S, S].
+        copies: result of :meth:`EarlyExitDetector.small_copies` for the images. None: crops of ``x`` of the same size,
+            for costs and training, where the content of a copy does not matter.
         branches: False if no head of a branch will be computed; contexts are then skipped.
         first: index of the first exit to yield. If it is above 0, ``x``, ``finest`` and ``context`` are the values
             at the exit before it.
@@ -173,18 +178,20 @@ def walk(
     trunk, glances, early = model.trunk, model.num_glances, model.num_early_exits
     ends = [trunk.ends[layer] for layer in model.exit_layers[glances:early]]
     segments = list(pairwise([0, *ends, len(trunk.steps)]))
+    if copies is None:
+        copies = [x[..., : glance.pixels, : glance.pixels] for glance in model.exits[:glances]]
     for index in range(first, early + 1):
         if index >= glances:
             x, finest = trunk.run(x, *segments[index - glances], finest)
             if branches and index < early:
                 context = model.branches[model.exit_names[index]].context(x, context)
-        at = AtExit(model, trunk, index, x, finest, context)
+        at = AtExit(model, trunk, index, x, copies, finest, context)
         yield at  # the caller may remove images with `AtExit.keep`
-        x, finest, context = at.x, at.finest, at.context
+        x, copies, finest, context = at.x, at.copies, at.finest, at.context
 
 
-def route(model: EarlyExitDetector, x: Tensor) -> tuple[Head, Tensor, Tensor]:
-    """Run each image up to the exit that the router chooses for it. ``x``: normalised images [N, 3, S, S].
+def route(model: EarlyExitDetector, x: Tensor, copies: Sequence[Tensor] | None = None) -> tuple[Head, Tensor, Tensor]:
+    """Run each image up to the exit that the router chooses for it. For ``x`` and ``copies`` see `walk`.
 
     With a hybrid router each image runs through the whole trunk and takes its boxes from the full path. The full path's
     classification head runs only for images that leave at no early exit.
@@ -197,7 +204,7 @@ def route(model: EarlyExitDetector, x: Tensor) -> tuple[Head, Tensor, Tensor]:
     # Indices of the images that have left at no exit yet. The walk's batch has only these, or with a hybrid router all.
     undecided = torch.arange(len(x), device=x.device)
     parts: list[tuple[Tensor, Head, int, Tensor]] = []  # per exit: image indices, head, exit index, confidences
-    for at in walk(model, x):
+    for at in walk(model, x, copies):
         if at.full and router.hybrid:
             maps = at.maps()
             hybrid_boxes = {"bbox_regression": model.head.regression_head(maps)}
@@ -381,6 +388,15 @@ class EarlyExitDetector(SSD):
         """Number of exits before the full path."""
         return len(self.exit_layers) - 1
 
+    def small_copies(self, images: list[Tensor]) -> list[Tensor]:
+        """Return small copies of images [3, H, W], one normalised batch [N, 3, P, P] for each glance. They are resized
+        from the images like the network's input."""
+        transform, copies = copy.copy(self.transform), []
+        for glance in self.exits[: self.num_glances]:
+            transform.fixed_size = (glance.pixels, glance.pixels)
+            copies.append(transform(images, None)[0].tensors)
+        return copies
+
     def trunk_maps(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Return the taps (one per early exit) and the full path's feature maps of normalised images [N, 3, S, S]."""
         *early, full = walk(self, x, branches=False)
@@ -448,7 +464,7 @@ class EarlyExitDetector(SSD):
             _, maps = self.trunk_maps(batch.tensors)
             return self._postprocess(self.head(maps), anchors, batch.image_sizes, photo_sizes)
         validate.check_router(self.router, self.num_early_exits)
-        head, exit_index, confidence = route(self, batch.tensors)
+        head, exit_index, confidence = route(self, batch.tensors, self.small_copies(images))
         detections = self._postprocess(head, anchors, batch.image_sizes, photo_sizes)
         for index, detection in enumerate(detections):
             detection["exit_index"], detection["exit_confidence"] = exit_index[index], confidence[index]
@@ -458,7 +474,7 @@ class EarlyExitDetector(SSD):
         """Compute the outputs of all exits in one forward pass, without routing."""
         validate.check_images(images)
         batch, _ = self.transform(images, None)
-        exits = list(walk(self, batch.tensors))
+        exits = list(walk(self, batch.tensors, self.small_copies(images)))
         heads, pooled = tuple(at.head() for at in exits), tuple(pool_tap(at.tap) for at in exits[:-1])
         photo_sizes = [tuple(image.shape[-2:]) for image in images]
         return ExitOutputs(heads, pooled, self.default_boxes(batch), batch.image_sizes, photo_sizes, self.empty)

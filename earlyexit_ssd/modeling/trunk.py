@@ -7,13 +7,11 @@ convolution (the *expansion*) is the finest feature map of the head.
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models import MobileNet_V3_Large_Weights, mobilenet_v3_large
 from torchvision.models.detection import _utils as detection_utils
@@ -146,38 +144,6 @@ def ssdlite_trunk(backbone: nn.Module) -> Trunk:
         ) from None
     c4 = len(head_part) - 1
     return Trunk(steps, extra, [*range(1, c4 + 1), *range(c4 + 2, len(steps) + 1)], finest_step=c4)
-
-
-def small_copy(x: Tensor, pixels: int) -> Tensor:
-    """Resize images [N, 3, S, S] to [N, 3, pixels, pixels].
-
-    Bilinear interpolation resizes them to the largest multiple of ``pixels`` up to S, and average pooling does the
-    rest. Interpolation alone ignores pixels if it shrinks by more than a factor of two. One convolution replaces both
-    steps where it is faster.
-    """
-    side = int(x.shape[-1])  # while tracing, shapes are tensors
-    pool = max(1, side // pixels)
-    block, out_block = (length // math.gcd(side, pixels) for length in (side, pixels))
-    if pool > 1 and 1 < out_block < block <= LARGEST_BLOCK:
-        weights = _block_weights(x.shape[1], block, out_block, pool).to(x)
-        return F.pixel_shuffle(F.conv2d(x, weights, stride=block), out_block)
-    if side != pool * pixels:
-        x = F.interpolate(x, (pool * pixels, pool * pixels), mode="bilinear", align_corners=False)
-    return F.avg_pool2d(x, pool) if pool > 1 else x
-
-
-LARGEST_BLOCK = 10
-"""Largest side of a block, in pixels, at which one convolution is faster than interpolation and pooling. A *block* is
-the smallest square of input pixels that is resized to a whole number of output pixels."""
-
-
-def _block_weights(channels: int, block: int, out_block: int, pool: int) -> Tensor:
-    """Convolution weights [channels * out_block^2, channels, block, block] that resize each block of ``block`` x
-    ``block`` pixels to ``out_block`` x ``out_block`` pixels. No output pixel depends on two blocks."""
-    rows = F.interpolate(torch.eye(block)[None], size=out_block * pool, mode="linear", align_corners=False)
-    line = F.avg_pool1d(rows, pool)[0].T  # [out_block, block]
-    square = torch.einsum("pi,qj->pqij", line, line).reshape(1, out_block**2, 1, block, block)
-    return (torch.eye(channels)[:, None, :, None, None] * square).flatten(0, 1)
 
 
 @contextlib.contextmanager

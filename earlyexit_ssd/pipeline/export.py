@@ -32,7 +32,6 @@ from earlyexit_ssd.data.shapes import render_scene
 from earlyexit_ssd.deploy import Detections, Predictor, graph
 from earlyexit_ssd.deploy.predictor import FORMAT, MANIFEST
 from earlyexit_ssd.errors import DataError, EarlyExitError, import_package, one_line
-from earlyexit_ssd.evaluation.cost import gather_instead_of_resize
 from earlyexit_ssd.files import make_folder, write_json, writing
 from earlyexit_ssd.images import read_image
 from earlyexit_ssd.modeling import EarlyExitSSDLite
@@ -182,7 +181,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 class SegmentNetwork(nn.Module):
-    """The layers from exit ``before`` (None: from the images) to exit ``index``.
+    """The layers from exit ``before`` (None: from the images) to exit ``index``, or a glance.
 
     Args:
         model: the detector with its router.
@@ -205,11 +204,13 @@ class SegmentNetwork(nn.Module):
         has the tensors at the exit before."""
         model = self.model
         first = 0 if self.before is None else self.before + 1
-        exits = walk(model, state["x"], first=first, finest=state.get("finest"), context=state.get("context"))
+        x, is_glance = state["x"], self.index < model.num_glances
+        copies = [x] * model.num_glances  # at a glance x is the small copy of the image
+        exits = walk(model, x, copies, first=first, finest=state.get("finest"), context=state.get("context"))
         at = next(each for each in exits if each.index == self.index)
         head = at.head()
         outputs: dict[str, Tensor | None] = {}
-        if not at.full:
+        if not at.full and not is_glance:
             outputs |= {"x": at.x, "finest": at.finest, "context": at.context if self.onward else None}
         if self.head:
             outputs |= head
@@ -227,18 +228,30 @@ def build_segments(model: EarlyExitDetector) -> list[graph.Segment]:
     mode and without gradients."""
     full = model.num_early_exits
     stops = [*(index for index in range(full) if model.router is not None and model.router.needs(index)), full]
-    state = {"x": torch.zeros(1, 3, *model.transform.fixed_size[::-1])}
-    segments, head_needed = [], False
+    image = {"x": torch.zeros(1, 3, *model.transform.fixed_size[::-1])}
+    state, segments, head_needed = {}, [], False
     for before, index in zip([None, *stops], stops, strict=False):
         name, empty = model.exit_names[index], index < full and model.empty[index]
         head_needed |= not empty  # also at an empty exit behind a branch: both sides of an If need the same outputs
         onward = any(index < later < full for later in stops)
+        pixels = model.exits[index].pixels if index < full else None
+        of_photo = not state  # the first segment, a glance, and the first segment behind a glance
+        if of_photo:
+            state = image if pixels is None else {"x": torch.zeros(1, 3, pixels, pixels)}
         network = SegmentNetwork(model, before, index, tuple(state), head_needed, onward)
         outputs = network.run(state)
         exported = _to_onnx(network, state, list(outputs), name)
-        segments.append(graph.Segment(index, name, empty, exported, full=index == full))
+        segments.append(graph.Segment(index, name, empty, exported, index == full, of_photo, pixels))
         state = {name: outputs[name] for name in graph.STATE if name in outputs}
     return segments
+
+
+def photo_inputs(model: EarlyExitDetector, segment: graph.Segment, photo: np.ndarray) -> dict[str, np.ndarray]:
+    """Return the inputs of a segment whose input is the photo, uint8 [H, W, 3]."""
+    image = [as_tensor(photo)]
+    is_glance = segment.pixels is not None
+    x = model.small_copies(image)[segment.index] if is_glance else model.transform(image)[0].tensors
+    return {"x_in": x.numpy()}
 
 
 def _to_onnx(network: nn.Module, inputs: dict[str, Tensor], outputs: list[str], name: str) -> onnx.ModelProto:
@@ -309,7 +322,9 @@ def write_segments(
     elif file_format == "staged":
         path.mkdir()
         stages = {f"{position}_{segment.name}.onnx": segment for position, segment in enumerate(segments)}
-        networks = [graph.first_stage(segments[0], settings), *(segment.model for segment in segments[1:])]
+        networks = [
+            graph.stage_of_photo(segment, settings) if segment.of_photo else segment.model for segment in segments
+        ]
         networks.append(graph.last_stage(settings))
         for name, network in zip((*stages, "detections.onnx"), networks, strict=True):
             (path / name).write_bytes(network.SerializeToString())
@@ -317,7 +332,6 @@ def write_segments(
         write_json(path / MANIFEST, {"metadata": metadata, "segments": rows, "detections": "detections.onnx"})
     else:
         openvino = import_package("openvino")
-        segments = [dataclasses.replace(part, model=gather_instead_of_resize(part.model)) for part in segments]
         network = graph.build_graph(segments, dataclasses.replace(settings, openvino=True), metadata)
         try:
             converted = openvino.Core().read_model(network.SerializeToString())
@@ -354,9 +368,9 @@ def _compare_heads(
     runs = [(segment, OnnxRuntime(segment.model.SerializeToString(), segment.name)) for segment in segments]
     for name, photo in photos:
         heads = model.exit_outputs([as_tensor(photo)]).heads
-        outputs = {"x": model.transform([as_tensor(photo)])[0].tensors.numpy()}
+        outputs: dict[str, np.ndarray] = {}
         for segment, run in runs:
-            outputs = run(graph.next_inputs(outputs))
+            outputs = run(photo_inputs(model, segment, photo) if segment.of_photo else graph.next_inputs(outputs))
             for key in (key for key in graph.HEAD if key in outputs):
                 expected = heads[segment.index][key].numpy()
                 difference = np.abs(outputs[key] - expected).max()

@@ -13,7 +13,7 @@ import dataclasses
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +23,7 @@ import torch
 
 from earlyexit_ssd.config import CLOSED, get_cfg
 from earlyexit_ssd.console import progress
-from earlyexit_ssd.data.dataset import DetectionDataset, as_tensor, load_dataset, read_dataset, to_coco
+from earlyexit_ssd.data.dataset import DetectionDataset, load_dataset, read_dataset, to_coco
 from earlyexit_ssd.data.records import canonical
 from earlyexit_ssd.deploy import Predictor
 from earlyexit_ssd.deploy.benchmark import Ratio, ratio
@@ -156,8 +156,11 @@ def export_int8(
                 "so the loss of AP50 is undefined; give photos that show objects"
             )
         segments = export.build_segments(model)
-        images = (as_tensor(read_image(photo)) for photo in _sample(ranges or photos))
-        inputs = [{"x_in": model.transform([image])[0].tensors.numpy()} for image in images]
+        inputs: dict[str, list[dict[str, np.ndarray]]] = {part.name: [] for part in segments if part.of_photo}
+        for photo in map(read_image, _sample(ranges or photos)):
+            for segment in segments:
+                if segment.of_photo:
+                    inputs[segment.name].append(export.photo_inputs(model, segment, photo))
         for step, layers in enumerate(ladder):
             quantised = _quantised(quantise_segment, segments, inputs, layers)
             trial = new_path.with_name(f"{new_path.stem}_trial{step}{new_path.suffix}")
@@ -225,11 +228,15 @@ Quantise = Callable[[onnx.ModelProto, Inputs, FloatLayers], onnx.ModelProto]
 
 
 def _quantised(
-    quantise_segment: Quantise, segments: Sequence[Segment], inputs: Inputs, layers: FloatLayers
+    quantise_segment: Quantise,
+    segments: Sequence[Segment],
+    photo_inputs: Mapping[str, Inputs],
+    layers: FloatLayers,
 ) -> list[Segment]:
-    """Return the segments in 8 bits. ``inputs`` are those of the first segment."""
-    segments_int8 = []
+    """Return the segments in 8 bits. ``photo_inputs``: name of a segment whose input is the photo -> its inputs."""
+    segments_int8, inputs = [], ()
     for segment in progress(segments, desc="8 bits"):
+        inputs = photo_inputs.get(segment.name, inputs)
         try:
             read = {value.name for value in segment.model.graph.input}  # a branch may ignore the context
             rows = [{name: value for name, value in photo.items() if name in read} for photo in inputs]
@@ -290,8 +297,7 @@ def _first_convolutions(model: onnx.ModelProto, count: int) -> list[str]:
 
 
 def _is_quantised(node: onnx.NodeProto) -> bool:
-    """Return whether the operator of a node can be quantised, and the node is in a module that is no policy. Nodes of
-    functions, such as the resizing for a glance, are in no module."""
+    """Return whether the operator of a node can be quantised, and the node is in a module that is no policy."""
     *modules, _ = node.name.strip("/").split("/")
     return node.op_type in (*OPERATORS, "HardSwish") and bool(modules) and modules[0] != "_policy"
 

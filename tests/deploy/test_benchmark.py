@@ -69,6 +69,13 @@ def test_others_are_compared_with_the_first_of_their_runtime():
     assert [row.against.cpu_p99.value for row in rows[1:]] == pytest.approx([4, 3 + 0.93 * 8, 1.25])
 
 
+def test_files_with_equal_names_are_named_by_their_paths():
+    contestants = [ExportedFile(path) for path in ("a/detector.onnx", "b/detector.onnx", "b/full.onnx")]
+    rows = list(module._rows(contestants, (1, 1, MIXED, 8), np.ones((3, 1, 8, 2)), [None] * 3))
+    assert [row.name for row in rows] == ["a/detector.onnx", "b/detector.onnx", "full.onnx"]
+    assert rows[2].against.name == "a/detector.onnx"
+
+
 def test_ratio_draws_calls_with_all_their_rounds():
     # eight calls, two of them three times as long; the rounds are equal, so they do not change the interval
     one, other = np.array([[1.0] * 6 + [3.0] * 2]), np.ones((1, 8))

@@ -34,10 +34,10 @@ def settings(**changes) -> Settings:
     return Settings(**{**values, **changes})
 
 
-@pytest.mark.parametrize(("openvino", "large"), [(True, 1), (False, 0), (False, 10**9)])
+@pytest.mark.parametrize(("openvino", "many_rows"), [(True, 1), (False, 0), (False, 1000)])
 @pytest.mark.parametrize("size", [(1, 1), (7, 200), (24, 32), (61, 53)])
-def test_photos_are_resized_as_torchvision_does(monkeypatch, size, openvino, large):
-    monkeypatch.setattr(graph, "LARGE", large)
+def test_photos_are_resized_as_torchvision_does(monkeypatch, size, openvino, many_rows):
+    monkeypatch.setattr(graph, "MANY_ROWS", many_rows)
     scope = Scope(itertools.count())
     photo_size = scope("Slice", scope("Shape", "image"), scope.constant([0], np.int64), scope.constant([2], np.int64))
     x = preprocess(scope, photo_size, settings(openvino=openvino))

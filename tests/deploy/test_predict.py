@@ -89,7 +89,7 @@ def test_a_video_and_its_summary(tmp_path, video, fake_video):
     fake_video([scene(x) for x in range(10)], total=10)
     (line,) = predict(RedBox(), [video], tmp_path / "out", save=SAVES)
     assert line.startswith(f"{video.name}: 10 frames, ") and line.endswith(f" -> {tmp_path}/out/street.mp4")
-    assert "4.0 ms per computed frame, left at full 50%, exit8 50%" in line
+    assert "4.0 ms per computed frame, exits: full 50%, exit8 50%" in line
     counts = rows(tmp_path / "out" / "counts.csv")
     assert [row["frame"] for row in counts] == list("0123456789") and counts[5]["seconds"] == "0.200"
     cv2 = pytest.importorskip("cv2")
@@ -153,11 +153,39 @@ def test_ctrl_c_ends_a_camera_and_keeps_its_output(tmp_path, fake_video):
     assert len(json.loads((tmp_path / "out" / "detections.json").read_text())) == 5
 
 
-def test_ctrl_c_in_a_video_leaves_no_partial_files(tmp_path, video, fake_video):
+def test_ctrl_c_in_a_video_keeps_the_output_so_far(tmp_path, video, fake_video):
     fake_video(interrupted(), total=9)
+    lines = []
     with pytest.raises(KeyboardInterrupt):
-        list(predict(RedBox(), [video], tmp_path / "out", save=SAVES))
-    assert os.listdir(tmp_path / "out") == []
+        lines.extend(predict(RedBox(), [video, video], tmp_path / "out", save=SAVES))
+    assert len(rows(tmp_path / "out" / "counts.csv")) == 5
+    assert len(json.loads((tmp_path / "out" / "detections.json").read_text())) == 5
+    assert sorted(os.listdir(tmp_path / "out")) == ["counts.csv", "detections.csv", "detections.json", "street.mp4"]
+
+
+def test_a_caller_that_stops_keeps_the_tables(tmp_path):
+    answers = predict(
+        RedBox(), [photo(tmp_path / name) for name in ("a.png", "b.png")], tmp_path / "out", save=["counts"]
+    )
+    next(answers)
+    answers.close()
+    assert len(rows(tmp_path / "out" / "counts.csv")) == 1
+
+
+def test_tables_of_an_earlier_run_are_replaced_with_a_warning(tmp_path, caplog):
+    for save in (["json", "csv"], ["csv"], ["pictures"]):
+        list(predict(RedBox(), [photo(tmp_path / "a.png")], tmp_path / "out", save=save))
+    (message,) = caplog.messages
+    assert message.startswith(f"{tmp_path / 'out'}: detections.json, detections.csv of an earlier run; ")
+
+
+@pytest.mark.parametrize(("save", "kept"), [("pictures,counts", ["counts.csv"]), ("counts,json", [])])
+def test_a_full_disk_keeps_what_was_written(tmp_path, video, fake_video, small_files, save, kept):
+    noise = np.random.default_rng(0).integers(0, 256, (200, 300, 3), dtype=np.uint8)
+    fake_video([noise] * 40, total=40)
+    with small_files(1500 if not kept else 5000), pytest.raises(CannotWrite, match="make room"):
+        list(predict(RedBox(), [video], tmp_path / "out", save=save.split(",")))
+    assert os.listdir(tmp_path / "out") == kept
 
 
 @pytest.mark.parametrize(("save", "size"), [("pictures", 5000), ("counts", 1000), ("json", 1000)])

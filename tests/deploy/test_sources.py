@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from earlyexit_ssd.deploy import sources
-from earlyexit_ssd.deploy.sources import Frame, Source, find_sources, read_frames
+from earlyexit_ssd.deploy.sources import Frame, Source, count_frames, find_sources, read_frames
 from earlyexit_ssd.errors import DataError, EarlyExitError
 from tests.deploy.fakes import scene
 
@@ -53,6 +53,15 @@ def test_no_source_is_an_error(folder):
         find_sources([f"{folder}/*.gif"])
     with pytest.raises(DataError, match="the folder has no photos and no videos; name files"):
         find_sources([folder / "empty"])
+    first, second, third = find_sources([f"{folder}/*.gif", folder / "a.jpg", folder / "empty"])
+    assert [type(next(read_frames(source))) for source in (first, second, third)] == [DataError, Frame, DataError]
+
+
+@pytest.mark.parametrize(("total", "most", "expected"), [(10, None, 5), (10, 2, 3), (0, None, None)])
+def test_frames_are_counted_by_the_headers_of_videos(folder, fake_video, total, most, expected):
+    fake_video([], total=total)
+    assert count_frames(find_sources([folder / "street.mp4", folder / "a.jpg"]), 3, most) == expected
+    assert count_frames([Source("0", "live")], 3, most) == most
 
 
 def test_a_photo_is_a_frame_and_a_broken_photo_an_error(folder):

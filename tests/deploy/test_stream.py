@@ -86,6 +86,14 @@ def test_a_rule_refuses_a_detector_whose_answers_may_be_left_out():
             TemporalExit(detector, RULE)
 
 
+def test_frames_of_another_size_are_computed(caplog):
+    rule = dataclasses.replace(RULE, frame_size=scene().shape[:2])
+    frames = [scene(size=(60, 80))] * 3
+    assert run(frames, rule)[0].all() and len(caplog.messages) == 1
+    assert run([scene()] * 3, rule)[0].tolist() == [True, False, False]
+    assert calibrate_stream(RedBox(), [scene()] * 9, 0.1, None).frame_size == scene().shape[:2]
+
+
 def test_slow_drift_adds_up():
     """Light rises by 0.01 grey levels per frame, so no frame differs from the frame before."""
     computed, _ = run([scene(level=60 + index * 0.01) for index in range(3000)])
@@ -220,6 +228,8 @@ def test_the_error_for_too_few_frames_has_the_number_needed(caplog):
         calibrate_stream(RedBox(), comings(10, every=100), 0.05, 0.05, block=40)
     needed = int(re.search(message, str(error.value))[1])
     assert 60 < needed < 120
+    with pytest.raises(EarlyExitError, match=r"^400 frames are 10 blocks of 40, too few .* are needed"):
+        calibrate_stream(None, None, 0.05, 0.05, block=40, most_frames=400)
     assert caplog.messages[0] == f"a guarantee of 5.0 % takes at least {40 * needed} frames ({needed} blocks)"
     assert calibrate_stream(RedBox(), comings(needed, every=1000), 0.05, 0.05, block=40).figures.bound <= 0.05
 

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import copy
-import io
 import warnings
 
-import numpy as np
 import onnx
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from earlyexit_ssd.config import CLOSED, load_config
@@ -22,7 +19,6 @@ from earlyexit_ssd.evaluation.cost import (
     count_mmacs,
     example_input,
     export_onnx,
-    gather_instead_of_resize,
     in_runtime,
     median_interval,
     mmacs_to_exit,
@@ -33,7 +29,6 @@ from earlyexit_ssd.modeling.detector import AllOutputs, PathToExit
 from earlyexit_ssd.modeling.outputs import ExitSignals
 from earlyexit_ssd.routing import ExitRouter
 from earlyexit_ssd.routing.policies import POLICIES, GainModel
-from earlyexit_ssd.runtimes import OnnxRuntime
 
 
 def test_an_exported_path_keeps_its_outputs_and_its_mode(small_model, capfd):
@@ -211,20 +206,3 @@ def test_closed_exits_cost_no_head(small_model):
     assert first_closed[0] == everything[0]  # its own cost does not depend on its threshold
     assert everything[1] > first_closed[1] and everything[2] > first_closed[2]
     assert all_closed[2] == pytest.approx(count_mmacs(PlainPath(small_model), example_input(small_model)))
-
-
-@pytest.mark.parametrize("size", [(5, 9), (40, 33)])
-def test_gather_instead_of_resize_equals_interpolate(size):
-    class Copy(torch.nn.Module):
-        def forward(self, x):
-            return F.interpolate(x, size, mode="bilinear", align_corners=False) * 2
-
-    x, content = torch.randn(1, 3, 24, 32), io.BytesIO()
-    torch.onnx.export(Copy(), (x,), content, input_names=["x"], opset_version=17, dynamo=False)
-    resized = onnx.load_from_string(content.getvalue())
-    gathered = gather_instead_of_resize(resized)
-    kinds = [{node.op_type for node in one.graph.node} for one in (resized, gathered)]
-    assert "Resize" in kinds[0] and "Resize" not in kinds[1]
-    onnx.checker.check_model(gathered)
-    (found,) = OnnxRuntime(gathered.SerializeToString(), "test")({"x": x.numpy()}).values()
-    assert np.allclose(found, Copy()(x), atol=2e-5)

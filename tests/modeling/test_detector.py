@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from earlyexit_ssd import ExitRouter, fuse_for_inference
@@ -22,7 +23,7 @@ from earlyexit_ssd.modeling.detector import (
 )
 from earlyexit_ssd.modeling.losses import Assignment, LossSettings
 from earlyexit_ssd.modeling.outputs import pool_tap
-from earlyexit_ssd.modeling.trunk import small_copy
+from earlyexit_ssd.modeling.trunk import Trunk
 from tests.modeling.conftest import SMALL, assert_equal, copy_state, model_with_varied_scores, small_model
 
 
@@ -130,9 +131,10 @@ def test_routed_images_get_their_exit_s_detections_and_no_other_layers_run(plan,
 def test_keep_selects_images_of_every_tensor():
     """The finest map is needed by exits after C4, the context by light branches."""
     three = torch.arange(3.0).reshape(3, 1, 1, 1)
-    at = AtExit(small_model(), None, 0, three, 2 * three, 3 * three)
+    at = AtExit(small_model(), None, 0, three, [4 * three], 2 * three, 3 * three)
     at.keep(torch.tensor([True, False, True]))
-    assert [values.flatten().tolist() for values in (at.x, at.finest, at.context)] == [[0, 2], [0, 4], [0, 6]]
+    kept = [values.flatten().tolist() for values in (at.x, at.finest, at.context, *at.copies)]
+    assert kept == [[0, 2], [0, 4], [0, 6], [0, 8]]
     assert at.glance_tap is None
 
 
@@ -336,11 +338,14 @@ def model_with_glance():
     return small_model(exit_layers=(8,), glances=((64, 12),)).eval()
 
 
-def test_glance_runs_the_trunk_on_a_small_copy(images):
+def test_glance_runs_the_trunk_on_small_copies_of_the_photos(images):
     model = model_with_glance()
     assert (model.exit_names, model.empty) == (("glance64", "exit8", "full"), (True, False))
-    batch, _ = model.transform(images, None)
-    tap, _ = model.trunk.run(small_copy(batch.tensors, 64), 0, model.trunk.ends[12])
+    resized = [F.interpolate(image[None], (64, 64), mode="bilinear", align_corners=False) for image in images]
+    (copies,) = model.small_copies(images)
+    assert torch.allclose(copies, (torch.cat(resized) - 0.5) / 0.5, atol=1e-5)
+    assert model.transform.fixed_size == (96, 96)
+    tap, _ = model.trunk.run(copies, 0, model.trunk.ends[12])
     assert torch.equal(model.exit_outputs(images).taps[0], pool_tap(tap))
 
 
@@ -362,10 +367,12 @@ def test_images_that_leave_at_a_glance_have_no_detections(images):
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_closed_glance_and_training_make_no_small_copies(images, targets, monkeypatch, training):
+def test_closed_glance_and_training_do_not_run_on_small_copies(images, targets, monkeypatch, training):
     """In training, their statistics would enter BatchNorm."""
     model = model_with_glance().train(training)
     model.router = ExitRouter(2, thresholds=[CLOSED, 0.5])
-    monkeypatch.setattr("earlyexit_ssd.modeling.detector.small_copy", lambda *_: pytest.fail("computed"))
+    sides, run = set(), Trunk.run
+    monkeypatch.setattr(Trunk, "run", lambda self, x, *rest: sides.add(x.shape[-1]) or run(self, x, *rest))
     result = model(images, targets)
+    assert 96 in sides and 64 not in sides
     assert not training or not any("glance" in key for key in result)

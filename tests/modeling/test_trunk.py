@@ -7,10 +7,9 @@ from itertools import pairwise
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from earlyexit_ssd.modeling.trunk import evaluating, small_copy, ssdlite_trunk
+from earlyexit_ssd.modeling.trunk import evaluating, ssdlite_trunk
 from tests.modeling.conftest import assert_equal, small_model
 
 
@@ -35,22 +34,6 @@ def test_tap_is_the_output_of_that_layer():
     for layer in [*list(backbone.features[0])[9:], *list(backbone.features[1])[:2]]:
         expected = layer(expected)
     assert torch.equal(trunk.run(x, 0, trunk.ends[14])[0], expected)
-
-
-def test_small_copy_has_the_means_of_blocks():
-    x = torch.arange(16.0).reshape(1, 1, 4, 4)
-    assert small_copy(x, 2).tolist() == [[[[2.5, 4.5], [10.5, 12.5]]]]
-    assert torch.equal(small_copy(x, 4), x)
-    assert small_copy(torch.full((2, 3, 10, 10), 0.25), 4).equal(torch.full((2, 3, 4, 4), 0.25))
-
-
-@pytest.mark.parametrize(
-    ("side", "pixels", "times"), [(320, 128, 2), (320, 96, 3), (288, 128, 2), (320, 192, 1), (317, 128, 2)]
-)
-def test_small_copy_is_interpolated_then_pooled(side, pixels, times):
-    x = torch.rand(2, 3, side, side)
-    larger = F.interpolate(x, (times * pixels, times * pixels), mode="bilinear", align_corners=False)
-    assert torch.allclose(small_copy(x, pixels), F.avg_pool2d(larger, times), atol=5e-5)  # positions are rounded
 
 
 @pytest.mark.parametrize("fails", [False, True])

@@ -17,6 +17,7 @@ from PIL import Image
 
 from earlyexit_ssd import ExitRouter
 from earlyexit_ssd.config import CLOSED
+from earlyexit_ssd.data.dataset import as_tensor
 from earlyexit_ssd.deploy import Predictor
 from earlyexit_ssd.deploy.benchmark import Ratio
 from earlyexit_ssd.deploy.graph import Segment
@@ -59,7 +60,7 @@ def model(folder):
     """Routed so that half of the photos leave at exit 8; exit 12 is closed."""
     model = build_model(exit_layers=(8, 12))
     model.router = ExitRouter(2, policy="max_foreground", temperatures=1.5, thresholds=[0.0, CLOSED])
-    images = [int8.as_tensor(int8.read_image(photo)) for photo in sorted(folder.iterdir())]
+    images = [as_tensor(int8.read_image(photo)) for photo in sorted(folder.iterdir())]
     with torch.no_grad():
         confidences = model.router.confidence(model.exit_outputs(images).signals(0), 0)
     model.router.thresholds = [float(confidences.sort().values[3:5].mean()), CLOSED]
@@ -147,7 +148,7 @@ def test_a_segment_gets_only_the_inputs_that_it_reads():
     """A copied branch ignores the context of a light one."""
     photos = [{**photo, "context_in": np.ones((1, 2, 4, 4), np.float32)} for photo in NOISE]
     segment = Segment(0, "full", False, three_convolutions(), full=True)
-    (quantised,) = _quantised(_by_onnx_runtime, [segment], photos, FloatLayers(0, False))
+    (quantised,) = _quantised(_by_onnx_runtime, [segment], {"full": photos}, FloatLayers(0, False))
     assert "QuantizeLinear" in {node.op_type for node in quantised.model.graph.node}
 
 
