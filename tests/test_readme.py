@@ -12,12 +12,16 @@ from PIL import Image
 from earlyexit_ssd.config import get_cfg, load_config
 from earlyexit_ssd.data import load_dataset
 from earlyexit_ssd.data.records import DATA_FORMATS
+from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.evaluation.metrics import METRICS
 from earlyexit_ssd.evaluation.results import Results
 from earlyexit_ssd.evaluation.verdict import judge
 from earlyexit_ssd.modeling import Architecture, Exit
 from earlyexit_ssd.modeling.branches import BRANCHES
+from earlyexit_ssd.modeling.detector import DETECTORS
 from earlyexit_ssd.modeling.outputs import ExitSignals
+from earlyexit_ssd.pipeline.build import build_model
+from earlyexit_ssd.pipeline.train import prepare
 from earlyexit_ssd.routing.policies import POLICIES, get_policy
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -109,7 +113,7 @@ def test_python_example_of_the_readme_runs(capsys):
 @pytest.fixture
 def extensions():
     """Run the examples of docs/extending.md, and unregister them after the test. Return the names that they define."""
-    kept = [(registry, dict(registry)) for registry in (POLICIES, DATA_FORMATS, BRANCHES, METRICS)]
+    kept = [(registry, dict(registry)) for registry in (POLICIES, DATA_FORMATS, BRANCHES, METRICS, DETECTORS)]
     names: dict = {}
     first, *examples = re.findall(r"^```python\n(.*?)^```", EXTENDING, re.M | re.S)
     compile(first, "extending.md", "exec")  # it imports the user's module
@@ -154,6 +158,30 @@ def test_example_of_a_branch_runs(extensions):
 def test_example_of_a_metric_runs(extensions):
     detector = SimpleNamespace(matches=SimpleNamespace(score=[0.9, 0.5, 0.1], photos=2))
     assert METRICS["boxes_per_image"].measure(detector) == {"boxes_per_image": 1.5}
+
+
+def test_example_of_a_detector_runs(extensions, tmp_path):
+    """Exits are checked against the detector's own layers, and a checkpoint needs no names of torchvision's weights."""
+    name = "ssdlite_mobilenet_v3_small"
+    keys = ["MODEL.NAME", name, "MODEL.WIDTH", "0.5", "EXITS.LAYERS", "[5, 9, 11]", "DATA.CLASSES", "[cup]"]
+    model, architecture = build_model(load_config(None, keys), ("cup",))
+    photos = [torch.rand(3, 40, 60)]
+    *_, full = model.eval().exit_outputs(photos).heads
+    plain = architecture.build_detector().eval()
+    plain.load_state_dict({key: value for key, value in model.state_dict().items() if not key.startswith("branches.")})
+    batch, _ = plain.transform(photos)
+    for key, value in plain.head(list(plain.backbone(batch.tensors).values())).items():
+        torch.testing.assert_close(full[key], value)
+    torch.save(plain.state_dict(), tmp_path / "plain.pth")
+    keys += ["MODEL.WEIGHTS", str(tmp_path / "plain.pth")]
+    loaded, _ = build_model(load_config(None, keys), ("cup",))
+    loaded.save(tmp_path / "model.pth")
+    assert type(loaded).from_pretrained(tmp_path / "model.pth").exit_names == ("exit5", "exit9", "exit11", "full")
+    wrong = {"EXITS.LAYERS": "[5, 12]", "MODEL.WEIGHTS": "COCO_V1", "MODEL.WEIGHTS_BACKBONE": "IMAGENET1K_V9"}
+    messages = ("from 1 to 11", "weights COCO_V1: no such file; torchvision's weights are none", "of IMAGENET1K_V1")
+    for (key, value), message in zip(wrong.items(), messages, strict=True):
+        with pytest.raises(EarlyExitError, match=message):
+            prepare(load_config(None, [*keys, key, value]), None, torch.device("cpu"))
 
 
 def test_network_picture_is_current():
