@@ -122,7 +122,7 @@ def train(cfg: CfgNode, resume: bool = False, force: bool = False) -> Results | 
         force: continue after a failed gate. Every later report mentions it.
 
     Returns:
-        The content of metrics.json; None on processes other than the first.
+        The `Results` of :func:`evaluate_model`; None on processes other than the first.
 
     Raises:
         EarlyExitError: unusable settings, data or weights, or a training that diverged.
