@@ -67,8 +67,8 @@ class _Registration(importlib.abc.MetaPathFinder):
 
 
 def _register() -> None:
-    modules = [module for name, module in sys.modules.items() if name.startswith(f"{__name__}.")]
-    # if a module of this package is importing torchvision, importing `modeling` here would be circular
+    modules = [module for name, module in sys.modules.items() if name.startswith(f"{__name__}.modeling")]
+    # if a module of `modeling` is importing torchvision, importing `modeling` here would be circular; it goes on itself
     if not any(getattr(module.__spec__, "_initializing", False) for module in modules):
         importlib.import_module(f"{__name__}.modeling")
 

@@ -9,6 +9,10 @@ from earlyexit_ssd.errors import EarlyExitError, shown, suggest
 T = TypeVar("T")
 
 
+class UnknownName(EarlyExitError):
+    """A name that no imported module registers."""
+
+
 class Registry(dict[str, T]):
     """Name -> registered object. ``kind`` is the noun for such an object in errors."""
 
@@ -26,8 +30,8 @@ class Registry(dict[str, T]):
         self[name] = value
 
     def find(self, name: object) -> T:
-        """Return the object of ``name``. Raise EarlyExitError with the nearest name if there is none."""
+        """Return the object of ``name``. Raise UnknownName with the nearest name if there is none."""
         if not isinstance(name, str) or name not in self:
             names = f"{', '.join(self)}, or a name that an imported module registers"
-            raise EarlyExitError(f"{self.kind} is {name!r:.60}, expected one of {names}{suggest(str(name), self)}")
+            raise UnknownName(f"{self.kind} is {name!r:.60}, expected one of {names}{suggest(str(name), self)}")
         return self[name]

@@ -1,6 +1,7 @@
 """The documents: tables match the metrics.json files, examples run, and links are valid."""
 
 import json
+import pkgutil
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,12 +13,16 @@ from PIL import Image
 from earlyexit_ssd.config import get_cfg, load_config
 from earlyexit_ssd.data import load_dataset
 from earlyexit_ssd.data.records import DATA_FORMATS
+from earlyexit_ssd.errors import DataError, EarlyExitError
 from earlyexit_ssd.evaluation.metrics import METRICS
 from earlyexit_ssd.evaluation.results import Results
 from earlyexit_ssd.evaluation.verdict import judge
-from earlyexit_ssd.modeling import Architecture, Exit
+from earlyexit_ssd.modeling import Architecture, Exit, load_model
 from earlyexit_ssd.modeling.branches import BRANCHES
+from earlyexit_ssd.modeling.detector import DETECTORS
 from earlyexit_ssd.modeling.outputs import ExitSignals
+from earlyexit_ssd.pipeline.build import build_model
+from earlyexit_ssd.pipeline.train import prepare
 from earlyexit_ssd.routing.policies import POLICIES, get_policy
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -109,7 +114,7 @@ def test_python_example_of_the_readme_runs(capsys):
 @pytest.fixture
 def extensions():
     """Run the examples of docs/extending.md, and unregister them after the test. Return the names that they define."""
-    kept = [(registry, dict(registry)) for registry in (POLICIES, DATA_FORMATS, BRANCHES, METRICS)]
+    kept = [(registry, dict(registry)) for registry in (POLICIES, DATA_FORMATS, BRANCHES, METRICS, DETECTORS)]
     names: dict = {}
     first, *examples = re.findall(r"^```python\n(.*?)^```", EXTENDING, re.M | re.S)
     compile(first, "extending.md", "exec")  # it imports the user's module
@@ -131,11 +136,11 @@ def test_examples_of_policies_run(extensions):
     assert quiet(ExitSignals(torch.zeros(2, 5, 2)), 1).tolist() == [1, 1]
 
 
-def test_example_of_a_data_format_runs(extensions, tmp_path):
+def test_example_of_a_data_format_runs(extensions, tmp_path, caplog):
     for photo in ("a.png", "b.png"):
         Image.new("RGB", (40, 30)).save(tmp_path / photo)
-    lines = "a.png,1,2,11,22,cup\na.png,3,4,x,8,cup\n\nb.png\n../c.png,0,0,9,9,cup\nlost.png\n"
-    (tmp_path / "train.csv").write_text(lines, encoding="utf-8")
+    lines = "a.png,1,2,11,22,cup\r\na.png,3,4,x,8,cup\n\nb.png\n../c.png,0,0,9,9,cup\nlost.png\n"
+    (tmp_path / "train.csv").write_text(lines, encoding="utf-8-sig")
     sets = f"[[cups, '{tmp_path}/train.csv', '{tmp_path}']]"
     cfg = load_config(None, ["DATA.DATASETS", sets, "DATA.CLASSES", "[cup]"])
     first, second = load_dataset(cfg, "cups", labels="optional")
@@ -143,17 +148,50 @@ def test_example_of_a_data_format_runs(extensions, tmp_path):
     assert second[0].shape == (3, 30, 40) and not len(second[1]["boxes"])
     cfg = load_config(None, ["DATA.DATASETS", sets, "DATA.CLASSES", "[cup]", "DATA.ON_BAD", "skip"])
     assert [record.path.name for record in load_dataset(cfg, "cups", labels="optional").records] == ["b.png"]
+    assert "cups: 1 x missing photo file" in caplog.text and "train.csv, line 2: " in caplog.text
+    for damaged in (b"\xff\xfe", b"a.png\rb.png"):
+        (tmp_path / "train.csv").write_bytes(damaged)
+        with pytest.raises(DataError, match="train.csv.*save it as"):
+            load_dataset(cfg, "cups")
 
 
-def test_example_of_a_branch_runs(extensions):
+def test_example_of_a_branch_runs(extensions, tmp_path):
     model = Architecture(classes=("cup",), width=0.25, exits=(Exit(8, "strided", {"channels": 16}),)).build()
     shallow, full = model.eval().exit_outputs([torch.rand(3, 320, 320)]).heads
     assert {key: value.shape for key, value in shallow.items()} == {key: value.shape for key, value in full.items()}
+    model.save(tmp_path / "model.pth")
+    del BRANCHES["strided"]
+    with pytest.raises(EarlyExitError, match="'strided', expected .*; import that module .docs/extending"):
+        load_model(tmp_path / "model.pth")
 
 
 def test_example_of_a_metric_runs(extensions):
     detector = SimpleNamespace(matches=SimpleNamespace(score=[0.9, 0.5, 0.1], photos=2))
     assert METRICS["boxes_per_image"].measure(detector) == {"boxes_per_image": 1.5}
+
+
+def test_example_of_a_detector_runs(extensions, tmp_path):
+    """Exits are checked against the detector's own layers, and a checkpoint needs no names of torchvision's weights."""
+    name = "ssdlite_mobilenet_v3_small"
+    keys = ["MODEL.NAME", name, "MODEL.WIDTH", "0.5", "EXITS.LAYERS", "[5, 9, 11]", "DATA.CLASSES", "[cup]"]
+    model, architecture = build_model(load_config(None, keys), ("cup",))
+    photos = [torch.rand(3, 40, 60)]
+    *_, full = model.eval().exit_outputs(photos).heads
+    plain = architecture.build_detector().eval()
+    plain.load_state_dict({key: value for key, value in model.state_dict().items() if not key.startswith("branches.")})
+    batch, _ = plain.transform(photos)
+    for key, value in plain.head(list(plain.backbone(batch.tensors).values())).items():
+        torch.testing.assert_close(full[key], value)
+    torch.save(plain.state_dict(), tmp_path / "plain.pth")
+    keys += ["MODEL.WEIGHTS", str(tmp_path / "plain.pth")]
+    loaded, _ = build_model(load_config(None, keys), ("cup",))
+    loaded.save(tmp_path / "model.pth")
+    assert type(loaded).from_pretrained(tmp_path / "model.pth").exit_names == ("exit5", "exit9", "exit11", "full")
+    wrong = {"EXITS.LAYERS": "[5, 12]", "MODEL.WEIGHTS": "COCO_V1", "MODEL.WEIGHTS_BACKBONE": "IMAGENET1K_V9"}
+    messages = ("from 1 to 11", "weights COCO_V1: no such file; torchvision's weights are none", "of IMAGENET1K_V1")
+    for (key, value), message in zip(wrong.items(), messages, strict=True):
+        with pytest.raises(EarlyExitError, match=message):
+            prepare(load_config(None, [*keys, key, value]), None, torch.device("cpu"))
 
 
 def test_network_picture_is_current():
@@ -231,6 +269,11 @@ def test_results_have_no_absolute_paths():
     stored = [path for folder in ("docs", "benchmarks") for path in (ROOT / folder / "results").rglob("*.json")]
     wrong = [path for path in stored if '"/' in path.read_text(encoding="utf-8")]
     assert wrong == []
+
+
+def test_names_of_the_api_page_exist():
+    names = re.findall(r"^::: (.+)$", (ROOT / "docs" / "api.md").read_text(encoding="utf-8"), re.M)
+    assert len(names) > 20 and all(map(pkgutil.resolve_name, names))
 
 
 QUALITY = (

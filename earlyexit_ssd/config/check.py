@@ -15,7 +15,7 @@ PHASES = ("baseline", "exits", "joint")
 CLOSED = 2.0  # a threshold that no confidence reaches
 C4_LAYER = 13  # the expansion of this layer is the first feature map of the full path's head
 PHASE_SECTIONS = {"baseline": "BASELINE", "exits": "EXITS_PHASE", "joint": "JOINT", "fine_tuning": "FINE_TUNING"}
-LAST_LAYER = 16  # of MobileNetV3's trunk
+SSDLITE, LAST_LAYER = "ssdlite320_mobilenet_v3_large", 16  # the last layer of its trunk
 TAIL_BLOCKS = 2  # residual blocks after `C4_LAYER`: layers 14 and 15
 SMALLEST_SIDE, LARGEST_SIDE, MAX_WIDTH, MAX_CHANNELS = 64, 4096, 4, 4096
 FOLD_CHOICES = ("exact", "compact", "rows")
@@ -64,6 +64,11 @@ def _whole(low: int, high: int) -> Callable[..., bool]:
     return lambda value, *_: isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
 
 
+def _is_layer(layer: object, cfg: CfgNode) -> bool:
+    # the layers of other detectors are checked when their class is known, see `check_exits`
+    return _whole(1, LAST_LAYER - 1 if cfg.MODEL.NAME == SSDLITE else 999)(layer)
+
+
 def _has_supervision(teacher: str, cfg: CfgNode) -> bool:
     return cfg.LOSS.SUPERVISION == "labels" or teacher != "none"
 
@@ -107,10 +112,10 @@ _OF_EACH_VALUE: Sequence[Rule] = (  # applied to every element of a list
     ("MODEL.IMAGE_SIZE DATA.SYNTHETIC.IMAGE_SIZE", _SIDE, _whole(SMALLEST_SIDE, LARGEST_SIDE)),
     ("BASELINE.SIZES JOINT.SIZES", f"whole numbers from 32 to {LARGEST_SIDE} pixels", _whole(32, LARGEST_SIDE)),
     ("EVAL.RIVALS.SIZES", f"whole numbers from {_SIDE}", _whole(SMALLEST_SIDE, LARGEST_SIDE)),
-    ("EXITS.LAYERS", f"trunk layers 1 to {LAST_LAYER - 1}", _whole(1, LAST_LAYER - 1)),
+    ("EXITS.LAYERS", f"trunk layers 1 to {LAST_LAYER - 1} (SSDLite)", lambda layer, _, cfg: _is_layer(layer, cfg)),
     ("EXITS.GLANCES", f"pairs of pixels (32 to {LARGEST_SIDE}) and a trunk layer, such as [[128, 12]]",
-     lambda value, *_: isinstance(value, tuple) and len(value) == 2 and _whole(32, LARGEST_SIDE)(value[0])
-     and _whole(1, LAST_LAYER - 1)(value[1])),
+     lambda value, _, cfg: isinstance(value, tuple) and len(value) == 2 and _whole(32, LARGEST_SIDE)(value[0])
+     and _is_layer(value[1], cfg)),
     ("EXITS.EMPTY", "some of EXITS.LAYERS {layers}", lambda value, _, cfg: value in cfg.EXITS.LAYERS),
     ("EXITS.COPY", "a share above 0, at most 1", lambda value, *_: value > 0),
     ("EXITS.DEPTH", f"0 to {TAIL_BLOCKS} blocks", _whole(0, TAIL_BLOCKS)),

@@ -41,7 +41,8 @@ def _as_node(value: Any) -> Any:
 
 
 def load_config(path: str | os.PathLike[str] | None = None, overrides: Sequence[str] = ()) -> CfgNode:
-    """Return the defaults, overridden by the ``_BASE_`` files of ``path``, then by ``path``, then by ``overrides``.
+    """Return the defaults, overridden by the ``_BASE_`` files of ``path``, then by ``path``, then by ``overrides``. The
+    result is frozen: to change a value, load it again with other ``overrides``.
 
     Args:
         path: a YAML file.

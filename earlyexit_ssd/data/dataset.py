@@ -349,6 +349,9 @@ def load_dataset(
 ) -> DetectionDataset:
     """Read, check and join data sets, with the objects of ``DATA.CLASSES`` only.
 
+    If ``DATA.CLASSES`` is empty, the classes are those of ``DATA.TRAIN``, which is read too. By default that is the
+    rendered data set of 2,100 photos. So set ``DATA.CLASSES`` or ``DATA.TRAIN`` for your own data.
+
     Args:
         names: names of data sets in the catalog or in ``DATA.DATASETS``.
         train: limit the photos without objects, augment, and leave out objects to ignore.

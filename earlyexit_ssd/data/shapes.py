@@ -209,6 +209,7 @@ def _empty_room(rng: Generator, room: np.ndarray, camera: Camera, light: Light, 
     size, (lamp, ambient) = camera.size, light
     grid = ((np.arange(size, dtype=np.float32) + 0.5) / size - 0.5) / camera.focal
     rays = [right * grid + (down * grid)[:, None] + forward for right, down, forward in camera.axes.T]
+    rays = [np.where(ray == 0, np.float32(1e-30), ray) for ray in rays]  # parallel to a wall
     steps = [(np.where(ray >= 0, end, 0) - at) / ray for ray, end, at in zip(rays, room, camera.eye, strict=True)]
     step = np.minimum(np.minimum(steps[0], steps[1]), steps[2])
     x, y, z = (at + ray * step for at, ray in zip(camera.eye, rays, strict=True))

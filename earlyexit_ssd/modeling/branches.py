@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torchvision.models.detection.ssdlite import SSDLiteHead
 from torchvision.ops.misc import Conv2dNormActivation, SqueezeExcitation
 
-from earlyexit_ssd.config.check import C4_LAYER, LARGEST_SIDE, LAST_LAYER, MAX_CHANNELS, TAIL_BLOCKS
+from earlyexit_ssd.config.check import LARGEST_SIDE, MAX_CHANNELS, TAIL_BLOCKS
 from earlyexit_ssd.errors import EarlyExitError, check_keywords, shown, suggest
 from earlyexit_ssd.modeling.heads import copy_rows, factorise, is_folded
 from earlyexit_ssd.modeling.outputs import Head
@@ -418,7 +418,7 @@ def _blocks_to_c4(backbone: nn.Module, layer: int) -> list[list[nn.Module]]:
     """Return the blocks without residual connection after ``layer`` up to C4, each as a list of its layers."""
     first, second = backbone.features
     blocks = [list(block.block) for block in first[layer + 1 : -1] if not block.use_res_connect]
-    return [*blocks, [first[-1], *second[0]]] if layer < C4_LAYER else []
+    return [*blocks, [first[-1], *second[0]]] if layer < len(first) - 1 else []
 
 
 def _slice_block(layers: Sequence[nn.Module], channels: Tensor) -> list[nn.Module]:
@@ -478,7 +478,8 @@ class CopiedBranch(Branch):
                 "others; use branch='light' (EXITS.BRANCH light)"
             )
         # Residual blocks up to the tap are not copied. With `channels` they are, since older model files have them.
-        blocks = depth if channels else min(depth, LAST_LAYER - 1 - place.layer)
+        c4, tail = (len(part) - 1 for part in place.backbone.features)  # index of C4, layers after it
+        blocks = depth if channels else min(depth, c4 + tail - 1 - place.layer)
         self.copied, self.tail = CopiedPathToC4(place.backbone, place.layer, copy), Tail(place.backbone, blocks)
         new_map = channels > 0 or self.copied.c4 is None
         channels = channels or self.copied.first_channels

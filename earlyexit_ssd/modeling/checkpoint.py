@@ -30,6 +30,7 @@ from earlyexit_ssd.modeling.retrofit import (
     read_weights,
 )
 from earlyexit_ssd.plain import read_json, typed
+from earlyexit_ssd.registry import UnknownName
 
 FORMAT = "earlyexit_ssd/1"
 
@@ -98,7 +99,9 @@ def load_model(
         architecture = Architecture.from_dict(content["architecture"])
         model = architecture.build()
     except EarlyExitError as error:
-        raise EarlyExitError(f"{path}: {error}; write it again, or train its exits again (MODEL.WEIGHTS)") from None
+        unknown = isinstance(error, UnknownName)
+        fix = "import that module (docs/extending.md)" if unknown else "write it again"
+        raise EarlyExitError(f"{path}: {error}; {fix}, or train its exits again (MODEL.WEIGHTS)") from None
     except (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError) as error:
         raise EarlyExitError(f"{path}: its architecture cannot be built ({error}); write it again") from None
     load_every_key(model, content["model"], path)

@@ -272,8 +272,8 @@ class EarlyExitDetector(SSD):
     """A torchvision SSD with branches after some trunk layers.
 
     All parameters and buffers of the torchvision detector keep their names. Without a router, the detections equal
-    torchvision's. A subclass sets ``last_layer`` and torchvision's weights, and implements ``trunk`` and
-    ``build_plain``.
+    torchvision's. A subclass sets ``last_layer``, implements ``trunk`` and ``build_plain``, and names torchvision's
+    weights if there are any.
 
     Args:
         detector: a torchvision detector; its modules are used, not copied.
@@ -297,8 +297,9 @@ class EarlyExitDetector(SSD):
 
     detector_name: ClassVar[str]
     last_layer: ClassVar[int]  # of the trunk; early exits attach to layers 1 to ``last_layer - 1``
-    plain_weights: ClassVar[type[WeightsEnum]]  # torchvision's weights of the detector without exits
-    backbone_weights: ClassVar[type[WeightsEnum]]  # torchvision's weights of the trunk
+    # torchvision's weights of the detector without exits, and of the trunk; `WeightsEnum` itself has no members
+    plain_weights: ClassVar[type[WeightsEnum]] = WeightsEnum
+    backbone_weights: ClassVar[type[WeightsEnum]] = WeightsEnum
     default_exits: ClassVar[tuple[Exit, ...]] = describe_exits()
     any_size: ClassVar[bool] = True  # False: only torchvision's input size works
     fused = False  # True after `fuse_for_inference`

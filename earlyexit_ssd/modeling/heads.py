@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.detection.ssd import SSD, SSDScoringHead
 
-from earlyexit_ssd.data import canonical
+from earlyexit_ssd.data.records import canonical  # not from `data`, which may be importing torchvision
 from earlyexit_ssd.errors import EarlyExitError, suggest
 from earlyexit_ssd.modeling.trunk import evaluating
 

@@ -405,7 +405,7 @@ def require_weights(
     """Raise an EarlyExitError with the nearest name if ``weights`` is neither a file nor a member of ``enum``."""
     if torchvision_name(weights, enum) is None and not Path(weights).is_file():
         names = enum.__members__
-        hint = suggest(str(weights), names) or f"; torchvision's weights are {', '.join(names)}"
+        hint = suggest(str(weights), names) or f"; torchvision's weights are {', '.join(names) or 'none'}"
         raise EarlyExitError(f"weights {weights}: no such file{hint}")
 
 

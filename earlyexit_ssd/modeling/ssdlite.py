@@ -10,7 +10,7 @@ from torchvision.models._api import register_model
 from torchvision.models.detection import SSDLite320_MobileNet_V3_Large_Weights
 from torchvision.models.detection.backbone_utils import _validate_trainable_layers
 
-from earlyexit_ssd.config.check import LAST_LAYER
+from earlyexit_ssd.config.check import LAST_LAYER, SSDLITE
 from earlyexit_ssd.modeling.branches import Exit, takes_exits
 from earlyexit_ssd.modeling.checkpoint import ShippedWeights
 from earlyexit_ssd.modeling.detector import COCO_CLASSES, register_detector
@@ -22,7 +22,7 @@ from earlyexit_ssd.modeling.trunk import Trunk, build_ssdlite, ssdlite_trunk
 from earlyexit_ssd.modeling.validate import LEAST_SCORE
 
 
-@register_detector("ssdlite320_mobilenet_v3_large")
+@register_detector(SSDLITE)
 class EarlyExitSSDLite(Pretrained):
     """torchvision's SSDLite with a MobileNetV3 and early exits; see :class:`EarlyExitDetector`."""
 

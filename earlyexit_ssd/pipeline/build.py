@@ -224,8 +224,8 @@ def backbone_weights(cfg: CfgNode) -> WeightsEnum:
     """Return the ImageNet weights that MODEL.WEIGHTS_BACKBONE names. Raise ConfigError for an unknown name."""
     members, name = DETECTORS.find(cfg.MODEL.NAME).backbone_weights.__members__, cfg.MODEL.WEIGHTS_BACKBONE
     if name not in members:
-        expected = f"expected one of {', '.join(members)}{suggest(name, members)}"
-        raise ConfigError(f"MODEL.WEIGHTS_BACKBONE is {name!r}, {expected}")
+        expected = f"one of {', '.join(members)}{suggest(name, members)}" if members else "'' with this MODEL.NAME"
+        raise ConfigError(f"MODEL.WEIGHTS_BACKBONE is {name!r}, expected {expected}")
     return members[name]
 
 

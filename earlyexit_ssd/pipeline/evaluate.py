@@ -224,8 +224,8 @@ def evaluate_model(
         compare: whether to warn if the model of ``weights`` differs from that in ``cfg``.
 
     Returns:
-        The content of metrics.json; None on processes other than the first, which only compute their share of the
-        photos.
+        The content of metrics.json as `Results`, a dataclass of `evaluation.results`; None on processes other than the
+        first, which only compute their share of the photos.
 
     Raises:
         EarlyExitError: unusable weights, data or settings.

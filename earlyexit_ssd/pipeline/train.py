@@ -20,6 +20,7 @@ from earlyexit_ssd.errors import ConfigError
 from earlyexit_ssd.evaluation.results import Results
 from earlyexit_ssd.files import locked_folder, write_bytes, write_image, write_json
 from earlyexit_ssd.modeling import load_model, save_model
+from earlyexit_ssd.modeling.branches import check_exits
 from earlyexit_ssd.modeling.detector import DETECTORS
 from earlyexit_ssd.modeling.retrofit import load_every_key, require_weights
 from earlyexit_ssd.pipeline.build import (
@@ -94,14 +95,16 @@ def _check_names(cfg: CfgNode) -> None:
     """Check names of data sets, weight files, the exits, input sizes and batch sizes."""
     for name in (*cfg.DATA.TRAIN, *cfg.DATA.CALIB, *cfg.DATA.TEST):
         catalog.find(name, cfg.DATA)
+    detector = DETECTORS.find(cfg.MODEL.NAME)
     for weights in (cfg.MODEL.WEIGHTS, cfg.BASELINE.GATE.REFERENCE):
         if weights:
-            require_weights(weights, DETECTORS.find(cfg.MODEL.NAME).plain_weights)
-    build_architecture(cfg, ("object",))  # raises for MODEL.NAME, EXITS.BRANCH and the branches' arguments
+            require_weights(weights, detector.plain_weights)
+    exits = build_architecture(cfg, ("object",)).exits  # raises for EXITS.BRANCH and the branches' arguments
+    check_exits(exits, detector.last_layer, cfg.MODEL.IMAGE_SIZE)
     if cfg.MODEL.WEIGHTS_BACKBONE:
         backbone_weights(cfg)
     for key, section in {"BASELINE": cfg.BASELINE, "JOINT": cfg.JOINT, "EVAL.RIVALS": cfg.EVAL.RIVALS}.items():
-        if section.SIZES and not DETECTORS.find(cfg.MODEL.NAME).any_size:
+        if section.SIZES and not detector.any_size:
             raise ConfigError(f"{key}.SIZES is {section.SIZES}, expected []: {cfg.MODEL.NAME} has only one input size")
     for section in (PHASE_SECTIONS[phase] for phase in cfg.PHASES):
         size, processes = cfg[section].BATCH_SIZE, world_size()
@@ -119,7 +122,7 @@ def train(cfg: CfgNode, resume: bool = False, force: bool = False) -> Results | 
         force: continue after a failed gate. Every later report mentions it.
 
     Returns:
-        The content of metrics.json; None on processes other than the first.
+        The `Results` of :func:`evaluate_model`; None on processes other than the first.
 
     Raises:
         EarlyExitError: unusable settings, data or weights, or a training that diverged.

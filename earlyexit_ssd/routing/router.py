@@ -104,16 +104,22 @@ class ExitRouter(nn.Module):
 
     def confidence(self, signals: ExitSignals, exit_index: int) -> Tensor:
         """Compute confidences [N] in [0, 1] at an exit; the full path is exit ``num_exits``. At an exit without a
-        branch they are -1, which reaches no threshold, if the policy reads logits only."""
+        branch they are -1, which reaches no threshold, if the policy reads logits only. Raise EarlyExitError unless
+        the policy returns a tensor [N] without NaN; other values are clamped to [0, 1]."""
         if signals.empty and not self._reads_taps:
             return -torch.ones_like(signals.logits[:, 0, 0], dtype=torch.float32)
         likeliest = at_likeliest_boxes(signals, self._boxes)
         logits = self.tempered(likeliest.logits, exit_index)
         confidence = self._policy(ExitSignals(logits, likeliest.tap, likeliest.empty), exit_index)
-        if confidence.shape != (len(logits),):
+        if not isinstance(confidence, Tensor) or confidence.shape != (len(logits),):
+            got = list(confidence.shape) if isinstance(confidence, Tensor) else f"a {type(confidence).__name__}"
             raise EarlyExitError(
-                f"routing policy '{self.policy}' returns {list(confidence.shape)}, expected one number per image, [N]"
+                f"routing policy '{self.policy}' returns {got}, expected one number per image, a tensor [N]"
             )
+        traced = torch.jit.is_tracing() or torch.compiler.is_compiling()
+        # NaN from logits that are not finite is the model's, not the policy's
+        if not traced and confidence.isnan().any() and logits.isfinite().all():
+            raise EarlyExitError(f"routing policy '{self.policy}' returns NaN, expected numbers in [0, 1]")
         return confidence.clamp(0.0, 1.0)
 
     def tempered(self, logits: Tensor, exit_index: int) -> Tensor:

@@ -8,7 +8,7 @@ from earlyexit_ssd.errors import ConfigError
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("EXITS.LAYERS", "[99]", "EXITS.LAYERS is 99, expected trunk layers 1 to 15"),
+        ("EXITS.LAYERS", "[99]", "EXITS.LAYERS is 99, expected trunk layers 1 to 15 .SSDLite."),
         ("EXITS.LAYERS", "[true, 8]", "expected trunk layers"),
         ("EXITS.LAYERS", "[]", "at least one layer"),
         ("EXITS.LAYERS", "[12, 8]", "increasing layers"),
@@ -72,6 +72,14 @@ def test_invalid_values(key, value, message):
 def test_glances_have_thresholds():
     thresholds = ["ROUTING.THRESHOLDS", "[0.1, 0.2, 0.3]", "EXITS.GLANCES", "[[64, 8]]"]
     assert load_config(None, thresholds).ROUTING.THRESHOLDS == (0.1, 0.2, 0.3)
+
+
+def test_another_detector_may_have_more_layers_than_ssdlite():
+    name = ["MODEL.NAME", "of_the_user", "EXITS.LAYERS", "[5, 40]"]
+    assert load_config(None, [*name, "EXITS.GLANCES", "[[64, 30]]"]).EXITS.LAYERS == (5, 40)
+    for wrong in ([*name, "EXITS.LAYERS", "[0]"], ["EXITS.GLANCES", "[[64, 16]]"]):
+        with pytest.raises(ConfigError, match="trunk layer"):
+            load_config(None, wrong)
 
 
 def test_weights_are_not_compared_with_themselves():

@@ -263,3 +263,12 @@ def test_two_processes_render_once(rendered, tmp_path, monkeypatch):
     assert [process.exitcode for process in both] == [0, 0]
     assert len(list(tmp_path.glob("rendered_by_*"))) == 1
     assert contents(tmp_path / FOLDER) == contents(rendered.parent)
+
+
+def test_rays_may_be_parallel_to_walls():
+    """With an odd number of pixels and no yaw, the rays of the middle column are parallel to the side walls."""
+    rng, room, camera = np.random.default_rng(0), np.float32((4, 5, 2.5)), Camera((2, 0.5, 1.5), 0, 0.1, 1, 33)
+    assert (camera.axes[1:, 0] == 0).all()
+    with np.errstate(all="raise"):
+        canvas = shapes._empty_room(rng, room, camera, LIGHT, [])
+    assert (canvas[..., :3] > 0).all()

@@ -12,6 +12,7 @@ import torch
 import torchvision
 from torch.optim.swa_utils import AveragedModel
 from torchvision.models import VGG16_Weights, get_model
+from torchvision.models._api import WeightsEnum
 from torchvision.models.detection import (
     SSD300_VGG16_Weights,
     SSDLite320_MobileNet_V3_Large_Weights,
@@ -313,6 +314,7 @@ def offline(*args, **kwargs):
         ("SSD300_VGG16_Weights.COCO_V1", SSDLite320_MobileNet_V3_Large_Weights, "Weights.COCO_V1: no such file"),
         ("SSD300_VGG16_Weights.COCO_V1", SSD300_VGG16_Weights, "set MODEL.WEIGHTS to the file's path"),
         ("x.pth", VGG16_Weights, "no such file; torchvision's weights are IMAGENET1K_V1"),
+        ("COCO_V1", WeightsEnum, "weights COCO_V1: no such file; torchvision's weights are none"),
     ],
 )
 def test_weights_that_cannot_be_loaded_are_named(monkeypatch, weights, enum, message):

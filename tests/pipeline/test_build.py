@@ -6,7 +6,7 @@ from torchvision.models import VGG16_Weights
 from earlyexit_ssd.config import load_config
 from earlyexit_ssd.errors import ConfigError, EarlyExitError
 from earlyexit_ssd.files import write_image
-from earlyexit_ssd.modeling import Architecture, Exit, save_model
+from earlyexit_ssd.modeling import Architecture, EarlyExitDetector, EarlyExitSSDLite, Exit, save_model
 from earlyexit_ssd.pipeline import build
 from earlyexit_ssd.pipeline.build import (
     backbone_weights,
@@ -71,6 +71,14 @@ def test_imagenet_weights_are_those_of_the_detector():
     assert backbone_weights(cfg) is VGG16_Weights.IMAGENET1K_FEATURES
     with pytest.raises(ConfigError, match="MODEL.WEIGHTS_BACKBONE is 'IMAGENET1K_V9', expected one of IMAGENET1K_V1"):
         backbone_weights(load_config(None, ["MODEL.WEIGHTS_BACKBONE", "IMAGENET1K_V9"]))
+
+
+def test_a_detector_may_have_no_imagenet_weights(monkeypatch):
+    monkeypatch.setattr(EarlyExitSSDLite, "backbone_weights", EarlyExitDetector.backbone_weights)
+    with pytest.raises(
+        ConfigError, match="MODEL.WEIGHTS_BACKBONE is 'IMAGENET1K_V1', expected '' with this MODEL.NAME"
+    ):
+        backbone_weights(load_config(None, ["MODEL.WEIGHTS_BACKBONE", "IMAGENET1K_V1"]))
 
 
 def test_a_compact_head_needs_no_boxes(tmp_path, monkeypatch):

@@ -145,12 +145,28 @@ def test_a_policy_may_work_in_place(own_policy, boxes):
 
 
 @pytest.mark.parametrize(
-    ("wrong", "shape"), [(lambda logits: logits.amax(-1), r"\[2, 3\]"), (lambda logits: logits.amax()[None], r"\[1\]")]
+    ("wrong", "message"),
+    [
+        (lambda logits: logits.amax(-1), r"\[2, 3\], expected one number per image"),
+        (lambda logits: logits.amax()[None], r"\[1\], expected one number per image"),
+        (lambda logits: [0.5, 0.5], "a list, expected one number per image, a tensor"),
+        (lambda logits: logits[:, 0, 0] / 0 * 0, r"NaN, expected numbers in \[0, 1\]"),
+    ],
 )
-def test_a_policy_returns_one_number_per_image(own_policy, wrong, shape):
+def test_a_policy_returns_one_number_per_image(own_policy, wrong, message):
     router = own_policy(wrong)
-    with pytest.raises(EarlyExitError, match=rf"'of_a_test' returns {shape}, expected one number per image"):
+    with pytest.raises(EarlyExitError, match=rf"'of_a_test' returns {message}"):
         router.confidence(ExitSignals(torch.ones(2, 3, 4)), 0)
+
+
+def test_a_policy_may_return_nan_for_logits_that_are_not_finite(own_policy):
+    logits = torch.full((2, 3, 4), torch.inf)
+    assert own_policy(lambda logits: (logits - logits)[:, 0, 0]).confidence(ExitSignals(logits), 0).isnan().all()
+
+
+def test_numbers_of_a_policy_are_clamped(own_policy):
+    router = own_policy(lambda logits: logits[:, 0, 0])
+    assert router.confidence(ExitSignals(torch.tensor([[[-3.0]], [[3.0]]])), 0).tolist() == [0, 1]
 
 
 @pytest.mark.parametrize("learnt", [False, True])
