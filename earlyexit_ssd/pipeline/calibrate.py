@@ -78,7 +78,7 @@ class CalibrationTarget:
             ``ap_drop``: the full path's AP50 - the routed AP50 is at most ``value`` in 1 - delta of the bootstrap draws
             of the calibration photos. ``risk``: the expected loss of a photo is at most ``value`` with probability
             1 - delta.
-        value: above 0 for a speedup, in [0, 1] for an ap_drop, in (0, 1) for a risk.
+        value: above 1 for a speedup, in [0, 1] for an ap_drop, in (0, 1) for a risk.
         delta: in (0, 1).
         block: number of consecutive photos of a folder, such as frames of a video, that count as one draw; None: 1.
         learned: whether thresholds are learned by gradient descent instead of chosen from a grid.
@@ -92,7 +92,7 @@ class CalibrationTarget:
 
     def __post_init__(self) -> None:
         ranges = {
-            "speedup": ("a number above 0", self.value > 0),
+            "speedup": ("a number above 1, such as 1.4", self.value > 1),
             "ap_drop": ("a number in [0, 1]", 0 <= self.value <= 1),
             "risk": ("a number in (0, 1)", 0 < self.value < 1),
         }

@@ -115,7 +115,7 @@ def test_number_of_photos_that_an_ap_drop_needs(value, delta, needed):
     [
         ({"kind": "risk", "value": 1.5}, r"risk is 1.5, expected a number in \(0, 1\)"),
         ({"kind": "risk", "value": 0.1, "delta": 0.0}, "delta is 0"),
-        ({"kind": "speedup", "value": -1.0}, "speedup is -1, expected a number above 0"),
+        ({"kind": "speedup", "value": 1.0}, "speedup is 1, expected a number above 1, such as 1.4"),
         ({"kind": "ap_drop", "value": -0.1}, r"ap_drop is -0.1, expected a number in \[0, 1\]"),
         ({"kind": "gain", "value": 1.0}, "the target's kind is 'gain', expected one of speedup, ap_drop, risk"),
         ({"kind": "speedup", "value": 1.2, "block": 5}, "--block is for --risk and --ap-drop"),

@@ -62,7 +62,8 @@ def test_a_calibration_that_would_fail_is_refused_before_the_training(monkeypatc
     monkeypatch.setattr(module, "check_rivals", Mock(side_effect=EarlyExitError("no file")))  # the next check
     for target, expected in (("speedup", message or "no file"), ("", "no file")):
         with pytest.raises(EarlyExitError, match=expected):
-            module.prepare(load_config(None, [*keys, "CALIBRATION.TARGET", target]), None, torch.device("cpu"))
+            calibration = ["CALIBRATION.TARGET", target, "CALIBRATION.VALUE", "1.4"]
+            module.prepare(load_config(None, [*keys, *calibration]), None, torch.device("cpu"))
 
 
 def test_a_training_has_a_page_once_a_gate_is_checked(tmp_path):
