@@ -246,6 +246,14 @@ def test_a_rival_that_is_better_than_the_detector_without_exits_is_named(rival, 
     assert (line in verdict.lines) is named and verdict.ship
 
 
+@pytest.mark.parametrize(("ap50", "named"), [(0.75, False), (0.755, False), (0.756, True)])
+def test_no_second_rival_is_named_unless_it_is_more_accurate(ap50, named):
+    """The other is slower than the routed detector, and faster than the detector without exits."""
+    verdict = judge(with_rivals(rival("plain 192", 0.75, 15.0), rival("plain 224", ap50, 35.0)))
+    assert vetoes(verdict)[0].startswith("ship instead: plain 192")
+    assert any("look at it first" in line for line in verdict.lines) is named
+
+
 def test_rivals_of_a_routed_detector_that_finds_nothing():
     assert not judge(changed({"rivals": [rival("net", 0.0, 20.0)]}, routed_AP50=0.0)).ship
 
