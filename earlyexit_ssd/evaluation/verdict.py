@@ -23,6 +23,7 @@ ENOUGH_AP50 = 0.35  # the first exit is accurate enough if its AP50 is higher
 FIRST_EXIT_SHARE = 0.75  # minimum of AP50 of the first exit / AP50 of a full path that is an unchanged checkpoint
 DEEPEST_SHARE = 0.85  # minimum of AP50 of the deepest exit / AP50 of the full path
 LARGEST_LOSS = 0.10  # maximum of AP50 lost by routing / AP50 of the full path
+ENOUGH_PHOTOS = 100  # with fewer photos it is uncertain whether a rival is better
 AP50_TOLERANCE = 0.005  # smaller differences in AP50 do not count, because a few hundred photos cannot show them
 SHIP_INSTEAD = "ship instead"  # start of the finding that names a better rival
 
@@ -251,7 +252,8 @@ def report_better_rival(results: Results) -> Iterator[Finding]:
 
 
 def compare_with_rivals(results: Results) -> Iterator[Finding]:
-    """Veto if there is a `_rival_to_ship`. Otherwise name the rival that comes nearest."""
+    """Veto if there is a `_rival_to_ship`. Otherwise name the rival that comes nearest. A better rival is uncertain on
+    few photos, or if its AP50 may be lower by more than `LARGEST_LOSS`."""
     routed, comparable = results.routed, _comparable(results)
     if not comparable or routed.ap50 is None or routed.ms is None:
         return
@@ -259,8 +261,12 @@ def compare_with_rivals(results: Results) -> Iterator[Finding]:
     start = SHIP_INSTEAD if better else "no other detector that was measured is clearly better; the nearest"
     best = better or min(comparable, key=lambda rival: _relative_loss(rival, routed))
     figures = f"has AP50 {best.ap50:.3f} against {routed.ap50:.3f} routed, in {best.ms:.1f} ms against {routed.ms:.1f}"
-    change = f"{best.ap50 - routed.ap50:+.3f} AP50, {best.ms / routed.ms - 1:+.0%} time"
-    yield Finding(f"{start}: {best.name} {figures} ({change})", veto=bool(better))
+    photos, lost = results.context.images, best.routed_minus_rival_AP50_interval
+    interval = f" [{-lost[1]:+.3f}, {-lost[0]:+.3f}]" if lost else ""
+    change = f"{best.ap50 - routed.ap50:+.3f} AP50{interval}, {best.ms / routed.ms - 1:+.0%} time, {photos} photos"
+    uncertain = better and (photos < ENOUGH_PHOTOS or (lost and lost[1] > LARGEST_LOSS * routed.ap50))
+    doubt = "; this is uncertain: evaluate on more photos" if uncertain else ""
+    yield Finding(f"{start}: {best.name} {figures} ({change}){doubt}", veto=bool(better))
 
 
 def report_other_runtimes(results: Results) -> Iterator[Finding]:
