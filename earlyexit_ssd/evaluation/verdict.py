@@ -33,7 +33,9 @@ Rule = Callable[[Results], Iterable[Finding]]
 def judge(results: Results) -> Verdict:
     """Return the verdict. If the full path does not detect, this is the only finding."""
     context = results.context
-    rules = RULES if results.early else (report_no_exits, compare_with_rivals, report_other_runtimes)
+    rules = RULES
+    if context.untrained or not results.early:
+        rules = (report_no_exits, compare_with_rivals, report_other_runtimes)
     if not context.labelled:
         rules = (report_agreement, check_certificate, check_speedup)  # the other rules need AP, which needs labels
     elif findings := list(check_full_path(results)):
@@ -54,8 +56,12 @@ def judge(results: Results) -> Verdict:
 
 
 def report_no_exits(results: Results) -> Iterator[Finding]:
-    """Report that the model has no early exit. Veto if there is no rival. (`optimize` may choose such a detector.)"""
-    yield Finding("the model has no early exit: every photo takes its full path")
+    """Report that the model has no early exit, or veto because its exits are untrained. Veto if there is no rival.
+    (`optimize` may choose a detector without exits.)"""
+    if results.early:
+        yield Finding("the exits are untrained: train them (PHASES), or use the detector without exits", veto=True)
+    else:
+        yield Finding("the model has no early exit: every photo takes its full path")
     yield from check_rivals_exist(results)
 
 

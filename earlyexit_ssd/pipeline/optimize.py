@@ -491,7 +491,7 @@ def _choose(search: CandidateSearch, measured: Sequence[Candidate]) -> tuple[lis
 def _write_model(search: CandidateSearch, measured: MeasuredCandidate) -> Candidate:
     """Write a measured model, and its exported files in 32 bits. Return the candidate."""
     out, recorded = search.out, measured.recorded
-    info: ModelInfo = {**search.info}
+    info: ModelInfo = {**search.info, **({"phase": "joint"} if measured.candidate.joint else {})}
     if measured.search is None:
         routing = ("router", "certificate", "trained_temperatures")
         info = {key: value for key, value in info.items() if key not in routing}

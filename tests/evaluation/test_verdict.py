@@ -156,6 +156,13 @@ def test_a_detector_without_exits_is_only_compared_with_rivals():
     assert not judge(metrics).ship
 
 
+def test_untrained_exits_are_not_judged():
+    verdict = judge(changed({"context": {"untrained": True}}, exit8_AP50=0.0, exit12_AP50=0.0, **CLOSED))
+    line = "the exits are untrained: train them (PHASES), or use the detector without exits"
+    assert vetoes(verdict) == [line] and not verdict.ship
+    assert not any("exit8" in line or "calibrat" in line for line in verdict.lines)
+
+
 def with_rivals(*rivals, **context):
     return {**GOOD, "rivals": list(rivals), "context": context}
 

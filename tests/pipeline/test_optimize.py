@@ -277,6 +277,8 @@ def test_the_written_model_has_the_temperatures_of_the_training(monkeypatch, tmp
     assert _write_model(search, measured) == again
     assert saved[0].get("trained_temperatures") == ([1.0, 2.0] if routed else None)
     assert ("router" in saved[0]) is ("certificate" in saved[0]) is routed and saved[0]["phase"] == "exits"
+    _write_model(search, measured._replace(candidate=dataclasses.replace(again, joint=True)))
+    assert saved[1]["phase"] == "joint"
 
 
 def test_the_base_detector_is_the_first_rival_from_a_file(monkeypatch, tmp_path):
