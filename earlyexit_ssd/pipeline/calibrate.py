@@ -58,6 +58,7 @@ from earlyexit_ssd.pipeline.replay import (
     require_deciding,
     temperatures_of,
 )
+from earlyexit_ssd.pipeline.run import RunFolder
 from earlyexit_ssd.report.page import calibration_page, never_failing, write_page
 from earlyexit_ssd.report.page_photos import OpenCosts, PagePhotos
 from earlyexit_ssd.report.tables import write_calibration
@@ -309,7 +310,9 @@ def calibrate(
     recorded = open_model_on_splits(
         cfg, weights, out, unlabelled=True, include_near_duplicates=near_duplicates_count_once
     )
-    cfg, model = recorded.cfg, recorded.model
+    cfg, model, folder = recorded.cfg, recorded.model, Path(weights).absolute().parent
+    if RunFolder(folder.parent).gate(folder.name).get("passed") is False:
+        logger.warning("%s: its gate failed (gate.json), so its exits may not open; train it longer first", weights)
     uses_train = target.kind == "risk" or POLICIES.find(cfg.ROUTING.POLICY).needs_training_photos
     _require_labels(cfg, target, recorded, ("CALIB", "TRAIN") if uses_train else ("CALIB",))
     require_deciding(cfg.ROUTING.POLICY, model.empty, weights)
