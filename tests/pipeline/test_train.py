@@ -12,6 +12,7 @@ import torch
 from earlyexit_ssd.config import load_config
 from earlyexit_ssd.errors import ConfigError, EarlyExitError
 from earlyexit_ssd.files import write_text
+from earlyexit_ssd.modeling import Architecture
 from earlyexit_ssd.pipeline.evaluate import read_training
 from earlyexit_ssd.pipeline.train import learns_from_labels, write_training_page
 
@@ -40,6 +41,16 @@ def test_sizes_are_refused_for_a_detector_of_one_size(key):
     cfg = load_config(None, ["MODEL.NAME", "ssd300_vgg16", "EXITS.BRANCH", "light", key, "[256]"])
     with pytest.raises(ConfigError, match=rf"{key} is \(256,\), expected \[\]: ssd300_vgg16 has only one input size"):
         module.prepare(cfg, None, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(("names", "message"), [("cup, plate", "none of the classes chair"), ("''", "list the 2 of")])
+def test_weights_of_other_classes_are_refused_before_the_photos_are_read(monkeypatch, tmp_path, names, message):
+    monkeypatch.setattr(module, "load_dataset", lambda *_, **__: pytest.fail("no photo is needed"))
+    path = tmp_path / "plain.pth"
+    torch.save(Architecture(("cup", "plate"), image_size=96, width=0.25).build_detector().state_dict(), path)
+    keys = ["MODEL.WEIGHTS", str(path), "MODEL.IMAGE_SIZE", "96", "MODEL.WIDTH", "0.25", "DATA.CLASSES", "[chair]"]
+    with pytest.raises(EarlyExitError, match=message):
+        module.prepare(load_config(None, [*keys, "MODEL.WEIGHTS_CLASSES", names]), None, torch.device("cpu"))
 
 
 def test_the_runtime_is_checked_on_the_device_of_the_evaluation(monkeypatch):
