@@ -107,6 +107,8 @@ _OF_EACH_VALUE: Sequence[Rule] = (  # applied to every element of a list
     ("SEED DATA.SYNTHETIC.SEED", "a number below 2^63", lambda value, *_: value < 2**63),
     (_of_phases("BATCH_SIZE"), "2 or more: BatchNorm cannot normalise a single image", lambda value, *_: value >= 2),
     ("CALIBRATION.DELTA", "a probability below 1", lambda value, *_: value < 1),
+    ("CALIBRATION.VALUE", "a number above 1 with CALIBRATION.TARGET 'speedup', such as 1.4",
+     lambda value, _, cfg: value > 1 or cfg.CALIBRATION.TARGET != "speedup"),
     ("CALIBRATION.FOLDS", "0, or 2 to 1000 folds", lambda value, *_: value == 0 or 2 <= value <= 1000),
     (_of_phases("EMA"), "a decay below 1", lambda value, *_: value < 1),
     ("MODEL.IMAGE_SIZE DATA.SYNTHETIC.IMAGE_SIZE", _SIDE, _whole(SMALLEST_SIDE, LARGEST_SIDE)),

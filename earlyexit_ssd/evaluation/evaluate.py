@@ -212,9 +212,9 @@ def evaluate_exits(
     Args:
         model: an `EarlyExitSSDLite` on the device to measure.
         ground_truth: the objects of the photos in ``collected`` (`earlyexit_ssd.data.to_coco`).
-        context: ``splits``, ``forced``, ``taken_over``, ``weights_sha256`` and ``labelled``. The other fields are
-            filled in. If ``labelled`` is False, the full path's detections at the settings' score replace the objects,
-            so all figures measure the agreement with the full path, and AP is None.
+        context: ``splits``, ``forced``, ``taken_over``, ``untrained``, ``weights_sha256`` and ``labelled``. The others
+            are filled in. If ``labelled`` is False, the full path's detections at the settings' score replace the
+            objects, so all figures measure the agreement with the full path, and AP is None.
         rivals: each ``detector`` must hold detections.
         certificate: the router's certificate. Its target is checked on these photos.
 

@@ -81,6 +81,7 @@ class Context(JsonDataclass):
     torchvision: str | None = None
     forced: bool = False  # the training continued after a failed gate
     taken_over: bool = False  # the full path is an unchanged checkpoint
+    untrained: bool = False  # the exits have branches, and no phase has trained them
     labelled: bool = True
     weights_sha256: str | None = None
     omitted_if_none = ("weights_sha256",)

@@ -23,6 +23,7 @@ ENOUGH_AP50 = 0.35  # the first exit is accurate enough if its AP50 is higher
 FIRST_EXIT_SHARE = 0.75  # minimum of AP50 of the first exit / AP50 of a full path that is an unchanged checkpoint
 DEEPEST_SHARE = 0.85  # minimum of AP50 of the deepest exit / AP50 of the full path
 LARGEST_LOSS = 0.10  # maximum of AP50 lost by routing / AP50 of the full path
+ENOUGH_PHOTOS = 100  # with fewer photos it is uncertain whether a rival is better
 AP50_TOLERANCE = 0.005  # smaller differences in AP50 do not count, because a few hundred photos cannot show them
 SHIP_INSTEAD = "ship instead"  # start of the finding that names a better rival
 
@@ -32,7 +33,9 @@ Rule = Callable[[Results], Iterable[Finding]]
 def judge(results: Results) -> Verdict:
     """Return the verdict. If the full path does not detect, this is the only finding."""
     context = results.context
-    rules = RULES if results.early else (report_no_exits, compare_with_rivals, report_other_runtimes)
+    rules = RULES
+    if context.untrained or not results.early:
+        rules = (report_no_exits, compare_with_rivals, report_other_runtimes)
     if not context.labelled:
         rules = (report_agreement, check_certificate, check_speedup)  # the other rules need AP, which needs labels
     elif findings := list(check_full_path(results)):
@@ -53,8 +56,12 @@ def judge(results: Results) -> Verdict:
 
 
 def report_no_exits(results: Results) -> Iterator[Finding]:
-    """Report that the model has no early exit. Veto if there is no rival. (`optimize` may choose such a detector.)"""
-    yield Finding("the model has no early exit: every photo takes its full path")
+    """Report that the model has no early exit, or veto because its exits are untrained. Veto if there is no rival.
+    (`optimize` may choose a detector without exits.)"""
+    if results.early:
+        yield Finding("the exits are untrained: train them (PHASES), or use the detector without exits", veto=True)
+    else:
+        yield Finding("the model has no early exit: every photo takes its full path")
     yield from check_rivals_exist(results)
 
 
@@ -238,35 +245,34 @@ def check_rivals_exist(results: Results) -> Iterator[Finding]:
 
 
 def report_better_rival(results: Results) -> Iterator[Finding]:
-    """Report, without a veto, the rival with the highest AP50 of those that are better and faster than the detector
-    without exits."""
+    """Report, without a veto, the fastest of the best rivals that are better and faster than the detector without
+    exits, unless the rival to ship instead has as much AP50."""
     full, plain = results.full.ap50, results.without_exits.ms
     more_accurate = [rival for rival in _comparable(results) if rival.ap50 > full + AP50_TOLERANCE]
-    better = [rival for rival in more_accurate if rival.ms_interval[1] < plain]
-    if better:
-        best = max(better, key=lambda rival: rival.ap50)
+    best = _fastest_of_best(rival for rival in more_accurate if rival.ms_interval[1] < plain)
+    named = _rival_to_ship(results)
+    if best and (named is None or named.ap50 < best.ap50 - AP50_TOLERANCE):
         figures = f"AP50 {best.ap50:.3f} against {full:.3f}, in {best.ms:.1f} ms against {plain:.1f}"
         line = f"{best.name} has more AP50 than the detector without exits, in less time ({figures})"
         yield Finding(f"{line}: look at it first")
 
 
 def compare_with_rivals(results: Results) -> Iterator[Finding]:
-    """Veto if a rival is better than the routed detector (see `_dominates`), and name the fastest of the best such
-    rivals. Otherwise name the rival that comes nearest."""
+    """Veto if there is a `_rival_to_ship`. Otherwise name the rival that comes nearest. A better rival is uncertain on
+    few photos, or if its AP50 may be lower by more than `LARGEST_LOSS`."""
     routed, comparable = results.routed, _comparable(results)
     if not comparable or routed.ap50 is None or routed.ms is None:
         return
-    better = [rival for rival in comparable if _dominates(rival, routed)]
-    if better:
-        limit = max(rival.ap50 for rival in better) - AP50_TOLERANCE
-        best = min((rival for rival in better if rival.ap50 >= limit), key=lambda rival: rival.ms)
-        start = SHIP_INSTEAD
-    else:
-        best = min(comparable, key=lambda rival: _relative_loss(rival, routed))
-        start = "no other detector that was measured is clearly better; the nearest"
+    better = _rival_to_ship(results)
+    start = SHIP_INSTEAD if better else "no other detector that was measured is clearly better; the nearest"
+    best = better or min(comparable, key=lambda rival: _relative_loss(rival, routed))
     figures = f"has AP50 {best.ap50:.3f} against {routed.ap50:.3f} routed, in {best.ms:.1f} ms against {routed.ms:.1f}"
-    change = f"{best.ap50 - routed.ap50:+.3f} AP50, {best.ms / routed.ms - 1:+.0%} time"
-    yield Finding(f"{start}: {best.name} {figures} ({change})", veto=bool(better))
+    photos, lost = results.context.images, best.routed_minus_rival_AP50_interval
+    interval = f" [{-lost[1]:+.3f}, {-lost[0]:+.3f}]" if lost else ""
+    change = f"{best.ap50 - routed.ap50:+.3f} AP50{interval}, {best.ms / routed.ms - 1:+.0%} time, {photos} photos"
+    uncertain = better and (photos < ENOUGH_PHOTOS or (lost and lost[1] > LARGEST_LOSS * routed.ap50))
+    doubt = "; this is uncertain: evaluate on more photos" if uncertain else ""
+    yield Finding(f"{start}: {best.name} {figures} ({change}){doubt}", veto=bool(better))
 
 
 def report_other_runtimes(results: Results) -> Iterator[Finding]:
@@ -338,6 +344,21 @@ def _comparable(results: Results) -> list[RivalResult]:
     shipped = f"{exit_to_ship_alone(results)} alone"
     timed_alike = [rival for rival in results.rivals if rival.runtime == results.context.runtime]
     return [rival for rival in timed_alike if rival.ap50 is not None and rival.name != shipped]
+
+
+def _fastest_of_best(rivals: Iterable[RivalResult]) -> RivalResult | None:
+    """Return the fastest of the rivals within `AP50_TOLERANCE` of the highest AP50; None without rivals."""
+    rivals = list(rivals)
+    limit = max((rival.ap50 for rival in rivals), default=0.0) - AP50_TOLERANCE
+    return min((rival for rival in rivals if rival.ap50 >= limit), key=lambda rival: rival.ms, default=None)
+
+
+def _rival_to_ship(results: Results) -> RivalResult | None:
+    """Return the fastest of the best rivals that are better than the routed detector (see `_dominates`)."""
+    routed = results.routed
+    if routed.ap50 is None or routed.ms is None:
+        return None
+    return _fastest_of_best(rival for rival in _comparable(results) if _dominates(rival, routed))
 
 
 def _dominates(rival: RivalResult, routed: RoutedResult) -> bool:

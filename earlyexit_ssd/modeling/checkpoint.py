@@ -42,6 +42,7 @@ class ModelInfo(TypedDict, total=False):
     """The entries of a model file's ``info`` that the package reads. A file may have others."""
 
     router: RouterSettings | None  # None if the exits are not trained
+    phase: str  # the last phase of the training: "baseline", "exits" or "joint"
     forced: bool  # training continued after a failed gate
     exits: bool  # another program's checkpoint: it has exits
     temperatures: list[float] | None  # another program's checkpoint: its temperatures

@@ -348,7 +348,7 @@ def retrofit(
     change = plan_class_change(source, architecture.classes)
     head, rows, competing = detector.head, change.rows, ()
     if fold != "rows" and None in rows:
-        raise EarlyExitError(f"MODEL.FOLD '{fold}' cannot add classes ({change}); set MODEL.FOLD to 'rows'")
+        raise EarlyExitError(f"MODEL.FOLD 'exact' or 'compact' cannot add classes ({change}); set MODEL.FOLD to 'rows'")
     if fold == "compact" and change.unwanted:
         if photos is None:
             raise EarlyExitError("MODEL.FOLD 'compact' needs photos to find competing classes; pass photos to retrofit")
@@ -455,6 +455,10 @@ def load_every_key(module: torch.nn.Module, state: dict[str, Tensor], source: st
             problems[key] = f"{key} is {list(state[key].shape)}, the model has {list(value.shape)}"
     if problems:
         check = "MODEL.WIDTH, MODEL.WEIGHTS_CLASSES and the number of classes"
+        outputs, expected_outputs = outputs_of(state), outputs_of(expected)
+        if outputs != expected_outputs and all(key.startswith("head.classification_head.") for key in problems):
+            check = f"the classes: list the {outputs - 1} of the checkpoint in MODEL.WEIGHTS_CLASSES"
+            check += f" (the model has {expected_outputs - 1})"
         if all(key.startswith("branches.") for key in problems):
             check = "EXITS (in Python copy, depth, channels, head_rank), or train the exits again from its full path"
         first = next(iter(problems.values()))

@@ -58,6 +58,7 @@ from earlyexit_ssd.pipeline.replay import (
     require_deciding,
     temperatures_of,
 )
+from earlyexit_ssd.pipeline.run import RunFolder
 from earlyexit_ssd.report.page import calibration_page, never_failing, write_page
 from earlyexit_ssd.report.page_photos import OpenCosts, PagePhotos
 from earlyexit_ssd.report.tables import write_calibration
@@ -78,7 +79,7 @@ class CalibrationTarget:
             ``ap_drop``: the full path's AP50 - the routed AP50 is at most ``value`` in 1 - delta of the bootstrap draws
             of the calibration photos. ``risk``: the expected loss of a photo is at most ``value`` with probability
             1 - delta.
-        value: above 0 for a speedup, in [0, 1] for an ap_drop, in (0, 1) for a risk.
+        value: above 1 for a speedup, in [0, 1] for an ap_drop, in (0, 1) for a risk.
         delta: in (0, 1).
         block: number of consecutive photos of a folder, such as frames of a video, that count as one draw; None: 1.
         learned: whether thresholds are learned by gradient descent instead of chosen from a grid.
@@ -92,7 +93,7 @@ class CalibrationTarget:
 
     def __post_init__(self) -> None:
         ranges = {
-            "speedup": ("a number above 0", self.value > 0),
+            "speedup": ("a number above 1, such as 1.4", self.value > 1),
             "ap_drop": ("a number in [0, 1]", 0 <= self.value <= 1),
             "risk": ("a number in (0, 1)", 0 < self.value < 1),
         }
@@ -309,7 +310,9 @@ def calibrate(
     recorded = open_model_on_splits(
         cfg, weights, out, unlabelled=True, include_near_duplicates=near_duplicates_count_once
     )
-    cfg, model = recorded.cfg, recorded.model
+    cfg, model, folder = recorded.cfg, recorded.model, Path(weights).absolute().parent
+    if RunFolder(folder.parent).gate(folder.name).get("passed") is False:
+        logger.warning("%s: its gate failed (gate.json), so its exits may not open; train it longer first", weights)
     uses_train = target.kind == "risk" or POLICIES.find(cfg.ROUTING.POLICY).needs_training_photos
     _require_labels(cfg, target, recorded, ("CALIB", "TRAIN") if uses_train else ("CALIB",))
     require_deciding(cfg.ROUTING.POLICY, model.empty, weights)

@@ -73,9 +73,10 @@ class Goal:
         return CalibrationTarget("ap_drop", self.ap_drop, self.delta)
 
     def target(self, base_ms: float) -> CalibrationTarget:
-        """Return the target of a threshold search: the wanted speed if there is one, otherwise the accuracy budget."""
-        speedup = self.speedup if self.ms is None else base_ms / self.ms
-        return self.budget if speedup is None else CalibrationTarget("speedup", speedup)
+        """Return the target of a threshold search: the wanted speed if it is above the base detector's, otherwise the
+        accuracy budget."""
+        speedup = self.speedup or 0 if self.ms is None else base_ms / self.ms
+        return CalibrationTarget("speedup", speedup) if speedup > 1 else self.budget
 
 
 @dataclass(frozen=True)

@@ -256,6 +256,7 @@ def evaluate_model(
         splits=list(cfg.DATA.TEST),
         forced=info.get("forced", False),
         taken_over=info.get("taken_over", takes_over(cfg)),
+        untrained=info.get("phase") == "baseline" and not all(model.empty),
         labelled=dataset.labelled,
         weights_sha256=sha256(weights),
     )

@@ -209,7 +209,11 @@ def _measure_candidates(search: CandidateSearch, stop_at: float) -> tuple[list[C
             untried = sum(not done(rest) for rest in plan[index:])
             logger.warning("stopped after %g minutes: %d candidates not tried", search.goal.minutes, untried)
             return list(measured.values()), untried
-        measured[candidate.key] = search.measure(candidate).candidate
+        candidate = search.measure(candidate).candidate
+        net = measured.get(candidate.net.key)
+        if net and candidate.exits and min(candidate.thresholds) >= CLOSED:  # the same network, timed again
+            candidate = dataclasses.replace(candidate, ms=net.ms, speedup=net.speedup)
+        measured[candidate.key] = candidate
         stored = {key: value.to_json() for key, value in measured.items()}
         write_json(path, {"key": search.key, "candidates": stored})
         logger.info("%s", measured[candidate.key])
@@ -282,7 +286,8 @@ class CandidateSearch:
         the budget (the fastest of all if none holds it)."""
         recorded, calib = self._build(candidate), self._replay(candidate.net, "CALIB").only(candidate.exits)
         if not candidate.exits:
-            costs = measure_cost_model(self.cfg, recorded.model, ExitRouter(0), self.model)
+            plain = None if candidate.key == self.candidates[0].key else self.model  # the base is timed once
+            costs = measure_cost_model(self.cfg, recorded.model, ExitRouter(0), plain)
             unrouted = FoundThresholds((), np.zeros(len(calib.recording), np.int64), Measured())
             return MeasuredCandidate(self._with_figures(candidate, calib, costs, unrouted), recorded)
         policies = self._policies(recorded.model.empty)
@@ -491,7 +496,7 @@ def _choose(search: CandidateSearch, measured: Sequence[Candidate]) -> tuple[lis
 def _write_model(search: CandidateSearch, measured: MeasuredCandidate) -> Candidate:
     """Write a measured model, and its exported files in 32 bits. Return the candidate."""
     out, recorded = search.out, measured.recorded
-    info: ModelInfo = {**search.info}
+    info: ModelInfo = {**search.info, **({"phase": "joint"} if measured.candidate.joint else {})}
     if measured.search is None:
         routing = ("router", "certificate", "trained_temperatures")
         info = {key: value for key, value in info.items() if key not in routing}

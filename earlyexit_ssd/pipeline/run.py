@@ -173,15 +173,15 @@ class RunFolder:
 
     def finished(self, phase: str) -> bool:
         """Return whether the phase is trained and its gate is passed or forced."""
-        gate = self._read_gate(phase)
+        gate = self.gate(phase)
         return bool(gate.get("passed") or gate.get("forced"))
 
     def forced(self) -> bool:
         """Return whether the run continued after a failed gate."""
-        gates = [self._read_gate(path.parent.name) for path in self.root.glob("*/gate.json")]
+        gates = [self.gate(path.parent.name) for path in self.root.glob("*/gate.json")]
         return any(gate.get("forced") for gate in gates)
 
-    def _read_gate(self, phase: str) -> dict:
+    def gate(self, phase: str) -> dict:
         """Return the content of gate.json, or an empty dict if the gate is not checked yet."""
         path = self.phase(phase) / "gate.json"
         return _read_dict(path) if path.is_file() else {}

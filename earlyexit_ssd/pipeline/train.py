@@ -22,7 +22,7 @@ from earlyexit_ssd.files import locked_folder, write_bytes, write_image, write_j
 from earlyexit_ssd.modeling import load_model, save_model
 from earlyexit_ssd.modeling.branches import check_exits
 from earlyexit_ssd.modeling.detector import DETECTORS
-from earlyexit_ssd.modeling.retrofit import load_every_key, require_weights
+from earlyexit_ssd.modeling.retrofit import load_every_key, require_weights, retrofit
 from earlyexit_ssd.pipeline.build import (
     backbone_weights,
     build_architecture,
@@ -32,6 +32,8 @@ from earlyexit_ssd.pipeline.build import (
     build_model,
     build_router,
     evaluation_device,
+    require_policy,
+    source_classes,
     takes_over,
     with_classes,
     with_values,
@@ -60,6 +62,10 @@ def prepare(cfg: CfgNode, folder: RunFolder, device: torch.device) -> Run:
     cfg = _closed_until_fitted(cfg)
     build_router(cfg)  # raises if the policy is unknown
     check_rivals(cfg, evaluation_device(cfg))
+    if cfg.DATA.CLASSES and Path(cfg.MODEL.WEIGHTS).is_file():  # raises before the photos are read
+        source = source_classes(cfg.MODEL.WEIGHTS, cfg.MODEL.WEIGHTS_CLASSES, cfg.MODEL.NAME)
+        fold = "rows" if cfg.MODEL.FOLD == "rows" else "exact"  # a compact head needs photos
+        retrofit(build_architecture(cfg, tuple(cfg.DATA.CLASSES)), cfg.MODEL.WEIGHTS, source, fold)
     if not is_main():
         barrier()  # the first process may render or download
     labels = "required" if learns_from_labels(cfg) else "optional"
@@ -92,7 +98,7 @@ def learns_from_labels(cfg: CfgNode) -> bool:
 
 
 def _check_names(cfg: CfgNode) -> None:
-    """Check names of data sets, weight files, the exits, input sizes and batch sizes."""
+    """Check names of data sets, weight files, the exits, the policy, input sizes and batch sizes."""
     for name in (*cfg.DATA.TRAIN, *cfg.DATA.CALIB, *cfg.DATA.TEST):
         catalog.find(name, cfg.DATA)
     detector = DETECTORS.find(cfg.MODEL.NAME)
@@ -101,6 +107,7 @@ def _check_names(cfg: CfgNode) -> None:
             require_weights(weights, detector.plain_weights)
     exits = build_architecture(cfg, ("object",)).exits  # raises for EXITS.BRANCH and the branches' arguments
     check_exits(exits, detector.last_layer, cfg.MODEL.IMAGE_SIZE)
+    require_policy(cfg)
     if cfg.MODEL.WEIGHTS_BACKBONE:
         backbone_weights(cfg)
     for key, section in {"BASELINE": cfg.BASELINE, "JOINT": cfg.JOINT, "EVAL.RIVALS": cfg.EVAL.RIVALS}.items():
@@ -148,6 +155,7 @@ def train_phases(cfg: CfgNode, resume: bool = True, force: bool = True) -> Path:
     """Run the configured phases, see `train`, and return the path of the last phase's model. The caller must hold the
     lock of OUTPUT_DIR."""
     folder = RunFolder(Path(cfg.OUTPUT_DIR))
+    _check_names(cfg)  # before the folder is found in use
     if is_main():
         folder.require_free(cfg, resume)
     run = prepare(cfg, folder, build_device(cfg))

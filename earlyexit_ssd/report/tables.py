@@ -15,6 +15,7 @@ from earlyexit_ssd.config import CLOSED
 from earlyexit_ssd.evaluation.matches import PhotoRow
 from earlyexit_ssd.evaluation.metrics import METRICS
 from earlyexit_ssd.evaluation.results import Results, TableRow, Verdict, data_title, table_rows, timing_title
+from earlyexit_ssd.evaluation.verdict import DETECTS_AP50
 from earlyexit_ssd.files import write_image, write_json, write_text
 from earlyexit_ssd.report.pictures import accuracy_against_cost, reliability_diagram
 
@@ -153,9 +154,7 @@ def guarantee_lines(certificate: Certificate) -> list[str]:
     draws, draw = "the calibration photos", "photo"
     if target.block:
         draws, draw = f"the {measured.blocks} blocks of {target.block} calibration photos", f"block of {target.block}"
-    if target.kind == "risk" and certificate.closed:
-        lines.append("every exit stays closed: nothing is lost, nothing gained")
-    elif target.kind == "risk":
+    if target.kind == "risk" and not certificate.closed:
         line = f"with probability {1 - target.delta:g} over the draw of {draws} the expected loss per {draw}"
         lines.append(f"{line} is at most {target.epsilon:g} (bound {measured.loss_bound:.4f}, {target.bound})")
     elif target.kind == "ap_drop":
@@ -163,6 +162,11 @@ def guarantee_lines(certificate: Certificate) -> list[str]:
         lines.append(f"{line} is lost (target {target.value:g})")
         if measured.photos_needed is not None:
             lines.append(f"these are few for that: at least {measured.photos_needed} are needed")
+    if certificate.closed:
+        fix = "allow a larger loss, try another policy (ROUTING.POLICY), or train the exits longer"
+        if measured.AP50_full is not None and measured.AP50_full < DETECTS_AP50:
+            fix = "the full path does not detect, so train it first"
+        lines.append(f"no exit opens, so nothing is lost and nothing gained: {fix}")
     return lines
 
 

@@ -43,6 +43,7 @@ from earlyexit_ssd.errors import ConfigError
         ("MODEL.IMAGE_SIZE", "10", "64 to 4096 pixels"),
         ("MODEL.IMAGE_SIZE", "100000000", "64 to 4096 pixels"),
         ("DATA.SYNTHETIC.IMAGE_SIZE", "63", "64 to 4096 pixels"),
+        ("CALIBRATION", "{TARGET: speedup}", "CALIBRATION.VALUE is 0.01, expected a number above 1 with CALIB"),
         ("SEED", "9223372036854775808", "a number below 2"),
         ("EVAL.SCORE", "-0.1", r"in \[0, 1\]"),
         ("EVAL.IOU", "0", r"in \(0, 1\]"),

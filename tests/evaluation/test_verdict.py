@@ -55,7 +55,7 @@ def changed(more=None, **changes):
 
 
 def judge(metrics, forced=False):
-    context = {"forced": forced, **metrics.get("context", {})}
+    context = {"forced": forced, "images": 614, **metrics.get("context", {})}
     return rules.judge(Results.from_json({**metrics, "context": context}))
 
 
@@ -72,7 +72,7 @@ def test_good_exits_ship():
         "routing keeps the accuracy (AP50 0.700 routed against 0.720)",
         "no other detector that was measured is clearly better; the nearest: "
         "plain 192 has AP50 0.600 against 0.700 routed, in 15.0 ms"
-        " against 29.5 (-0.100 AP50, -49% time)",
+        " against 29.5 (-0.100 AP50 [-0.020, +0.020], -49% time, 614 photos)",
     ]
     assert not any(finding.veto for finding in verdict.findings)
 
@@ -156,6 +156,13 @@ def test_a_detector_without_exits_is_only_compared_with_rivals():
     assert not judge(metrics).ship
 
 
+def test_untrained_exits_are_not_judged():
+    verdict = judge(changed({"context": {"untrained": True}}, exit8_AP50=0.0, exit12_AP50=0.0, **CLOSED))
+    line = "the exits are untrained: train them (PHASES), or use the detector without exits"
+    assert vetoes(verdict) == [line] and not verdict.ship
+    assert not any("exit8" in line or "calibrat" in line for line in verdict.lines)
+
+
 def with_rivals(*rivals, **context):
     return {**GOOD, "rivals": list(rivals), "context": context}
 
@@ -186,18 +193,21 @@ def test_a_better_rival_is_to_be_shipped_instead(rival, better):
     [
         (
             [rival("fast", 0.71, 10.0), rival("slow", 0.74, 25.0), rival("best", 0.74, 20.0), SMALLER],
-            "ship instead: best has AP50 0.740 against 0.700 routed, in 20.0 ms against 29.5 (+0.040 AP50, -32% time)",
+            "ship instead: best has AP50 0.740 against 0.700 routed, in 20.0 ms against 29.5"
+            " (+0.040 AP50 [-0.020, +0.020], -32% time, 614 photos)",
         ),
         # of rivals that differ by no more than the tolerance, the fastest
         (
             [rival("accurate", 0.74, 28.0), rival("equal", 0.736, 15.0), rival("worse", 0.734, 10.0)],
-            "ship instead: equal has AP50 0.736 against 0.700 routed, in 15.0 ms against 29.5 (+0.036 AP50, -49% time)",
+            "ship instead: equal has AP50 0.736 against 0.700 routed, in 15.0 ms against 29.5"
+            " (+0.036 AP50 [-0.020, +0.020], -49% time, 614 photos)",
         ),
         # no rival is better: "plain 192" loses a seventh of AP50, "plain 256" is a fifth slower
         (
             [SMALLER, LARGER, rival("close", 0.693, 29.8)],
             "no other detector that was measured is clearly better; the nearest: "
-            "close has AP50 0.693 against 0.700 routed, in 29.8 ms against 29.5 (-0.007 AP50, +1% time)",
+            "close has AP50 0.693 against 0.700 routed, in 29.8 ms against 29.5"
+            " (-0.007 AP50 [-0.020, +0.020], +1% time, 614 photos)",
         ),
     ],
 )
@@ -244,6 +254,28 @@ def test_a_rival_that_is_better_than_the_detector_without_exits_is_named(rival, 
     figures = "AP50 0.726 against 0.720, in 38.0 ms against 40.0"
     line = f"yolox has more AP50 than the detector without exits, in less time ({figures}): look at it first"
     assert (line in verdict.lines) is named and verdict.ship
+
+
+@pytest.mark.parametrize(
+    ("photos", "difference", "interval", "uncertain"),
+    [
+        (100, (-0.09, 0.069), "[-0.069, +0.090]", False),
+        (99, (-0.09, 0.069), "[-0.069, +0.090]", True),
+        (614, (-0.09, 0.071), "[-0.071, +0.090]", True),  # a loss of more than a tenth of the routed AP50
+    ],
+)
+def test_a_better_rival_may_be_uncertain(photos, difference, interval, uncertain):
+    (line,) = vetoes(judge(with_rivals(rival("net", 0.75, 15.0, difference), images=photos)))
+    assert f"(+0.050 AP50 {interval}, -49% time, {photos} photos)" in line
+    assert line.endswith("; this is uncertain: evaluate on more photos") is uncertain
+
+
+@pytest.mark.parametrize(("ap50", "named"), [(0.75, False), (0.755, False), (0.756, True)])
+def test_no_second_rival_is_named_unless_it_is_more_accurate(ap50, named):
+    """The other is slower than the routed detector, and faster than the detector without exits."""
+    verdict = judge(with_rivals(rival("plain 192", 0.75, 15.0), rival("plain 224", ap50, 35.0)))
+    assert vetoes(verdict)[0].startswith("ship instead: plain 192")
+    assert any("look at it first" in line for line in verdict.lines) is named
 
 
 def test_rivals_of_a_routed_detector_that_finds_nothing():

@@ -261,7 +261,8 @@ def test_fold_rows_cuts_the_head(checkpoint):
 
 
 def test_another_number_of_classes_is_refused(checkpoint):
-    with pytest.raises(EarlyExitError, match="does not fit the model: .*differences"):
+    fix = f"check the classes: list the {len(SOURCE)} of the checkpoint in MODEL.WEIGHTS_CLASSES"
+    with pytest.raises(EarlyExitError, match=rf"does not fit the model: .*differences\); {fix} \(the model has 1\)"):
         retrofit(wanted("chair"), checkpoint[1])
 
 

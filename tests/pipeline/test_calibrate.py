@@ -115,7 +115,7 @@ def test_number_of_photos_that_an_ap_drop_needs(value, delta, needed):
     [
         ({"kind": "risk", "value": 1.5}, r"risk is 1.5, expected a number in \(0, 1\)"),
         ({"kind": "risk", "value": 0.1, "delta": 0.0}, "delta is 0"),
-        ({"kind": "speedup", "value": -1.0}, "speedup is -1, expected a number above 0"),
+        ({"kind": "speedup", "value": 1.0}, "speedup is 1, expected a number above 1, such as 1.4"),
         ({"kind": "ap_drop", "value": -0.1}, r"ap_drop is -0.1, expected a number in \[0, 1\]"),
         ({"kind": "gain", "value": 1.0}, "the target's kind is 'gain', expected one of speedup, ap_drop, risk"),
         ({"kind": "speedup", "value": 1.2, "block": 5}, "--block is for --risk and --ap-drop"),
@@ -165,8 +165,10 @@ def own_policy():
     del POLICIES["brightness_of_a_test"]
 
 
-def test_calibration_with_a_users_policy(own_policy, tmp_path):
-    """The policy is fitted on the training photos, stored in the certificate, and routes in the loaded model."""
+def test_calibration_with_a_users_policy(own_policy, tmp_path, caplog):
+    """The policy is fitted on the training photos, stored in the certificate, and routes in the loaded model. The gate
+    of the training had failed."""
+    (tmp_path / "gate.json").write_text('{"passed": false}')
     generator = np.random.default_rng(0)
     for folder, photo in itertools.product(("train", "calib", "test"), range(10)):
         noise = generator.integers(0, 25 * (photo + 1), (64, 64, 3), dtype=np.uint8)
@@ -180,6 +182,7 @@ def test_calibration_with_a_users_policy(own_policy, tmp_path):
     ]  # fmt: skip
     target = calibrate.CalibrationTarget("speedup", 1.01)
     calibrate.calibrate(load_config(None, settings), tmp_path / "weights.pth", target, tmp_path / "out")
+    assert "weights.pth: its gate failed (gate.json), so its exits may not open" in caplog.text
     certificate = load_certificate(tmp_path / "out" / "certificate.json")
     assert certificate.router["policy"] == own_policy and not certificate.closed
     means = certificate.router["parameters"]["means"]

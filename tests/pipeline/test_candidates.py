@@ -11,6 +11,7 @@ from earlyexit_ssd.calibration.thresholds import MOST_EXITS
 from earlyexit_ssd.config import CLOSED, load_config
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.modeling import Architecture, describe_exits
+from earlyexit_ssd.pipeline.calibrate import CalibrationTarget
 from earlyexit_ssd.pipeline.candidates import OWN_HEAD, Candidate, Goal, Plan, choose_candidate
 
 
@@ -48,6 +49,12 @@ def test_a_candidate_whose_exits_stay_closed_is_not_chosen():
     assert choose_candidate([BASE, SAFE, closed], Goal()) == SAFE
     opened = dataclasses.replace(closed, thresholds=(0.9,))
     assert choose_candidate([BASE, SAFE, opened], Goal()) == opened
+
+
+def test_the_target_is_the_budget_if_the_base_detector_is_fast_enough():
+    assert Goal(ms=4.0).target(base_ms=8.0) == CalibrationTarget("speedup", 2.0)
+    for goal, base_ms in ((Goal(ms=8.0), 8.0), (Goal(speedup=0.9), 8.0), (Goal(), 8.0)):
+        assert goal.target(base_ms) == goal.budget
 
 
 def net(size, fold, exits=(), **training):

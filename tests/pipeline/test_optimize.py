@@ -161,6 +161,28 @@ def test_a_stopped_search_counts_the_candidates_that_are_left_and_resumes(tmp_pa
     assert _measure_candidates(search, 0.0)[1] == 0
 
 
+@pytest.mark.parametrize(("threshold", "ms", "speedup"), [(2.0, 8.0, 1.0), (0.5, 9.0, 0.9)])
+def test_a_candidate_with_closed_exits_has_the_times_of_its_net(tmp_path, threshold, ms, speedup):
+    net = Candidate("", 320, "compact", ms=8.0, speedup=1.0)
+    routed = dataclasses.replace(net, exits=("exit12",), thresholds=(threshold,), ms=9.0, speedup=0.9)
+    search = SimpleNamespace(out=tmp_path, key="key", candidates=[net, routed])
+    search.measure = lambda candidate: MeasuredCandidate(candidate, None)
+    search.plan = SimpleNamespace(skips=lambda *_: False)
+    (_, measured), _ = _measure_candidates(search, np.inf)
+    assert (measured.ms, measured.speedup) == (ms, speedup)
+
+
+def test_the_base_detector_is_timed_once(monkeypatch):
+    """Two times of one network would give it a speed other than 1."""
+    monkeypatch.setattr(optimize, "measure_cost_model", timed := Mock())
+    base, net = Candidate("", 320, "as it is"), Candidate("", 288, "as it is")
+    search = Mock(candidates=[base, net], model="base")
+    search._replay.return_value.only.return_value.recording = []
+    for candidate in (base, net):
+        CandidateSearch.measure(search, candidate)
+    assert [call.args[3] for call in timed.call_args_list] == [None, "base"]
+
+
 def test_a_choice_whose_exits_close_when_it_is_measured_again_is_not_shipped():
     base = Candidate("base", 320, "compact", lost=0.0, ms=9.0, speedup=1.0, holds=True)
     net = dataclasses.replace(base, image_size=288, speedup=1.5)
@@ -277,6 +299,8 @@ def test_the_written_model_has_the_temperatures_of_the_training(monkeypatch, tmp
     assert _write_model(search, measured) == again
     assert saved[0].get("trained_temperatures") == ([1.0, 2.0] if routed else None)
     assert ("router" in saved[0]) is ("certificate" in saved[0]) is routed and saved[0]["phase"] == "exits"
+    _write_model(search, measured._replace(candidate=dataclasses.replace(again, joint=True)))
+    assert saved[1]["phase"] == "joint"
 
 
 def test_the_base_detector_is_the_first_rival_from_a_file(monkeypatch, tmp_path):

@@ -12,6 +12,7 @@ import torch
 from earlyexit_ssd.config import load_config
 from earlyexit_ssd.errors import ConfigError, EarlyExitError
 from earlyexit_ssd.files import write_text
+from earlyexit_ssd.modeling import Architecture
 from earlyexit_ssd.pipeline.evaluate import read_training
 from earlyexit_ssd.pipeline.train import learns_from_labels, write_training_page
 
@@ -42,6 +43,16 @@ def test_sizes_are_refused_for_a_detector_of_one_size(key):
         module.prepare(cfg, None, torch.device("cpu"))
 
 
+@pytest.mark.parametrize(("names", "message"), [("cup, plate", "none of the classes chair"), ("''", "list the 2 of")])
+def test_weights_of_other_classes_are_refused_before_the_photos_are_read(monkeypatch, tmp_path, names, message):
+    monkeypatch.setattr(module, "load_dataset", lambda *_, **__: pytest.fail("no photo is needed"))
+    path = tmp_path / "plain.pth"
+    torch.save(Architecture(("cup", "plate"), image_size=96, width=0.25).build_detector().state_dict(), path)
+    keys = ["MODEL.WEIGHTS", str(path), "MODEL.IMAGE_SIZE", "96", "MODEL.WIDTH", "0.25", "DATA.CLASSES", "[chair]"]
+    with pytest.raises(EarlyExitError, match=message):
+        module.prepare(load_config(None, [*keys, "MODEL.WEIGHTS_CLASSES", names]), None, torch.device("cpu"))
+
+
 def test_the_runtime_is_checked_on_the_device_of_the_evaluation(monkeypatch):
     """A training on a GPU ends with an evaluation on the CPU, where ONNX Runtime measures."""
     monkeypatch.setattr(module, "check_rivals", check := Mock(side_effect=RuntimeError))
@@ -62,7 +73,8 @@ def test_a_calibration_that_would_fail_is_refused_before_the_training(monkeypatc
     monkeypatch.setattr(module, "check_rivals", Mock(side_effect=EarlyExitError("no file")))  # the next check
     for target, expected in (("speedup", message or "no file"), ("", "no file")):
         with pytest.raises(EarlyExitError, match=expected):
-            module.prepare(load_config(None, [*keys, "CALIBRATION.TARGET", target]), None, torch.device("cpu"))
+            calibration = ["CALIBRATION.TARGET", target, "CALIBRATION.VALUE", "1.4"]
+            module.prepare(load_config(None, [*keys, *calibration]), None, torch.device("cpu"))
 
 
 def test_a_training_has_a_page_once_a_gate_is_checked(tmp_path):

@@ -110,7 +110,7 @@ def test_report_ends_with_the_verdict(metrics, what, vetoes, expected):
 # Calibration.
 
 
-def report_of_certificate(temperatures=(), block=None, **measured) -> list[str]:
+def report_of_certificate(temperatures=(), block=None, closed=False, **measured) -> list[str]:
     """Lines of the report on a certificate with a risk target."""
     shares = {"exit8": 0.25, "exit12": 0.0, "full": 0.75}
     figures = {"photos": 9, "exit_share": shares, "AP50": 0.5, "AP50_full": 0.6, "steps": 3}
@@ -121,7 +121,7 @@ def report_of_certificate(temperatures=(), block=None, **measured) -> list[str]:
         measured=Measured(**figures),
         target=CertifiedTarget(**risk, score=0.4, iou=0.5, block=block),
         cost_model=CertifiedCosts(unit="mmacs", exits=(2.0, 3.0, 4.0)),
-        closed=False,
+        closed=closed,
     )
     return calibration_report(certificate, temperatures).splitlines()
 
@@ -149,6 +149,13 @@ def test_calibration_report_on_unlabelled_photos_has_no_ap():
         "with probability 0.95 over the draw of the 12 blocks of 5 calibration photos the expected loss per block of 5 "
         "is at most 0.06 (bound 0.0200, betting)",
     ]
+
+
+@pytest.mark.parametrize(("ap50", "fix"), [(0.05, "allow a larger loss, try another"), (0.049, "the full path does")])
+def test_calibration_report_says_what_to_try_if_no_exit_opens(ap50, fix):
+    lines = report_of_certificate(closed=True, AP50_full=ap50)
+    assert lines[-1].startswith(f"no exit opens, so nothing is lost and nothing gained: {fix}")
+    assert not any("with probability" in line for line in lines)
 
 
 # The files.

@@ -98,6 +98,12 @@ def test_second_run_in_the_same_folder_is_refused(tiny, failed, tmp_path, capsys
     written = (tmp_path / "run" / "baseline" / "model.pth").stat().st_mtime_ns
     assert train_net.main(tiny("run")) == 2
     assert "already holds a run" in capsys.readouterr().err
+    for key, name, message in (
+        ("EXITS.BRANCH", "[lite]", "did you mean 'light'"),
+        ("ROUTING.POLICY", "max_forground", "did you mean 'max_foreground'"),
+    ):
+        assert train_net.main(tiny("run", key, name)) == 2
+        assert message in capsys.readouterr().err
     assert train_net.main(tiny("run", "--resume", "SEED", "5")) == 2
     assert "the run to resume has SEED = 0, now it is 5" in capsys.readouterr().err
     assert (tmp_path / "run" / "baseline" / "model.pth").stat().st_mtime_ns == written

@@ -63,6 +63,7 @@ def rendered(data_root):
 
 def test_no_photo_leaves_before_calibration(trained, data_root):
     metrics = json.loads((trained[0] / "run" / "metrics.json").read_text())
+    assert not metrics["context"]["untrained"]
     assert metrics["routed"]["exit_share"] == {"exit8": 0.0, "exit12": 0.0, "full": 1.0}
     assert metrics["routed"]["AP50"] == metrics["exits"][-1]["AP50"]
     assert metrics["routed"]["mmacs"] == metrics["without_exits"]["mmacs"]  # no branch is paid for
@@ -80,10 +81,11 @@ def test_no_photo_leaves_before_calibration(trained, data_root):
             assert {int(detections["exit_index"]) for detections in detector(photos)} == {2}
 
 
-def test_flags_and_keys_in_any_order(tiny, tmp_path, without_evaluation):
+def test_flags_and_keys_in_any_order(tiny, tmp_path):
     config, overrides = tiny("run")[:2], tiny("run")[2:]
     epochs = ["BASELINE.EPOCHS", "0"]
     assert train_net.main([*overrides, "--force", "PHASES", "[baseline]", *config, "SEED", "1", *epochs]) == 0
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["context"]["untrained"]
 
 
 @pytest.mark.parametrize(
@@ -154,7 +156,7 @@ def test_mixed_precision_trains_every_phase(tiny, tmp_path, without_evaluation):
 def test_two_processes_end_with_one_model(tiny, tmp_path):
     """Statistics of BatchNorm differ between processes until a phase ends. The next phase checks that they agree."""
     more = ("--force", "BASELINE.EPOCHS", "1", "EXITS_PHASE.EPOCHS", "1", "EXITS_PHASE.CACHE", "false")
-    more += ("CALIBRATION.TARGET", "speedup", "CALIBRATION.VALUE", "0.01", "CALIBRATION.COST", "mmacs")
+    more += ("CALIBRATION.TARGET", "speedup", "CALIBRATION.VALUE", "1.01", "CALIBRATION.COST", "mmacs")
     run_with_torchrun("train_net", tiny("two", *more), tmp_path / "stderr")
     assert (tmp_path / "two" / "calibration" / "certificate.json").is_file()
     assert (tmp_path / "two" / "metrics.json").is_file()
