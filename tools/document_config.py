@@ -24,10 +24,11 @@ Every key with its default. The file is generated from `earlyexit_ssd/config/def
 `python tools/document_config.py docs/config.md`.
 
 A configuration is a YAML file with the keys that differ from the defaults. `_BASE_: other.yaml` (relative to the
-file) adds the keys of another file, which have lower priority. `KEY VALUE` pairs at the end of the command line have
-the highest: `EXITS.LAYERS "[6, 12]" SEED 3`. Unknown and repeated keys, wrong types, impossible values and a chain of
-more than 20 `_BASE_` files are errors before the run starts. Dates are read as text, and only YAML's tags of plain
-types are accepted.
+file) adds the keys of another file, which have lower priority. A list, such as `DATA.DATASETS`, replaces the whole
+list of that file. `KEY VALUE` pairs at the end of the command line have the highest priority:
+`EXITS.LAYERS "[6, 12]" SEED 3`. Unknown and repeated keys, wrong types, impossible values and a chain of more than 20
+`_BASE_` files are errors before the run starts. Dates are read as text, and only YAML's tags of plain types are
+accepted.
 """
 
 

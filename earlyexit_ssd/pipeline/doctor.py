@@ -279,6 +279,10 @@ class Watch(Hook):
                 logger.warning("epoch %d: %s", epoch, finding)
         self.distances.append({(finding.check, finding.subject): finding.distance for finding in diagnosis.bad})
 
+    def finds(self, check: str) -> bool:
+        """Return whether the figure of a check is bad for any exit or the full path."""
+        return any(finding.check == check for finding in diagnose(MODEL_CHECKS, self.evidence()).bad)
+
     def evidence(self) -> ModelEvidence:
         """Return the current outputs and the temperatures so far, the only input of the checks during a training."""
         if not self.samples:

@@ -132,6 +132,7 @@ def trainer_at(step: int) -> SimpleNamespace:
 
 def test_each_failure_of_a_training_is_reported_once(photos, model, caplog):
     watch, state = Watch(photos, model), {k: v.clone() for k, v in model.state_dict().items()}
+    assert watch.finds("near_uniform_scores") and not watch.finds("temperature_at_bound")
     model.train()
     watch.before_training(trainer_at(0))
     with caplog.at_level(logging.WARNING):

@@ -254,6 +254,15 @@ def test_advice_names_no_setting_that_is_in_use(keys, layer, named, unnamed):
     assert all(word in advice for word in named) and not any(word in advice for word in unnamed), advice
 
 
+@pytest.mark.parametrize(("uniform", "first"), [(True, "more epochs than 8"), (False, "move the exit deeper")])
+def test_exits_with_uniform_scores_need_more_epochs_first(monkeypatch, uniform, first):
+    monkeypatch.setattr(phases, "train_branches", lambda run: None)
+    monkeypatch.setattr(phases, "Watch", lambda *_: SimpleNamespace(finds=lambda check: uniform))
+    monkeypatch.setattr(Run, "calib_quality", SimpleNamespace(of_exits=lambda model: [{"AP50": 0.1}] * 2))
+    gate = phases.exits(Run(load_config(), None, small_model(exit_layers=(8,)), *[None] * 4))
+    assert not gate.passed and gate.advice[0].startswith(first) and len(gate.advice) == 3
+
+
 # Fine-tuning at smaller inputs.
 
 
