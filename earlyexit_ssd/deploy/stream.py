@@ -163,6 +163,8 @@ class StreamRule:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.frame_size is not None and len(self.frame_size) != 2:
+            raise EarlyExitError(f"frame_size is {list(self.frame_size)}, expected [height, width]")
 
     def save(self, path: str | os.PathLike[str]) -> None:
         write_json(path, {"format": FORMAT, **dataclasses.asdict(self)})

@@ -270,6 +270,7 @@ def test_a_rule_is_saved_and_loaded(tmp_path):
         ({"threshold": -1}, "threshold is -1, expected 0 to 255"),
         ({"speed": 3}, "the key 'speed' is unknown"),
         ({"classes": "lamp"}, "classes is 'lamp', expected a list"),
+        ({"frame_size": [360]}, r"frame_size is \[360\], expected \[height, width\]"),
     ):
         path.write_text(json.dumps({**content, **changes}))
         with pytest.raises(EarlyExitError, match=f"rule.json: {message}"):
