@@ -549,7 +549,7 @@ COMMANDS = {
     "evaluate": Command(evaluate, evaluate_arguments, EVALUATE_EXAMPLES),
     "calibrate": Command(calibrate, calibrate_arguments, CALIBRATE_EXAMPLES),
     "optimize": Command(optimize, optimize_arguments, OPTIMIZE_EXAMPLES, after_a_stop="run it again to continue"),
-    "predict": Command(predict, predict_arguments, PREDICT_EXAMPLES, after_a_stop="run it again for the rest"),
+    "predict": Command(predict, predict_arguments, PREDICT_EXAMPLES),
     "export": Command(export, export_arguments, EXPORT_EXAMPLES),
     "benchmark": Command(benchmark, benchmark_arguments, BENCHMARK_EXAMPLES),
     "doctor": Command(doctor, doctor_arguments, DOCTOR_EXAMPLES),
