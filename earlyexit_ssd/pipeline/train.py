@@ -60,7 +60,7 @@ def prepare(cfg: CfgNode, folder: RunFolder, device: torch.device) -> Run:
         require_few_exits(num_exits(cfg))
         require_deciding(cfg.ROUTING.POLICY, [exit_.empty for exit_ in build_exits(cfg)], "the configuration")
     cfg = _closed_until_fitted(cfg)
-    build_router(cfg)  # raises if the policy is unknown
+    build_router(cfg)  # raises if the number of thresholds is wrong
     check_rivals(cfg, evaluation_device(cfg))
     if cfg.DATA.CLASSES and Path(cfg.MODEL.WEIGHTS).is_file():  # raises before the photos are read
         source = source_classes(cfg.MODEL.WEIGHTS, cfg.MODEL.WEIGHTS_CLASSES, cfg.MODEL.NAME)
@@ -155,7 +155,7 @@ def train_phases(cfg: CfgNode, resume: bool = True, force: bool = True) -> Path:
     """Run the configured phases, see `train`, and return the path of the last phase's model. The caller must hold the
     lock of OUTPUT_DIR."""
     folder = RunFolder(Path(cfg.OUTPUT_DIR))
-    _check_names(cfg)  # before the folder is found in use
+    _check_names(cfg)  # `prepare` does it too; here a wrong name is reported before a folder in use
     if is_main():
         folder.require_free(cfg, resume)
     run = prepare(cfg, folder, build_device(cfg))
