@@ -58,10 +58,11 @@ logger = logging.getLogger(__name__)
 
 
 def evaluate_detections(
-    ground_truth: COCO, detections: DetectionsById, settings: EvaluationSettings
+    ground_truth: COCO, detections: DetectionsById, settings: EvaluationSettings, blocks: np.ndarray | None = None
 ) -> DetectorEvaluation:
     """Match detections with the objects of ``ground_truth``."""
-    return DetectorEvaluation(exit_matches(ground_truth, [detections], settings.iou, tuple(SIZES)), settings)
+    matches = exit_matches(ground_truth, [detections], settings.iou, tuple(SIZES))
+    return DetectorEvaluation(matches, settings, blocks=blocks)
 
 
 def summarize_confidence(confidence: Tensor) -> ConfidenceSummary | None:
@@ -128,7 +129,7 @@ def evaluate_rivals(
     """Evaluate the rivals, whose ``detector`` must hold detections, and compare them with ``routed``."""
     settings, results = routed.settings, []
     for rival, timing in zip(rivals, timings, strict=True):
-        evaluation = evaluate_detections(ground_truth, rival.detector, settings)
+        evaluation = evaluate_detections(ground_truth, rival.detector, settings, routed.blocks)
         results.append(
             RivalResult(
                 name=rival.name,
@@ -181,9 +182,9 @@ class Costs:
     plain: CostResult
     rivals: list[Timing]
 
-    def of_photos(self, chosen: Tensor, unit: str) -> Tensor:
-        """Return the cost of each photo, float64 [n], in ``ms`` or ``mmacs``. Photo i leaves at exit ``chosen[i]``."""
-        return torch.tensor([getattr(cost, unit) for cost in self.exits], dtype=torch.float64)[chosen]
+    def of_photos(self, choice: np.ndarray, unit: str) -> np.ndarray:
+        """Return the cost of each photo, float64 [n], in ``ms`` or ``mmacs``. Photo i leaves at exit ``choice[i]``."""
+        return np.array([getattr(cost, unit) for cost in self.exits], np.float64)[choice]
 
 
 @dataclass(frozen=True)
@@ -206,6 +207,7 @@ def evaluate_exits(
     context: Context,
     rivals: Sequence[Rival] = (),
     certificate: Certificate | None = None,
+    blocks: np.ndarray | None = None,
 ) -> Evaluation:
     """Evaluate every exit and the routed detector.
 
@@ -217,6 +219,7 @@ def evaluate_exits(
             objects, so all figures measure the agreement with the full path, and AP is None.
         rivals: each ``detector`` must hold detections.
         certificate: the router's certificate. Its target is checked on these photos.
+        blocks: number of the block of each photo by image id, int [n]. The bootstrap draws blocks. None: photos.
 
     Raises:
         DataError: ``collected`` lacks a photo of ``ground_truth``.
@@ -230,8 +233,11 @@ def evaluate_exits(
         ground_truth = as_ground_truth(ground_truth, collected.detections[-1], settings.score)
     matches = exit_matches(ground_truth, collected.detections, settings.iou, tuple(SIZES))
     chosen = choose_exits(collected.confidences, router.thresholds.tolist())
-    choices = [*(np.full(matches.photos, index) for index in range(matches.exits)), _by_image(collected, chosen)]
-    *exits, routed = (DetectorEvaluation(matches.choose(choice), settings, context.labelled) for choice in choices)
+    by_image = chosen.numpy()[np.argsort(collected.image_ids, kind="stable")]
+    choices = [*(np.full(matches.photos, index) for index in range(matches.exits)), by_image]
+    *exits, routed = (
+        DetectorEvaluation(matches.choose(choice), settings, context.labelled, blocks) for choice in choices
+    )
     *early, full = (
         ExitResult(
             name=model.exit_names[index],
@@ -259,12 +265,14 @@ def evaluate_exits(
         context=context,
         exits=(*early, replace(full, found=describe_boxes(ground_truth, collected.detections[-1]))),
         without_exits=costs.plain,
-        routed=_routed_result(model, router, routed, chosen, costs),
+        routed=_routed_result(model, router, routed, choices[-1], costs),
         rivals=evaluate_rivals(rivals, costs.rivals, ground_truth, routed),
     )
     counts = photo_counts(matches, settings.score)
     if certificate is not None:
-        comparison = compare_certificate(certificate, ground_truth, collected, chosen, counts, exits[-1], routed, costs)
+        comparison = compare_certificate(
+            certificate, ground_truth, collected, choices[-1], counts, exits[-1], routed, costs
+        )
         results = replace(results, certificate=comparison)
     results = replace(results, verdict=judge(results))
     return Evaluation(results, ground_truth, matches, counts, chosen)
@@ -274,7 +282,7 @@ def compare_certificate(
     certificate: Certificate,
     ground_truth: COCO,
     collected: Collected,
-    chosen: Tensor,
+    choice: np.ndarray,
     counts: PhotoCounts,
     full: DetectorEvaluation,
     routed: DetectorEvaluation,
@@ -282,10 +290,11 @@ def compare_certificate(
 ) -> CertificateResult:
     """Compare a certificate's target with the value measured on these photos.
 
-    For a target that limits a risk against the labels, ``counts`` must have the score and IoU of the target.
+    ``choice`` is the exit of each photo by image id, int [n]. For a target that limits a risk against the labels,
+    ``counts`` must have the score and IoU of the target.
     """
     target, unit = plain_part(certificate.target), None
-    limit, draws = target_value(target), _draws(full.settings, len(chosen))
+    limit = target_value(target)
     if target["kind"] == "ap_drop":
         before, after = full.figures["AP50"], routed.figures["AP50"]
         measured = None if before is None or after is None else before - after
@@ -295,27 +304,17 @@ def compare_certificate(
             losses = counts.losses_against_labels()
         else:
             losses = losses_against_full(ground_truth, collected.detections, target["score"], target["iou"])
-        losses = losses[np.arange(len(losses)), _by_image(collected, chosen)]
-        measured, bounds = float(losses.mean()), interval(losses[draws].mean(axis=1))
+        losses = losses[np.arange(len(losses)), choice]
+        measured, bounds = float(losses.mean()), interval(routed.mean_draws(losses))
     else:
         unit = "ms" if certificate.cost_model.unit == "ms" else "mmacs"
-        plain, of_photos = getattr(costs.plain, unit), costs.of_photos(chosen, unit).numpy()
-        measured, bounds = float(plain / of_photos.mean()), interval(plain / of_photos[draws].mean(axis=1))
+        plain, of_photos = getattr(costs.plain, unit), costs.of_photos(choice, unit)
+        measured, bounds = float(plain / of_photos.mean()), interval(plain / routed.mean_draws(of_photos))
     kept = None
     if measured is not None:
         excess = limit - measured if target["kind"] == "speedup" else measured - limit
         kept = excess <= 1e-9  # a target that is met exactly may have a rounding error
     return CertificateResult(target, measured, bounds, kept, unit)
-
-
-def _by_image(collected: Collected, chosen: Tensor) -> np.ndarray:
-    """Return the exits ``chosen`` [n], sorted by image id."""
-    return chosen.numpy()[np.argsort(collected.image_ids, kind="stable")]
-
-
-def _draws(settings: EvaluationSettings, photos: int) -> np.ndarray:
-    """Return bootstrap draws of the photos as indices [resamples, photos]."""
-    return np.random.default_rng(settings.seed).integers(photos, size=(settings.resamples, photos))
 
 
 def measure_costs(model: nn.Module, settings: EvaluationSettings, router: ExitRouter, rivals: Sequence[Rival]) -> Costs:
@@ -332,19 +331,18 @@ def measure_costs(model: nn.Module, settings: EvaluationSettings, router: ExitRo
 
 
 def _routed_result(
-    model: nn.Module, router: ExitRouter, evaluation: DetectorEvaluation, chosen: Tensor, costs: Costs
+    model: nn.Module, router: ExitRouter, evaluation: DetectorEvaluation, choice: np.ndarray, costs: Costs
 ) -> RoutedResult:
     ms = mmacs = bounds = None
-    if len(chosen):
-        of_photos, draws = costs.of_photos(chosen, "ms"), _draws(evaluation.settings, len(chosen))
-        ms, mmacs = of_photos.mean().item(), costs.of_photos(chosen, "mmacs").mean().item()
-        bounds = interval(costs.plain.ms / of_photos.numpy()[draws].mean(axis=1))
+    if len(choice):
+        of_photos, mmacs = costs.of_photos(choice, "ms"), float(costs.of_photos(choice, "mmacs").mean())
+        ms, bounds = float(of_photos.mean()), interval(costs.plain.ms / evaluation.mean_draws(of_photos))
     return RoutedResult(
         policy=str(router.policy),
         thresholds=router.thresholds.tolist(),
         hybrid=bool(router.hybrid),
         figures=evaluation.figures,
-        exit_share=exit_share(chosen, model.exit_names),
+        exit_share=exit_share(choice, model.exit_names),
         mmacs=mmacs,
         ms=ms,
         speedup=costs.plain.ms / ms if ms else None,

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import io
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -244,6 +244,18 @@ class APs(NamedTuple):
     AP50: float | np.ndarray | None
 
 
+def bootstrap_weights(photos: int, resamples: int, seed: int, blocks: np.ndarray | None = None) -> Iterator[np.ndarray]:
+    """Yield for each of ``resamples`` bootstrap draws how often each photo is drawn, int [photos].
+
+    Photos with the same number (from 0) in ``blocks`` [photos] are drawn together.
+    """
+    blocks = np.arange(photos) if blocks is None else blocks
+    count = int(blocks.max()) + 1 if len(blocks) else 0
+    generator = np.random.default_rng(seed)
+    for _ in range(resamples):
+        yield np.bincount(generator.integers(count, size=count) if count else [], minlength=count)[blocks]
+
+
 def bootstrap_choices(
     matches: ExitMatches,
     choices: Sequence[ArrayLike],
@@ -256,16 +268,12 @@ def bootstrap_choices(
     """Return AP and AP50 of each choice of exits [n] in ``resamples`` bootstrap draws of the photos.
 
     The same seed draws the same photos, so values on one data set are paired. ``ap50_only`` leaves ``AP`` NaN, which is
-    ten times as fast. Photos with the same number (from 0) in ``blocks`` [n] are drawn together.
+    ten times as fast. ``blocks`` is explained at `bootstrap_weights`.
     """
-    blocks = np.arange(matches.photos) if blocks is None else blocks
-    count = int(blocks.max()) + 1 if len(blocks) else 0
-    generator = np.random.default_rng(seed)
     chosen = [matches.choose(choice) for choice in choices]
     only_exit = np.zeros(matches.photos, np.int64)
     values = [APs(*np.full((2, resamples), np.nan)) for _ in choices]
-    for index in range(resamples):
-        weights = np.bincount(generator.integers(count, size=count) if count else [], minlength=count)[blocks]
+    for index, weights in enumerate(bootstrap_weights(matches.photos, resamples, seed, blocks)):
         for draws, detector in zip(values, chosen, strict=True):
             # numpy stores None as NaN
             draws.AP[index], draws.AP50[index] = ap_of_choice(detector, only_exit, weights, ap50_only=ap50_only)

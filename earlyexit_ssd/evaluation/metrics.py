@@ -19,6 +19,7 @@ from earlyexit_ssd.evaluation.matches import (
     APs,
     ExitMatches,
     bootstrap_choices,
+    bootstrap_weights,
     interval,
     mean_precision,
     photo_counts,
@@ -50,12 +51,14 @@ class DetectorEvaluation:
     matches: ExitMatches  # of one detector (`ExitMatches.choose`), with all `SIZES`
     settings: EvaluationSettings
     labelled: bool = True  # False: the objects are the full path's detections, so AP is None
+    blocks: np.ndarray | None = None  # number of the block of each photo, int [n], see `bootstrap_weights`; None: none
 
     @functools.cached_property
     def draws(self) -> APs:
         """AP and AP50 in every bootstrap draw, [resamples]. Detectors on the same photos have the same draws."""
         resamples, everyone = self.settings.resamples if self.labelled else 0, np.zeros(self.matches.photos, np.int64)
-        return bootstrap_choices(self.matches, [everyone], resamples, self.settings.seed, ap50_only=False)[0]
+        choices, seed = [everyone], self.settings.seed
+        return bootstrap_choices(self.matches, choices, resamples, seed, ap50_only=False, blocks=self.blocks)[0]
 
     @functools.cached_property
     def figures(self) -> Figures:
@@ -72,6 +75,11 @@ class DetectorEvaluation:
     def ap50_minus(self, other: DetectorEvaluation) -> list[float] | None:
         """Return the 95 % interval of the difference in AP50 on the same bootstrap draws; None if it is undefined."""
         return interval(self.draws.AP50 - other.draws.AP50)
+
+    def mean_draws(self, values: np.ndarray) -> np.ndarray:
+        """Return the mean of a value per photo [n] in every bootstrap draw, [resamples]."""
+        draws = bootstrap_weights(len(values), self.settings.resamples, self.settings.seed, self.blocks)
+        return np.array([np.average(values, weights=weights) for weights in draws])
 
 
 Measure = Callable[[DetectorEvaluation], Figures]

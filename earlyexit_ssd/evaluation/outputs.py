@@ -121,10 +121,11 @@ def choose_exits(confidences: Sequence[Tensor], thresholds: Sequence[float]) -> 
     return torch.from_numpy(choose([values.numpy() for values in confidences], thresholds)).long()
 
 
-def exit_share(chosen: Tensor, exit_names: Sequence[str]) -> dict[str, float]:
-    """Return the share of the photos that leave at each exit, in [0, 1]. The sum is 1, or 0 without photos."""
-    counts = torch.bincount(chosen, minlength=len(exit_names)).tolist()
-    return {name: count / max(len(chosen), 1) for name, count in zip(exit_names, counts, strict=True)}
+def exit_share(choice: np.ndarray | Tensor, exit_names: Sequence[str]) -> dict[str, float]:
+    """Return the share of the photos that leave at each exit, in [0, 1]. The sum is 1, or 0 without photos.
+    ``choice`` is the exit of each photo, int [n]."""
+    counts = np.bincount(np.asarray(choice), minlength=len(exit_names)).tolist()
+    return {name: count / max(len(choice), 1) for name, count in zip(exit_names, counts, strict=True)}
 
 
 # Outputs of all exits on disk. From them any policy and threshold is evaluated without another forward pass.

@@ -377,7 +377,7 @@ def certificate_of(recorded: ModelOnSplits, search: ThresholdSearch, chosen: Fou
         agreement=dataclasses.asdict(calib.agreement(exits)),
         equal_photos=duplicates.equal,
         near_equal_photos=duplicates.near,
-        exit_share=exit_share(torch.from_numpy(exits), names),
+        exit_share=exit_share(exits, names),
         cost=float(costs.per_exit(chosen.thresholds)[exits].mean()),
         speedup=costs.speedup(exits, chosen.thresholds),
         blocks=None if search.blocks is None else search.draws,

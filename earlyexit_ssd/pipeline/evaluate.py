@@ -23,6 +23,7 @@ from earlyexit_ssd.calibration.certificate import Certificate
 from earlyexit_ssd.config import CLOSED, PHASE_SECTIONS, get_cfg
 from earlyexit_ssd.data import DetectionDataset, load_dataset, to_coco
 from earlyexit_ssd.data.dataset import photo_hashes
+from earlyexit_ssd.data.duplicates import block_of_each
 from earlyexit_ssd.drift import WINDOW, DriftRecord
 from earlyexit_ssd.engine import read_log
 from earlyexit_ssd.engine.processes import is_main
@@ -261,7 +262,11 @@ def evaluate_model(
         weights_sha256=sha256(weights),
     )
     settings, ground_truth = build_evaluation(cfg), to_coco(dataset)
-    evaluation = evaluate_exits(model, collected, ground_truth, router, settings, context, rivals, certificate)
+    blocks = None
+    if certificate and certificate.target.block:
+        records = sorted(dataset.records, key=lambda record: record.image_id)
+        blocks = block_of_each([record.path for record in records], certificate.target.block)
+    evaluation = evaluate_exits(model, collected, ground_truth, router, settings, context, rivals, certificate, blocks)
     results, chosen = evaluation.results, evaluation.chosen.tolist()
     if certificate is not None:
         results = replace(results, drift=drift_of(certificate, collected, chosen))

@@ -340,6 +340,15 @@ def test_the_target_of_the_certificate_is_measured(evaluate_exits, target, measu
     assert json.loads(json.dumps(result, allow_nan=False)) == result
 
 
+@pytest.mark.parametrize("target", [{"kind": "risk", "epsilon": 0.5}, {"kind": "ap_drop", "value": 0.5}])
+def test_photos_of_a_block_are_drawn_together(evaluate_exits, target):
+    """With all photos in one block, every draw has all photos."""
+    metrics = evaluate_exits(certificate=certificate(**target, delta=0.05), blocks=np.zeros(3, int))
+    assert metrics["certificate"]["interval"] == pytest.approx([metrics["certificate"]["measured"]] * 2)
+    assert metrics["routed"]["AP50_interval"] == pytest.approx([metrics["routed"]["AP50"]] * 2)
+    assert metrics["routed"]["speedup_interval"] == pytest.approx([metrics["routed"]["speedup"]] * 2)
+
+
 @pytest.mark.parametrize("unit", ["ms", "mmacs"])
 def test_a_speedup_is_measured_in_the_unit_of_the_certificate(evaluate_exits, unit):
     metrics = evaluate_exits(certificate=certificate("speedup", unit, value=0.01))
