@@ -288,7 +288,8 @@ def predict_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--runtime", choices=runtimes, default="onnxruntime", help="runtime of exported files")
     parser.add_argument("--threads", type=int, help="CPU threads; 1 for exported detectors, all for PyTorch")
     parser.add_argument("--out", default="output/predict", help="folder of the results; output/predict by default")
-    saves = "pictures (PNG, MP4; default), json (COCO results), csv (row per detection), counts (row per frame), none"
+    saves = "pictures (PNG, MP4; default), json (COCO results), csv (row per detection), counts (row per frame), "
+    saves += "labels (data set in COCO format), none"
     parser.add_argument("--save", default="pictures", metavar="WHAT,...", help=saves)
     parser.add_argument("--show", action="store_true", help="show the pictures in a window too")
     parser.add_argument("--score", type=float, default=0.5, help="score threshold of detections (default 0.5)")

@@ -27,9 +27,10 @@ from earlyexit_ssd.images import SMALLEST_TEXT, color_of, draw_boxes
 
 logger = logging.getLogger(__name__)
 
-TABLES = {"json": "detections.json", "csv": "detections.csv", "counts": "counts.csv"}
+TABLES = {"json": "detections.json", "csv": "detections.csv", "counts": "counts.csv", "labels": "labels.json"}
 SAVES = ("pictures", *TABLES)
-"""Outputs: annotated photos (PNG) and videos (MP4), COCO results, a row per detection, a row per frame."""
+"""Outputs: annotated photos (PNG) and videos (MP4), COCO results, a row per detection, a row per frame, and the photos
+with the detections as objects, a data set in COCO's format."""
 EXPORTED = (".onnx", ".xml")
 LIVE_FPS = 10.0  # frame rate of the annotated video if a camera does not report its frame rate
 
@@ -112,20 +113,26 @@ def predict(
     """
     if not 0 <= score <= 1:
         raise EarlyExitError(f"score {score}: expected a number in [0, 1]")
-    if rule is not None and rule.stride != stride and any(source.kind != "photo" for source in sources):
+    moving = next((source for source in sources if source.kind != "photo"), None)
+    if rule is not None and rule.stride != stride and moving:
         raise EarlyExitError(f"the stream rule is for stride {rule.stride}, not {stride}; calibrate a rule for it")
     save = [name for name in map(str.strip, save) if name != "none"]
     for name in save:
         if name not in SAVES:
             raise EarlyExitError(f"--save {name!r}: expected some of {', '.join(SAVES)}, or none{suggest(name, SAVES)}")
-    if show or any(source.kind != "photo" for source in sources):
+    if "labels" in save and moving:
+        raise EarlyExitError(
+            f"--save labels takes photos, but {moving.title} is a {moving.kind}; save its frames first"
+        )
+    if show or moving:
         opencv()
     if save:
         make_folder(out)
     detect = detector if rule is None else TemporalExit(detector, rule, score)
     paths = output_paths(sources, out) if "pictures" in save else [None] * len(sources)
     with contextlib.ExitStack() as files:
-        loop = _Loop(detect, _Tables(files, Path(out), save, detector.classes, score), score, show, draw)
+        tables = _Tables(files, Path(out), save, detector.classes, score, sources)
+        loop = _Loop(detect, tables, score, show, draw)
         kind, ended_by = "", None
         try:
             for source, path in zip(sources, paths, strict=True):
@@ -139,6 +146,8 @@ def predict(
             ended_by = error
     if ended_by is not None or loop.interrupted:
         raise ended_by or KeyboardInterrupt
+    if "labels" in save:
+        yield f"an entry of DATA.DATASETS: [NAME, {Path(out).absolute() / TABLES['labels']}, {tables.folder}]"
     if rule is None and hasattr(detector, "drift"):
         drift = None
         with contextlib.suppress(EarlyExitError):  # scipy is optional on a device
@@ -252,7 +261,13 @@ class _Tables:
     """The JSON and CSV files, written frame by frame to temporary files that are renamed when ``files`` closes."""
 
     def __init__(
-        self, files: contextlib.ExitStack, out: Path, save: Sequence[str], classes: Sequence[str], score: float
+        self,
+        files: contextlib.ExitStack,
+        out: Path,
+        save: Sequence[str],
+        classes: Sequence[str],
+        score: float,
+        sources: Sequence[Source],
     ) -> None:
         def open_file(name: str) -> TextIO:
             temporary = files.enter_context(atomic_path(out / name))
@@ -263,7 +278,8 @@ class _Tables:
             text = "%s: %s of an earlier run; new tables replace those of the same name, image ids count from 1 again"
             logger.warning(text, out, ", ".join(old))
         self.classes, self.score = classes, score
-        self.json = self.rows = self.counts = None
+        self.json = self.rows = self.counts = self.labels = None
+        self.counted = [label for label, name in enumerate(classes, 1) if name != "N/A"]  # an unused id of COCO
         frame_columns = ["image_id", "source", "frame", "seconds"]
         if "json" in save:
             self.json, self.separator = open_file(TABLES["json"]), "\n"
@@ -274,27 +290,36 @@ class _Tables:
             self.rows.writerow([*frame_columns, "class", "score", "x1", "y1", "x2", "y2"])
         if "counts" in save:
             self.counts = csv.writer(open_file(TABLES["counts"]), lineterminator="\n")
-            self.counted = [label for label, name in enumerate(classes, 1) if name != "N/A"]  # an unused id of COCO
             names = [classes[label - 1] for label in self.counted]
             self.counts.writerow([*frame_columns, "exit", "confidence", "ms", "found", *names])
+        if "labels" in save:
+            self.folder = os.path.commonpath([os.path.dirname(os.path.abspath(source.name)) for source in sources])
+            categories = [{"id": label, "name": classes[label - 1]} for label in self.counted]
+            self.labels = {"images": [], "annotations": [], "categories": categories}
+            stream = open_file(TABLES["labels"])
+            files.callback(json.dump, self.labels, stream, indent=1)
 
     def write(self, image_id: int, frame: Frame, detections: Detections) -> None:
         """Write the detections of a frame. ``image_id`` counts the frames of all sources from 1."""
         title, seconds = frame.source.title, "" if frame.time is None else f"{frame.time:.3f}"
         keep = np.flatnonzero(detections.scores >= self.score).tolist()
+        if self.labels:
+            name, (height, width, _) = os.path.relpath(frame.source.name, self.folder), frame.image.shape
+            self.labels["images"].append({"id": image_id, "file_name": name, "width": width, "height": height})
         for index in keep:
             name, score, box = detections.class_names[index], detections.scores[index], detections.boxes[index]
+            x1, y1, x2, y2 = (round(float(value), 2) for value in box)
+            row = {  # COCO's results format
+                "image_id": image_id,
+                "category_id": int(detections.labels[index]),
+                "bbox": [x1, y1, round(x2 - x1, 2), round(y2 - y1, 2)],
+                "score": round(float(score), 5),
+            }
+            if self.labels:
+                area, annotations = row["bbox"][2] * row["bbox"][3], self.labels["annotations"]
+                annotations.append({"id": len(annotations) + 1, **row, "area": area, "iscrowd": 0})
             if self.json:
-                x1, y1, x2, y2 = (round(float(value), 2) for value in box)
-                row = {  # COCO's results format, with class name, source and frame
-                    "image_id": image_id,
-                    "category_id": int(detections.labels[index]),
-                    "bbox": [x1, y1, round(x2 - x1, 2), round(y2 - y1, 2)],
-                    "score": round(float(score), 5),
-                    "category": name,
-                    "source": title,
-                    "frame": frame.index,
-                }
+                row |= {"category": name, "source": title, "frame": frame.index}
                 self.json.write(self.separator + json.dumps(row))
                 self.separator = ",\n"
             if self.rows:

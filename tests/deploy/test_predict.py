@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from earlyexit_ssd.config import load_config
+from earlyexit_ssd.data import load_dataset
 from earlyexit_ssd.deploy import Predictor
 from earlyexit_ssd.deploy.predict import SAVES, annotate, images_of, is_exported, open_predictor, output_paths, predict
 from earlyexit_ssd.deploy.sources import Source, find_sources
@@ -23,6 +25,7 @@ from earlyexit_ssd.drift import Drift
 from earlyexit_ssd.errors import CannotWrite, DataError, EarlyExitError
 from tests.deploy.fakes import RED, RedBox, scene
 
+OUTPUTS = [name for name in SAVES if name != "labels"]  # labels are for photos only
 RULE = StreamRule(threshold=2.0, score=0.5, most_repeats=100, classes=RedBox.classes)
 
 
@@ -45,7 +48,7 @@ def rows(path: Path) -> list[dict[str, str]]:
 def test_photos_and_all_outputs(tmp_path):
     sources = [photo(tmp_path / "a.png"), photo(tmp_path / "b.png", None), Source(str(tmp_path / "none.png"), "photo")]
     out = tmp_path / "out"
-    first, second, error = predict(RedBox(), sources, out, save=SAVES)
+    first, second, error = predict(RedBox(), sources, out, save=OUTPUTS)
     assert first.splitlines() == [
         f"{tmp_path}/a.png: full, confidence 0.75, 4 ms, 1 found -> {out}/a.png",
         "  ball 0.90 at 30, 20, 46, 36",
@@ -67,10 +70,28 @@ def test_photos_and_all_outputs(tmp_path):
     assert coco.loadRes(str(out / "detections.json")).anns[1]["bbox"] == [30, 20, 16, 16]
 
 
+def test_labels_are_a_data_set(tmp_path):
+    """The relative names of the photos are below the folder that the last line names."""
+    (tmp_path / "night").mkdir()
+    sources = [photo(tmp_path / "a.png"), photo(tmp_path / "night" / "b.png", None)]
+    *_, entry = predict(RedBox(), sources, tmp_path / "out", save=["labels"])
+    assert entry == f"an entry of DATA.DATASETS: [NAME, {tmp_path}/out/labels.json, {tmp_path}]"
+    keys = ["DATA.DATASETS", f"[[mine, {tmp_path}/out/labels.json, {tmp_path}]]", "DATA.CLASSES", "[lamp, ball]"]
+    dataset = load_dataset(load_config(None, keys), "mine")
+    assert [record.path.name for record in dataset.records] == ["a.png", "b.png"]
+    (found,) = dataset.records[0].annotations
+    assert (found.label, found.box, dataset.records[1].annotations) == (2, (30, 20, 46, 36), ())
+
+
+def test_labels_of_a_video_are_refused(tmp_path, video):
+    with pytest.raises(EarlyExitError, match=r"--save labels takes photos, but .*street.mp4 is a video"):
+        next(predict(RedBox(), [video], tmp_path, save=["labels"]))
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names")
 def test_a_name_that_is_not_utf_8_is_escaped(tmp_path):
     source = photo(tmp_path / os.fsdecode(b"a\xff.png"))
-    list(predict(RedBox(), [source], tmp_path / "out", save=SAVES))
+    list(predict(RedBox(), [source], tmp_path / "out", save=OUTPUTS))
     for name in ("detections.csv", "counts.csv"):
         assert rows(tmp_path / "out" / name)[0]["source"].endswith("a\\udcff.png")
 
@@ -87,7 +108,7 @@ def test_lower_scores_are_dropped(tmp_path):
 
 def test_a_video_and_its_summary(tmp_path, video, fake_video):
     fake_video([scene(x) for x in range(10)], total=10)
-    (line,) = predict(RedBox(), [video], tmp_path / "out", save=SAVES)
+    (line,) = predict(RedBox(), [video], tmp_path / "out", save=OUTPUTS)
     assert line.startswith(f"{video.name}: 10 frames, ") and line.endswith(f" -> {tmp_path}/out/street.mp4")
     assert "4.0 ms per computed frame, exits: full 50%, exit8 50%" in line
     counts = rows(tmp_path / "out" / "counts.csv")
@@ -147,7 +168,7 @@ def interrupted():
 def test_ctrl_c_ends_a_camera_and_keeps_its_output(tmp_path, fake_video):
     fake_video(interrupted(), fps=0)
     sources = [Source("0", "live"), photo(tmp_path / "a.png")]
-    (line,) = predict(RedBox(), sources, tmp_path / "out", save=SAVES)
+    (line,) = predict(RedBox(), sources, tmp_path / "out", save=OUTPUTS)
     assert line.startswith("0: 5 frames, ") and line.endswith("camera_0.mp4")
     assert len(rows(tmp_path / "out" / "counts.csv")) == 5
     assert len(json.loads((tmp_path / "out" / "detections.json").read_text())) == 5
@@ -157,7 +178,7 @@ def test_ctrl_c_in_a_video_keeps_the_output_so_far(tmp_path, video, fake_video):
     fake_video(interrupted(), total=9)
     lines = []
     with pytest.raises(KeyboardInterrupt):
-        lines.extend(predict(RedBox(), [video, video], tmp_path / "out", save=SAVES))
+        lines.extend(predict(RedBox(), [video, video], tmp_path / "out", save=OUTPUTS))
     assert len(rows(tmp_path / "out" / "counts.csv")) == 5
     assert len(json.loads((tmp_path / "out" / "detections.json").read_text())) == 5
     assert sorted(os.listdir(tmp_path / "out")) == ["counts.csv", "detections.csv", "detections.json", "street.mp4"]
@@ -203,7 +224,7 @@ import gc, os, sys
 from pathlib import Path
 import pytest
 from earlyexit_ssd.deploy import sources
-from earlyexit_ssd.deploy.predict import SAVES, predict
+from earlyexit_ssd.deploy.predict import predict
 from earlyexit_ssd.deploy.sources import Source
 from earlyexit_ssd.deploy.stream import StreamRule
 from tests.deploy.fakes import RedBox, play_instead, scene
@@ -218,7 +239,8 @@ class Watched(RedBox):
 
 play_instead(pytest.MonkeyPatch(), (scene(x % 16, 2, 8, size=(48, 64)) for x in range(10_000)), total=10_000)
 rule = StreamRule(threshold=0.0, score=0.5, most_repeats=100, classes=RedBox.classes)
-list(predict(Watched(), [Source(sys.argv[1], "video")], sys.argv[2], save=SAVES, rule=rule))
+outputs = ["pictures", "json", "csv", "counts"]
+list(predict(Watched(), [Source(sys.argv[1], "video")], sys.argv[2], save=outputs, rule=rule))
 """
 
 
@@ -349,6 +371,6 @@ def test_the_command_runs_without_the_packages_for_training(tmp_path, onnx_file)
     result = run(first, second, "--weights", onnx_file, *outputs, "--stream", tmp_path / "rule.json")
     assert result.returncode == 0, result.stderr
     assert f"{second}: repeated, " in result.stdout  # the same photo under another name
-    assert len(os.listdir(tmp_path / "out")) == 5
+    assert len(os.listdir(tmp_path / "out")) == 6
     result = run(first)
     assert result.returncode == 2 and "voc_animals runs in PyTorch, which is not installed" in result.stderr

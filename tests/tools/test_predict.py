@@ -47,7 +47,7 @@ def test_bad_photos_are_skipped(photos, tmp_path, capsys):
     [
         (["--weights", "chiar"], "did you mean 'chair'"),
         (["--score", "7"], "score 7.0: expected a number in [0, 1]"),
-        (["--save", "jason"], "--save 'jason': expected some of pictures, json, csv, counts, or none"),
+        (["--save", "jason"], "--save 'jason': expected some of pictures, json, csv, counts, labels, or none"),
         (["--stream", "none.json"], "none.json: no such stream rule; write a rule with earlyexit predict"),
         (["--calibrate-stream", "0.1"], "name its file with --stream"),
         (["0", "--calibrate-stream", "0.1", "--stream", "a.json"], "on a camera needs --frames: the number of frames"),
