@@ -65,6 +65,8 @@ class ModelEvidence:
     ap50: Mapping[str, float | None] = field(default_factory=dict)  # exit -> AP50, the full path last; None: undefined
     # early exit -> lower end of the 95 % interval of its AP50 - the full path's, on the same photos
     above_full: Mapping[str, float] = field(default_factory=dict)
+    # class -> share of its objects found by the full path that get its name
+    named_right: Mapping[str, float] = field(default_factory=dict)
     computed_aps: int | None = None  # number of APs in the files of the run; None without files
 
     @property
@@ -267,6 +269,19 @@ def confidence_collapses(evidence: ModelEvidence) -> dict[str, float]:
 def low_ap50(evidence: ModelEvidence) -> dict[str, float]:
     """AP50 of each exit and of the full path."""
     return {name: ap50 for name, ap50 in evidence.ap50.items() if ap50 is not None}
+
+
+# torchvision's detector names 0.4 or more of the found objects of every COCO class right. If names are exchanged,
+# hardly any object gets its name.
+@check(
+    least=0.2,
+    meaning="nearly all found objects of this class are detected as other classes",
+    advice="compare the order of DATA.CLASSES, of the model's classes and of the annotations' categories",
+)
+def classes_exchanged(evidence: ModelEvidence) -> dict[str, float]:
+    """Share of the found objects of a class that the full path gives this class, for the class with the lowest share.
+    An object is found if a detection of score 0.25 or more has IoU 0.5 with it. The highest score counts."""
+    return dict(sorted(evidence.named_right.items(), key=lambda item: item[1])[:1])
 
 
 # If a part of a network is clearly better than the whole, the rest was not trained or was damaged.

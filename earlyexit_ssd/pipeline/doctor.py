@@ -6,7 +6,8 @@ import logging
 import os
 import re
 import time
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
+from torchvision.ops import box_iou
 
 from earlyexit_ssd.console import progress
 from earlyexit_ssd.data import DetectionDataset, class_names, load_dataset, to_coco
@@ -25,7 +27,7 @@ from earlyexit_ssd.data.problems import Problems
 from earlyexit_ssd.data.records import Record, limit_negatives, limit_photos, select_classes, union_of_classes
 from earlyexit_ssd.doctor.data import DATA_CHECKS, DataEvidence, Split, Summary, summarise
 from earlyexit_ssd.doctor.findings import Diagnosis, DoctorFinding, diagnose
-from earlyexit_ssd.doctor.model import ENOUGH_PHOTOS, MODEL_CHECKS, ExitOutput, ModelEvidence
+from earlyexit_ssd.doctor.model import ENOUGH_PHOTOS, MODEL_CHECKS, SHOWN_SCORE, ExitOutput, ModelEvidence
 from earlyexit_ssd.engine import Hook, Trainer, read_log
 from earlyexit_ssd.engine.processes import is_main
 from earlyexit_ssd.errors import DataError, EarlyExitError
@@ -177,7 +179,25 @@ def collect_evidence(
         temperatures={name: [value] for name, value in temperatures},
         ap50=ap50,
         above_full=above_full,
+        named_right=named_right(dataset, detections[-1]),
     )
+
+
+def named_right(dataset: DetectionDataset, detections: Mapping[int, ImageDetections]) -> dict[str, float]:
+    """Return for each class with `ENOUGH_PHOTOS` found objects the share that gets its name, see
+    `doctor.model.classes_exchanged`. Without a second class the result is empty."""
+    right = defaultdict(list)
+    for record in dataset.records if len(dataset.classes) > 1 else ():
+        objects = [annotation for annotation in record.annotations if not annotation.ignore]
+        boxes = torch.tensor([annotation.box for annotation in objects]).reshape(-1, 4)
+        boxes_found, scores, labels = (detections[record.image_id][key] for key in ("boxes", "scores", "labels"))
+        score_near = (box_iou(boxes, boxes_found) >= 0.5) * scores
+        for annotation, of_object in zip(objects, score_near, strict=True):
+            if (of_object >= SHOWN_SCORE).any():
+                right[annotation.label].append(int(labels[of_object.argmax()]) == annotation.label)
+    return {
+        dataset.classes[label - 1]: sum(hits) / len(hits) for label, hits in right.items() if len(hits) >= ENOUGH_PHOTOS
+    }
 
 
 def batch_evidence(

@@ -41,6 +41,7 @@ def sound() -> ModelEvidence:
         confidences={"exit8": [0.41, 0.3, 0.35]},
         ap50={"exit8": 0.4, "full": 0.5},
         above_full={"exit8": -0.1},
+        named_right={"cat": 0.5, "dog": 0.9},
         computed_aps=4,
     )
 
@@ -93,6 +94,7 @@ BROKEN = {
     "temperature_runs_away": lambda: changed(temperatures={"exit8": [0.6, 0.8, 1.3, 2.4]}),
     "confidence_collapses": lambda: changed(confidences={"exit8": [0.41, 0.09, 0.007]}),
     "low_ap50": lambda: changed(ap50={"exit8": 0.04, "full": 0.5}),
+    "classes_exchanged": lambda: changed(named_right={"cat": 0.9, "dog": 0.1}),
     "exit_above_full": lambda: changed(above_full={"exit8": 0.01}),
     "ap_never_computed": lambda: changed(computed_aps=0),
 }  # fmt: skip

@@ -20,7 +20,15 @@ from earlyexit_ssd.errors import DataError
 from earlyexit_ssd.files import write_image, write_json, write_text
 from earlyexit_ssd.modeling.ssdlite import earlyexit_ssdlite320_mobilenet_v3_large
 from earlyexit_ssd.modeling.trunk import evaluating
-from earlyexit_ssd.pipeline.doctor import Report, Watch, _split, batch_evidence, chosen_photos, run_evidence
+from earlyexit_ssd.pipeline.doctor import (
+    Report,
+    Watch,
+    _split,
+    batch_evidence,
+    chosen_photos,
+    named_right,
+    run_evidence,
+)
 from earlyexit_ssd.routing import ExitRouter
 
 
@@ -71,6 +79,24 @@ def test_half_of_the_photos_have_objects_if_there_are_enough(photos, shown, with
     records = [Record(n, Path(f"{n}"), 9, 9, (Annotation((1, 1, 5, 5), 1),) * (n < 10)) for n in range(50)]
     chosen = [record.has_targets for record in chosen_photos(records, photos, 0)]
     assert (sum(chosen), len(chosen) - sum(chosen)) == (shown, without)
+
+
+def test_share_of_found_objects_with_the_right_name():
+    """In photo n of 20, an object of class 1 is found at score 0.5: in 15 photos as class 2, in 5 as class 1. In all
+    photos a weaker detection names it right, and an object of class 2 is found at score 0.2 only."""
+    box, other = (10.0, 10.0, 30.0, 30.0), (40.0, 40.0, 60.0, 60.0)
+    records = [Record(n, Path(f"{n}"), 99, 99, (Annotation(box, 1), Annotation(other, 2))) for n in range(20)]
+    detections = {
+        n: {
+            "boxes": torch.tensor([box, box, other]),
+            "scores": torch.tensor([0.5, 0.4, 0.2]),
+            "labels": torch.tensor([2 if n < 15 else 1, 1, 2]),
+        }
+        for n in range(20)
+    }
+    assert named_right(DetectionDataset(records, ("cat", "dog")), detections) == {"cat": 0.25}
+    assert named_right(DetectionDataset(records[:9], ("cat", "dog")), detections) == {}  # too few
+    assert named_right(DetectionDataset(records, ("cat",)), detections) == {}
 
 
 @pytest.fixture
