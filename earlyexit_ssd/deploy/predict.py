@@ -147,7 +147,8 @@ def predict(
     if ended_by is not None or loop.interrupted:
         raise ended_by or KeyboardInterrupt
     if "labels" in save:
-        yield f"an entry of DATA.DATASETS: [NAME, {Path(out).absolute() / TABLES['labels']}, {tables.folder}]"
+        entry = json.dumps(["NAME", str(Path(out).absolute() / TABLES["labels"]), tables.folder], ensure_ascii=False)
+        yield f"an entry of DATA.DATASETS: {entry}"
     if rule is None and hasattr(detector, "drift"):
         drift = None
         with contextlib.suppress(EarlyExitError):  # scipy is optional on a device

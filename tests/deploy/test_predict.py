@@ -75,7 +75,7 @@ def test_labels_are_a_data_set(tmp_path):
     (tmp_path / "night").mkdir()
     sources = [photo(tmp_path / "a.png"), photo(tmp_path / "night" / "b.png", None)]
     *_, entry = predict(RedBox(), sources, tmp_path / "out", save=["labels"])
-    assert entry == f"an entry of DATA.DATASETS: [NAME, {tmp_path}/out/labels.json, {tmp_path}]"
+    assert entry == f'an entry of DATA.DATASETS: ["NAME", "{tmp_path}/out/labels.json", "{tmp_path}"]'
     keys = ["DATA.DATASETS", f"[[mine, {tmp_path}/out/labels.json, {tmp_path}]]", "DATA.CLASSES", "[lamp, ball]"]
     dataset = load_dataset(load_config(None, keys), "mine")
     assert [record.path.name for record in dataset.records] == ["a.png", "b.png"]
