@@ -457,7 +457,10 @@ def load_every_key(module: torch.nn.Module, state: dict[str, Tensor], source: st
         check = "MODEL.WIDTH, MODEL.WEIGHTS_CLASSES and the number of classes"
         outputs, expected_outputs = outputs_of(state), outputs_of(expected)
         if outputs != expected_outputs and all(key.startswith("head.classification_head.") for key in problems):
-            check = f"the classes: list the {outputs - 1} of the checkpoint in MODEL.WEIGHTS_CLASSES"
+            names = f"list the {outputs - 1} of the checkpoint in"
+            if outputs == 91:  # COCO's
+                names = "set coco as"
+            check = f"the classes: {names} MODEL.WEIGHTS_CLASSES"
             check += f" (the model has {expected_outputs - 1})"
         if all(key.startswith("branches.") for key in problems):
             check = "EXITS (in Python copy, depth, channels, head_rank), or train the exits again from its full path"

@@ -175,17 +175,19 @@ def open_model(
 
     ``weights`` is a model file of this project, the name of shipped weights, or a checkpoint of torchvision's reference
     training. A checkpoint must fit the configuration: MODEL, EXITS, and DATA.CLASSES in the order of the labels. If its
-    head has COCO's 91 outputs, classes that are not in DATA.CLASSES are folded into background. If temperatures were
-    trained with the checkpoint, they are in ``info["router"]``.
+    head has COCO's 91 outputs, classes that are not in DATA.CLASSES are folded into background. If it has no exits and
+    EXITS has only empty ones, which need no training, the model is that of `build_model`. If temperatures were trained
+    with the checkpoint, they are in ``info["router"]``.
 
     Raises:
         EarlyExitError: unusable weights, weights that do not fit the configuration, or a checkpoint without exits if
-            ``need_exits`` is set.
+            ``need_exits`` is set and EXITS has a branch.
     """
+    only_empty = not set(cfg.EXITS.LAYERS) - set(cfg.EXITS.EMPTY)
 
     def describe(outputs: int, exits: tuple[str, ...]) -> Architecture:
         """Return the architecture of a checkpoint with these outputs per default box and these exits."""
-        if need_exits and not exits:
+        if need_exits and not exits and not only_empty:
             raise ConfigError("the detector has no exits; add them: earlyexit train or optimize with MODEL.WEIGHTS")
         classes = class_names(cfg)
         architecture = build_architecture(cfg, classes)
@@ -206,7 +208,13 @@ def open_model(
         logger.info("%s: COCO's classes, %s", weights, change)
         return dataclasses.replace(architecture, head_outputs=outputs, folded_rows=change.rows, folded_branches=True)
 
-    model, architecture, info = load_model(weights_file(weights), describe)
+    path = weights_file(weights)
+    model, architecture, info = load_model(path, describe)
+    if need_exits and info.get("exits") is False:
+        source = cfg.MODEL.WEIGHTS_CLASSES or ("coco" if architecture.folded_rows else "")
+        cfg = with_values(cfg, {"MODEL.WEIGHTS": os.fspath(path), "MODEL.WEIGHTS_CLASSES": source})
+        model, architecture = build_model(cfg, architecture.classes)
+        return model.eval(), architecture, {"taken_over": True}
     if info.get("temperatures"):
         info = {**info, "router": {"num_exits": model.num_early_exits, "temperatures": info["temperatures"]}}
     return model, architecture, info

@@ -253,7 +253,8 @@ class CandidateSearch:
             model, architecture = build_model(_without_untrained_branches(cfg), class_names(cfg))
             self.model, self.architecture, self.info = model, architecture, {"taken_over": True}
         else:
-            self.model, self.architecture, self.info = open_model(cfg, weights)
+            whole_head = with_values(cfg, {"MODEL.FOLD": _fold_to_search(cfg)})
+            self.model, self.architecture, self.info = open_model(whole_head, weights)
         self.cfg = cfg = with_classes(cfg, self.architecture.classes)
         self.model = self.model.to(self.device).eval()
         self.plan = Plan(cfg, goal, self.architecture)
@@ -464,12 +465,17 @@ class CandidateSearch:
         return with_values(self.cfg, {"OUTPUT_DIR": str(self.out / "joint"), "CALIBRATION.TARGET": ""})
 
 
+def _fold_to_search(cfg: CfgNode) -> str:
+    """Return MODEL.FOLD for the base detector, whose head is not compact, since compact heads are candidates."""
+    return "rows" if cfg.MODEL.FOLD == "rows" else "exact"
+
+
 def _without_untrained_branches(cfg: CfgNode) -> CfgNode:
     """Return the configuration for a checkpoint that is not trained further.
 
     The head is not compact. If any exit has a branch, which would be untrained, only the glances remain.
     """
-    values = {"MODEL.FOLD": "rows" if cfg.MODEL.FOLD == "rows" else "exact"}
+    values = {"MODEL.FOLD": _fold_to_search(cfg)}
     if set(cfg.EXITS.LAYERS) != set(cfg.EXITS.EMPTY):
         values |= {"EXITS.LAYERS": (), "EXITS.EMPTY": ()}
         values |= {f"EXITS.{key}": cfg.EXITS[key][:1] for key in ("BRANCH", "COPY", "DEPTH")}

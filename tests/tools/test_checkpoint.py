@@ -14,6 +14,7 @@ from earlyexit_ssd.config import load_config
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.files import write_text
 from earlyexit_ssd.modeling import COCO_CLASSES
+from earlyexit_ssd.modeling.checkpoint import weights_hash
 from earlyexit_ssd.pipeline.build import open_model
 from tests.tools.conftest import final_weights
 from tools import calibrate, eval_exits, predict
@@ -70,6 +71,21 @@ def test_configuration_of_another_model_is_a_one_line_error(checkpoint, tmp_path
     torch.save({"model": plain.state_dict()}, tmp_path / "plain.pth")
     assert eval_exits.main([*arguments, "--weights", str(tmp_path / "plain.pth"), "--out", str(tmp_path / "out")]) == 2
     assert "plain.pth: the detector has no exits; add them: earlyexit train or optimize" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("weights_classes", ["", "coco"])
+def test_empty_exits_are_added_to_a_checkpoint(tmp_path, weights_classes):
+    """They need no training. Calibration and evaluation open equal models, so a certificate fits."""
+    plain = get_model("ssdlite320_mobilenet_v3_large", weights=None, weights_backbone=None, num_classes=91)
+    torch.save({"model": plain.state_dict()}, tmp_path / "plain.pth")
+    keys = ["DATA.CLASSES", "[chair]", "MODEL.FOLD", "exact", "MODEL.WEIGHTS_CLASSES", weights_classes]
+    exits = ["EXITS.LAYERS", "[4]", "EXITS.EMPTY", "[4]", "EXITS.GLANCES", "[[64, 12]]"]
+    cfg = load_config(None, [*keys, *exits])
+    (model, architecture, info), (again, _, _) = (open_model(cfg, tmp_path / "plain.pth") for _ in range(2))
+    assert model.exit_names == ("glance64", "exit4", "full") and info["taken_over"] and not model.training
+    assert architecture.folded_rows == (COCO_CLASSES.index("chair") + 1,) and model.classes == ("chair",)
+    assert weights_hash(model) == weights_hash(again)
+    assert open_model(cfg, tmp_path / "plain.pth", need_exits=False)[0].exit_names == ("full",)
 
 
 def test_coco_head_is_reduced_to_the_classes_of_the_configuration(tmp_path):
