@@ -312,13 +312,13 @@ def predict(args: argparse.Namespace) -> None:
     from earlyexit_ssd.deploy.predict import annotate, is_exported, open_predictor, predict
     from earlyexit_ssd.deploy.sources import find_sources
     from earlyexit_ssd.deploy.stream import load_stream_rule
-    from earlyexit_ssd.errors import DataError, EarlyExitError
+    from earlyexit_ssd.errors import DataError, EarlyExitError, shown
 
     if not 0 <= args.score <= 1:
         raise EarlyExitError(f"score {args.score}: expected a number in [0, 1]")
-    for flag in ("frames", "threads"):
-        if (value := getattr(args, flag)) is not None and value < 1:
-            raise EarlyExitError(f"--{flag} {value}: expected at least 1")
+    for flag, limit in (("frames", 2**31), ("threads", 1024)):
+        if (value := getattr(args, flag)) is not None and not 1 <= value <= limit:
+            raise EarlyExitError(f"--{flag} {shown(value)}: expected 1 to {limit}")
     for flag in ("delta", "block", "most_repeats"):
         if getattr(args, flag) is not None and args.calibrate_stream is None:
             raise EarlyExitError(f"--{flag.replace('_', '-')} is for --calibrate-stream; leave it out")
@@ -363,10 +363,11 @@ def _calibrate_stream(args: argparse.Namespace, detector: object, sources: list)
     from earlyexit_ssd.deploy.sources import count_frames
     from earlyexit_ssd.deploy.stream import FEW_EVENTS, calibrate_stream
     from earlyexit_ssd.errors import EarlyExitError
-    from earlyexit_ssd.files import make_folder
+    from earlyexit_ssd.files import make_folder, require_not_input
 
     if not args.stream:
         raise EarlyExitError("--calibrate-stream writes a rule: name its file with --stream, such as rule.json")
+    require_not_input(args.stream, [args.weights, *(source.name for source in sources)])
     if args.frames is None and any(source.kind == "live" for source in sources):
         raise EarlyExitError("--calibrate-stream on a camera needs --frames: the number of frames to record")
     try:
@@ -407,8 +408,10 @@ def export(args: argparse.Namespace) -> None:
     """Write a detector with its routing as one file for ONNX Runtime or OpenVINO, without PyTorch."""
     from earlyexit_ssd.deploy.sources import find_sources
     from earlyexit_ssd.errors import EarlyExitError
+    from earlyexit_ssd.files import require_not_input
     from earlyexit_ssd.pipeline.export import export_detector, open_any
 
+    require_not_input(args.out, [args.model, *args.photos])
     model = open_any(args.model, router=not args.full)
     if args.int8:
         from earlyexit_ssd.pipeline.int8 import export_int8, photos_to_quantise_on
@@ -459,8 +462,10 @@ def benchmark(args: argparse.Namespace) -> None:
     from earlyexit_ssd.deploy.benchmark import benchmark, machine, table
     from earlyexit_ssd.deploy.sources import Source, find_sources, read_frames
     from earlyexit_ssd.errors import DataError, EarlyExitError
-    from earlyexit_ssd.files import make_folder, write_json
+    from earlyexit_ssd.files import make_folder, require_not_input, write_json
 
+    if Path(args.out).suffix.lower() != ".json" or Path(args.out).is_dir():
+        raise EarlyExitError(f"--out {args.out}: expected a JSON file, such as benchmark.json")
     if args.most is not None and args.most < 1:
         raise EarlyExitError(f"--most {args.most}: expected at least 1")
     contestants = [_contestant(argument) for argument in args.detectors]
@@ -471,6 +476,7 @@ def benchmark(args: argparse.Namespace) -> None:
     for photo in unreadable:
         write_line(f"{photo}: not a readable photo, left out")
         photos.remove(photo)
+    require_not_input(args.out, [*args.detectors, *photos])
     threads = args.threads or sorted({1, os.cpu_count() or 1})
     make_folder(Path(args.out).parent)
     machine_before = machine()  # its load must not include this benchmark
@@ -572,6 +578,9 @@ def run(name: str, prog: str, arguments: Sequence[str] | None = None) -> int:
     from earlyexit_ssd.errors import EarlyExitError
 
     def job() -> int | None:
+        for name, value in vars(args).items():
+            if value == "" or (isinstance(value, list) and "" in value and name != "overrides"):
+                raise EarlyExitError(f"{name} is empty (an unset shell variable?); give a value, or leave it out")
         try:
             return command.job(args)
         except ModuleNotFoundError as error:
@@ -597,7 +606,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser(prog: str, description: str, examples: str) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(
-        prog=prog, description=description, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=prog,
+        description=description,
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
 
 

@@ -76,6 +76,7 @@ def _describe(error: OSError) -> str:
     name = os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes)) else ""
     if name and error.errno in (*NO_ROOM, errno.EROFS):
         return str(cannot_write(name, error))
+    name = name if len(name) <= 120 else f"...{name[-117:]}"
     reason = error.strerror or " ".join(str(error).split())[:200] or type(error).__name__
     return f"{name}: {reason}; check the path and its permissions" if name else f"{reason}; fix the cause"
 

@@ -15,7 +15,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
@@ -69,6 +69,12 @@ def atomic_path(path: PathLike) -> Iterator[Path]:
         finally:
             with contextlib.suppress(OSError):
                 temporary.unlink()
+
+
+def require_not_input(output: PathLike, inputs: Iterable[PathLike]) -> None:
+    """Raise EarlyExitError if the file ``output`` is one of the ``inputs``, which it would replace."""
+    if os.path.realpath(output) in map(os.path.realpath, inputs):
+        raise EarlyExitError(f"{output}: the result would replace this input; name another file or folder of results")
 
 
 def make_folder(path: PathLike) -> None:

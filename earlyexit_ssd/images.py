@@ -168,7 +168,8 @@ def find_files(folder: Path, suffixes: Sequence[str]) -> tuple[list[Path], list[
         visited.add(real_path)
         folders[:] = sorted(name for name in folders if name[0] != ".")  # of several links, the first by name is used
         for path in (Path(parent, name) for name in files if name[0] != "."):
-            matches = path.suffix.lower() in suffixes and os.path.isfile(path)
+            # a broken link is reported when it is read
+            matches = path.suffix.lower() in suffixes and (os.path.isfile(path) or not os.path.exists(path))
             (matching if matches else others).append(path)
     return sorted(matching), sorted(others)
 

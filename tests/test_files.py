@@ -19,6 +19,7 @@ from earlyexit_ssd.files import (
     locked_folder,
     make_folder,
     new_array,
+    require_not_input,
     sha256,
     write_bytes,
     write_image,
@@ -50,6 +51,15 @@ def test_old_file_is_kept_after_a_failure(tmp_path):
         write_json(path, {"AP": float("nan")})
     assert path.read_text() == "old"
     assert [file.name for file in path.parent.iterdir()] == ["notes.txt"]
+
+
+def test_result_must_not_replace_an_input(tmp_path):
+    (tmp_path / "model.pth").touch()
+    (tmp_path / "link.pth").symlink_to("model.pth")
+    require_not_input(tmp_path / "other.pth", [tmp_path / "model.pth"])
+    for name in ("model.pth", "link.pth", "a/../model.pth"):
+        with pytest.raises(EarlyExitError, match="model.pth: the result would replace this input"):
+            require_not_input(tmp_path / "model.pth", [tmp_path / "other.pth", tmp_path / name])
 
 
 def test_path_below_a_file_cannot_be_a_folder(tmp_path):

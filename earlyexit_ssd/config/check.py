@@ -139,6 +139,7 @@ _OF_EACH_VALUE: Sequence[Rule] = (  # applied to every element of a list
      lambda value, *_: str(value).partition(":")[0] in RIVAL_FORMATS),
 )
 _OF_THE_WHOLE: Sequence[Rule] = (
+    ("OUTPUT_DIR", "the folder of the results", lambda folder, *_: bool(folder.strip())),
     ("EXITS.LAYERS", "at least one layer, such as [8, 12], or EXITS.GLANCES",
      lambda layers, _, cfg: len(layers) + len(cfg.EXITS.GLANCES) > 0),
     ("EXITS.GLANCES", "glances of increasing pixels",

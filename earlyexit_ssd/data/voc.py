@@ -140,6 +140,8 @@ class _XmlReader:
                 if not os.path.isfile(source):
                     raise FileNotFoundError("no such file")
                 tree = ElementTree.parse(source).getroot()
+                if tree.tag != "annotation":
+                    raise ValueError(f"its root is {shown(tree.tag)}, expected annotation")
             except (OSError, ElementTree.ParseError, ValueError, LookupError) as error:  # the last two are of encodings
                 self.problems.add("unreadable annotation file", f"{source}: {error}", image_id)
                 continue

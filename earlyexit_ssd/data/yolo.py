@@ -48,6 +48,8 @@ def read_yolo(name: str, description: Path, split: str, problems: Problems, allo
         raise DataError(f"{description}: is {shown(tree)}, expected the keys names, train and val")
     classes = _read_names(tree.get("names"), description)
     check_names(classes, description, problems)
+    if tree.get("nc", len(classes)) != len(classes):
+        raise DataError(f"{description}: nc is {shown(tree['nc'])}, but names has {len(classes)} classes; correct it")
     folder = Path(os.path.abspath(description.parent))
     photos = _list_photos(tree, description, folder, split, problems, allow_outside)
     records: list[Record] = []
@@ -84,7 +86,11 @@ def _read_names(names: object, source: Path) -> tuple[str, ...]:
     for index, name in enumerate(names):
         if isinstance(name, bool) or not isinstance(name, str | int) or not str(name).strip():
             raise DataError(f"{source}: names has {shown(name)} as class {index}, expected text; put it in quotes")
-    return tuple(" ".join(str(name).split()) for name in names)
+    names = tuple(" ".join(str(name).split()) for name in names)
+    for index, name in enumerate(names):
+        if name in names[:index]:
+            raise DataError(f"{source}: names has {shown(name)} as class {names.index(name)} and {index}; name it once")
+    return names
 
 
 def _list_photos(

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from earlyexit_ssd.drift import Drift, DriftRecord
-from earlyexit_ssd.errors import EarlyExitError, import_package, shown, suggest
+from earlyexit_ssd.errors import EarlyExitError, import_package, shown, suggest, suggest_keywords
 from earlyexit_ssd.files import sha256
 from earlyexit_ssd.runtimes import OnnxRuntime, OpenVino
 
@@ -99,6 +99,7 @@ class Predictor:
             run the file, or a number is out of its range.
     """
 
+    @suggest_keywords
     def __init__(
         self,
         path: str | os.PathLike[str],
@@ -109,8 +110,8 @@ class Predictor:
     ) -> None:
         if runtime not in RUNTIMES:
             raise EarlyExitError(f"runtime {shown(runtime)}: expected one of {', '.join(RUNTIMES)}")
-        if type(threads) is not int or threads < 1:
-            raise EarlyExitError(f"threads {shown(threads)}: expected a whole number, at least 1")
+        if type(threads) is not int or not 1 <= threads <= 1024:
+            raise EarlyExitError(f"threads {shown(threads)}: expected a whole number from 1 to 1024")
         path = Path(path)
         if not path.exists():
             raise EarlyExitError(f"{path}: no such file; write it with earlyexit export")
@@ -150,6 +151,12 @@ class Predictor:
         self.versions: dict[str, str] = json.loads(metadata.get("versions") or "{}")
         if len(self._score_thresh) != len(self.classes):
             raise ValueError(f"{len(self._score_thresh)} score thresholds for {len(self.classes)} classes")
+        if not all(0 <= value <= 1 for value in self._score_thresh):
+            raise ValueError(f"score thresholds {shown(values['score_thresh'])}, expected numbers in [0, 1]")
+        if not all(value is None or 0 <= value <= 1 or value == CLOSED for value in thresholds):
+            raise ValueError(f"thresholds {shown(thresholds)}, expected numbers in [0, 1], {CLOSED:g} or null")
+        if len(set(self.exit_names)) < len(self.exit_names) or self.exit_names[-1] != "full":
+            raise ValueError(f"exit_names {shown(self.exit_names)}, expected different names, the last full")
         if len(thresholds) != len(self.exit_names) - 1:
             raise ValueError(f"{len(thresholds)} thresholds for {len(self.exit_names) - 1} early exits")
         self._threshold_of = dict(zip(self.exit_names, thresholds, strict=False))
@@ -334,7 +341,9 @@ class _Staged:
             segments = manifest["segments"]
             if not segments:
                 raise ValueError("segments is empty")
-            self._stages = [(int(segment["exit_index"]), bool(segment["empty"])) for segment in segments]
+            self._stages = [(int(segment["exit_index"]), segment["empty"]) for segment in segments]
+            if {type(empty) for _, empty in self._stages} != {bool} or self._stages[-1][1]:
+                raise ValueError("empty is not true or false, or true for the full path")
             indices = [-1, *(index for index, _ in self._stages)]
             if indices != sorted(set(indices)) or indices[-1] != len(json.loads(self.metadata["exit_names"])) - 1:
                 raise ValueError(f"exit_index {indices[1:]} does not fit exit_names")

@@ -59,7 +59,7 @@ def find_sources(arguments: Sequence[str | os.PathLike[str]]) -> list[Source]:
 
     A number is a camera, and an argument with ``://`` is a stream. A folder gives all photos and videos in it and in
     its subfolders. A pattern (``*``, ``?``, ``[...]``, ``**``) gives all matching files. Both are in `natural_order`.
-    Any other argument is a file.
+    Any other argument is a file. A file that is named twice is taken once.
     If a folder has no photos and videos, or no file matches a pattern, the source has a `Source.problem`. If this holds
     for all arguments, it raises DataError.
     """
@@ -87,6 +87,7 @@ def find_sources(arguments: Sequence[str | os.PathLike[str]]) -> list[Source]:
             sources.append(Source(os.fspath(path), kind))
         if not paths:
             sources.append(Source(argument, "photo", f"{argument}: {problem}"))
+    sources = list(dict.fromkeys(sources))
     if sources and all(source.problem for source in sources):
         raise DataError(sources[0].problem)
     return sources

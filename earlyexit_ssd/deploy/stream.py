@@ -25,7 +25,7 @@ from PIL import Image
 from earlyexit_ssd.bounds import betting_p_value, photos_needed, upper_bound
 from earlyexit_ssd.console import progress
 from earlyexit_ssd.deploy.predictor import Detections, as_photo
-from earlyexit_ssd.errors import EarlyExitError
+from earlyexit_ssd.errors import EarlyExitError, shown, suggest_keywords
 from earlyexit_ssd.files import write_json
 from earlyexit_ssd.plain import build, check_fields, read_json
 
@@ -357,6 +357,7 @@ def block_means(changed: np.ndarray, block: int) -> np.ndarray:
     return np.random.default_rng(0).permutation(means)
 
 
+@suggest_keywords
 def calibrate_stream(
     detector: Any,
     frames: Iterable[np.ndarray] | StreamRecording,
@@ -392,8 +393,9 @@ def calibrate_stream(
     for name, value in (("share", share), ("delta", 0.5 if delta is None else delta)):
         if not 0 < value < 1:
             raise EarlyExitError(f"{name} is {value}, expected a number in (0, 1), such as 0.05")
-    if block < 1 or most_repeats < 0:
-        raise EarlyExitError(f"block is {block} and most_repeats {most_repeats}, expected at least 1 and 0")
+    if not all(type(value) is int for value in (block, most_repeats)) or block < 1 or most_repeats < 0:
+        whole = "expected whole numbers, at least 1 and 0"
+        raise EarlyExitError(f"block is {shown(block)} and most_repeats {shown(most_repeats)}, {whole}")
     if delta is not None:
         least = photos_needed(np.zeros(1), share, delta, functools.partial(betting_p_value, delta=delta))
         if least is not None and most_frames is not None and most_frames < least * block:

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 
-from earlyexit_ssd.errors import EarlyExitError
+from earlyexit_ssd.errors import EarlyExitError, shown, suggest_keywords
 from earlyexit_ssd.modeling import validate
 from earlyexit_ssd.modeling.branches import describe_exits, exit_keywords
 from earlyexit_ssd.modeling.checkpoint import (
@@ -110,6 +110,7 @@ class Pretrained(EarlyExitDetector):
         return model.train()
 
     @classmethod
+    @suggest_keywords
     def from_pretrained(
         cls: type[P],
         name_or_path: str | os.PathLike[str] | ShippedWeights,
@@ -183,11 +184,14 @@ def class_names_of_head(outputs: int, classes: Sequence[str] | None = None) -> t
                 "from_pretrained and save the model",
                 outputs - 1,
             )
-    if isinstance(classes, str) or len(classes) != outputs - 1:
+    if not isinstance(classes, list | tuple) or len(classes) != outputs - 1:
         raise EarlyExitError(
             f"its head has {outputs} outputs, so {outputs - 1} classes and background, but classes is {classes!r:.60}; "
             "list one name for each label, in order"
         )
+    repeated = [name for index, name in enumerate(classes) if name in classes[:index] and name != "N/A"]
+    if repeated:
+        raise EarlyExitError(f"classes has {shown(repeated[0])} twice; give each label its own name")
     return tuple(classes)
 
 

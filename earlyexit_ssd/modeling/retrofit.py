@@ -470,6 +470,8 @@ def load_every_key(module: torch.nn.Module, state: dict[str, Tensor], source: st
         loaded = state[key]
         if loaded.is_floating_point() != value.is_floating_point() or loaded.dtype == torch.bool:
             raise EarlyExitError(f"{source}: {key} is {loaded.dtype}, expected {value.dtype}; convert and save it")
+        if key.endswith("running_var") and (loaded < 0).any():
+            raise EarlyExitError(f"{source}: {key} has a negative variance; use other weights")
         if not loaded.float().isfinite().all():
             raise EarlyExitError(f"{source}: {key} has NaN or infinity, so its training failed; use other weights")
     module.load_state_dict(state)

@@ -99,8 +99,8 @@ def _device(cfg: CfgNode, name: str) -> torch.device:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.empty(1, device=device).tolist()  # an error on the device "meta", which has no values
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ConfigError(
             f"DEVICE {cfg.DEVICE!r} is not available here ({str(error).splitlines()[0]}); use auto"
         ) from None

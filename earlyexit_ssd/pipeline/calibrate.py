@@ -44,6 +44,7 @@ from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.evaluation.matches import DetectionsById, ap_of_choice, bootstrap_choices
 from earlyexit_ssd.evaluation.outputs import exit_share
 from earlyexit_ssd.evaluation.verdict import DETECTS_AP50
+from earlyexit_ssd.files import require_not_input
 from earlyexit_ssd.modeling.checkpoint import save_model, weights_hash
 from earlyexit_ssd.pipeline.build import open_thresholds, shares_processes, trained_temperatures
 from earlyexit_ssd.pipeline.evaluate import PAGE, attention_of, calibrate_command
@@ -305,6 +306,7 @@ def calibrate(
         EarlyExitError: unusable weights, data or settings, splits that share photos, or a target out of reach.
     """
     out = Path(out_dir)
+    require_not_input(out / "model.pth", [weights])
     # a guarantee needs independent draws, so near-duplicates count once; frames within a block may look alike
     near_duplicates_count_once = target.kind != "speedup" and target.block is None
     recorded = open_model_on_splits(

@@ -60,8 +60,8 @@ class Goal:
             raise EarlyExitError(f"coco_ap_drop is {self.coco_ap_drop:g}, expected a number in [0, 1]")
         for name in ("speedup", "ms", "minutes"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise EarlyExitError(f"{name} is {value:g}, expected a number above 0")
+            if value is not None and not 0 < value < np.inf:
+                raise EarlyExitError(f"{name} is {value:g}, expected a finite number above 0")
 
     @property
     def wants_speed(self) -> bool:

@@ -39,7 +39,15 @@ from earlyexit_ssd.evaluation.matches import ap_of_choice, bootstrap_choices, ex
 from earlyexit_ssd.evaluation.outputs import collect_detections
 from earlyexit_ssd.evaluation.results import JsonDataclass, Results
 from earlyexit_ssd.evaluation.verdict import SHIP_INSTEAD
-from earlyexit_ssd.files import locked_folder, locks_folder, write_image, write_json, write_text, writing
+from earlyexit_ssd.files import (
+    locked_folder,
+    locks_folder,
+    require_not_input,
+    write_image,
+    write_json,
+    write_text,
+    writing,
+)
 from earlyexit_ssd.modeling import COCO_CLASSES, Architecture, load_model, save_model
 from earlyexit_ssd.modeling.checkpoint import ModelInfo, weights_hash
 from earlyexit_ssd.modeling.heads import find_competing_rows, slice_rows
@@ -131,8 +139,8 @@ def optimize(
     if goal.int8 and runtime == OPENVINO:
         import_package("nncf")
     given, out = weights or cfg.MODEL.WEIGHTS, Path(out_dir)
-    if os.path.realpath(given) in [os.path.realpath(out / name) for name in (*MODEL_FILES, BASE_FILE)]:
-        raise EarlyExitError(f"{given}: the search would replace these weights by its result; name another --out")
+    for name in (*MODEL_FILES, BASE_FILE):
+        require_not_input(out / name, [given])
     _warn_if_busy()
     stop_at = np.inf if goal.minutes is None else time.monotonic() + 60 * goal.minutes
     search = CandidateSearch(cfg, weights, goal, out)

@@ -121,8 +121,9 @@ class RunFolder:
             if not resume:
                 raise EarlyExitError(f"{self.root} already holds a run; continue it (--resume), {fix}")
             self._changed_phases(cfg)  # raises if a setting may not change
-        elif (self.root / "metrics.json").exists():
-            raise EarlyExitError(f"{self.root} holds other results; {fix}")
+        for name in ("metrics.json", "model.pth", "report.html"):
+            if not (self.root / "config.yaml").is_file() and (self.root / name).exists():
+                raise EarlyExitError(f"{self.root} holds other results ({name}); {fix}")
 
     def start(self, cfg: CfgNode) -> None:
         """Move the files of each unfinished phase with changed settings into a new folder ``before_N`` of the phase.

@@ -45,6 +45,7 @@ from earlyexit_ssd.errors import ConfigError
         ("DATA.SYNTHETIC.IMAGE_SIZE", "63", "64 to 4096 pixels"),
         ("CALIBRATION", "{TARGET: speedup}", "CALIBRATION.VALUE is 0.01, expected a number above 1 with CALIB"),
         ("SEED", "9223372036854775808", "a number below 2"),
+        ("OUTPUT_DIR", "''", "the folder of the results"),
         ("EVAL.SCORE", "-0.1", r"in \[0, 1\]"),
         ("EVAL.IOU", "0", r"in \(0, 1\]"),
         ("DATA.SYNTHETIC.SEED", "-1", "DATA.SYNTHETIC.SEED is -1, expected a number of at least 0"),

@@ -71,6 +71,7 @@ SIZE = "<size><width>60</width><height>40</height></size>"
     ("text", "kind", "value"),
     [
         ("<annotation>", "unreadable annotation file", "no element found"),
+        ("<html/>", "unreadable annotation file", "its root is 'html', expected annotation"),
         ('<?xml version="1.0" encoding="gbk"?><annotation/>', "unreadable annotation file", "multi-byte encodings"),
         ('<?xml version="1.0" encoding="klingon"?><annotation/>', "unreadable annotation file", "encoding"),
         (

@@ -163,6 +163,8 @@ def test_photos_outside_are_read_if_allowed(root, tmp_path):
         ("train: images", "names is None, expected a list of classes"),
         ("train: images\nnames: []", r"names is \[\], expected"),
         ("train: images\nnames: {0: cup, 2: mug}", "names is .*expected a list of classes, or 0: first"),
+        ("train: images\nnames: [cup, cup]", "names has 'cup' as class 0 and 1; name it once"),
+        ("train: images\nnames: [cup]\nnc: 5", "nc is 5, but names has 1 classes"),
         ("train: images\nnames: [yes]", "names has True as class 0, expected text; put it in quotes"),
         ("names: [cup]\nval: images", "train is None, expected a folder of photos"),
         ("names: [cup]\ntrain: [images, 5]", r"train is \['images', 5\], expected a folder"),

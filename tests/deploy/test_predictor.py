@@ -189,7 +189,7 @@ def test_score_thresholds_can_be_set(model, onnx_file, staged_folder, photos, mo
     ("settings", "message"),
     [
         ({"runtime": "tensorrt"}, "runtime 'tensorrt': expected one of onnxruntime, openvino"),
-        ({"threads": 0}, "threads 0: expected a whole number, at least 1"),
+        ({"threads": 0}, "threads 0: expected a whole number from 1 to 1024"),
         ({"score_thresh": 1.5}, r"score_thresh is 1.5, expected a number in \[0, 1\]"),
         ({"score_thresh": float("nan")}, "score_thresh is nan"),
         ({"score_thresh": {"dgo": 0.1}}, r"'dgo', which is not a class of the file \(did you mean 'dog'\?\)"),
@@ -283,12 +283,25 @@ def test_an_unusable_file_is_an_error_of_one_line(onnx_file, staged_folder, tmp_
             "not a file of earlyexit export",
         ),
         ({"metadata": {"exit_names": "[" * 100_000}}, "manifest.json cannot be used"),
+        ({"score_thresh": [2.0, 0.5]}, r"score thresholds \[2.0, 0.5\], expected numbers in \[0, 1\]"),
+        ({"score_thresh": [float("nan"), 0.5]}, "score thresholds .nan, 0.5., expected"),
+        ({"thresholds": [5, None]}, "thresholds .5.0, None., expected"),
+        ({"exit_names": ["exit8", "full", "exit12"]}, "expected different names, the last full"),
+        ({"exit_names": ["exit8", "exit8", "full"]}, "expected different names, the last full"),
+        ({"empty": [0]}, "empty is not true or false, or true for the full path"),
+        ({"empty": [False, False, True]}, "empty is not true or false, or true for the full path"),
     ],
 )
 def test_a_damaged_folder_is_an_error_of_one_line(staged_folder, tmp_path, change, message):
     shutil.copytree(staged_folder, tmp_path / "staged")
     manifest = tmp_path / "staged" / "manifest.json"
-    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), **change}))
+    content = json.loads(manifest.read_text())
+    for key in change.keys() & {"score_thresh", "thresholds", "exit_names"}:
+        content["metadata"][key] = json.dumps(change[key])
+    for segment, empty in zip(content["segments"], change.get("empty", ()), strict=False):
+        segment["empty"] = empty
+    change = {key: value for key, value in change.items() if key in content}
+    manifest.write_text(json.dumps({**content, **change}))
     with pytest.raises(EarlyExitError, match=message):
         Predictor(tmp_path / "staged")
 

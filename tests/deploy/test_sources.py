@@ -34,6 +34,14 @@ def test_kinds_of_sources(folder, caplog):
     assert f"{folder}: {ignored}; the first is {folder / 'notes.txt'}" in caplog.messages
 
 
+def test_a_file_is_taken_once_and_a_broken_link_is_reported(folder):
+    (folder / "link.jpg").symlink_to("missing.jpg")
+    found = find_sources([folder, folder / "a.jpg"])
+    assert [source.name for source in found].count(str(folder / "a.jpg")) == 1
+    (error,) = read_frames(Source(str(folder / "link.jpg"), "photo"))
+    assert str(folder / "link.jpg") in [source.name for source in found] and "no such photo" in str(error)
+
+
 def test_patterns(folder):
     (folder / "odd[1].jpg").touch()
     for pattern, name in (("a.[jJ]*", "a.jpg"), ("**/*.bmp", "deep/down/c.bmp"), ("odd[1].jpg", "odd[1].jpg")):

@@ -250,7 +250,7 @@ def test_a_detector_that_flickers_is_an_error():
         ({"share": 0}, "share is 0, expected"),
         ({"delta": 1.0}, "delta is 1.0, expected"),
         ({"block": 0}, "block is 0"),
-        ({"most_repeats": -1}, "most_repeats -1, expected at least 1 and 0"),
+        ({"most_repeats": -1}, "most_repeats -1, expected whole numbers, at least 1 and 0"),
         ({"frames": []}, "no frame to calibrate on"),
     ],
 )

@@ -19,6 +19,7 @@ from earlyexit_ssd.modeling.retrofit import read_weights
 from tests.modeling.conftest import SMALL, assert_equal
 
 KEY = "head.regression_head.module_list.0.1.bias"
+VARIANCE = "backbone.features.0.0.1.running_var"
 
 
 def test_settings_from_numpy_are_saved_as_plain_numbers(tmp_path):
@@ -85,6 +86,7 @@ def test_damaged_architecture_and_routing_are_refused(tmp_path, content, damage)
         (lambda state: {**state, KEY: torch.quantize_per_tensor(state[KEY], 1, 0, torch.qint8)}, "a dense tensor"),
         (lambda state: {**state, KEY: state[KEY].long()}, "is torch.int64, expected torch.float32"),
         (lambda state: {**state, KEY: state[KEY] * float("nan")}, "has NaN or infinity"),
+        (lambda state: {**state, VARIANCE: state[VARIANCE] - 2}, "running_var has a negative variance"),
         (lambda state: {}, "expected a state dict of tensors"),
     ],
 )

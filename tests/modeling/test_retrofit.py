@@ -160,6 +160,10 @@ def test_checkpoint_with_exits(tmp_path):
     assert_equal(load_full_path(path)[0], full_path)
     with pytest.raises(EarlyExitError, match=r"its exits are exit6, exit12, expected exit8, exit12; set .*\[6, 12\]"):
         get_model(NAME, weights=path, **SMALL_ARGUMENTS)
+    with pytest.raises(EarlyExitError, match=r"exits is \[6, 12\], expected exits; write exit_layers="):
+        get_model(NAME, weights=path, exits=[6, 12], **SMALL_ARGUMENTS)
+    with pytest.raises(EarlyExitError, match="classes has 'cup' twice"):
+        get_model(NAME, weights=path, exit_layers=[6, 12], classes=["cup", "cup"], **SMALL_ARGUMENTS)
     with pytest.raises(EarlyExitError, match=r"checkpoint\.pth has 3 outputs, num_classes is 5"):
         get_model(NAME, weights=path, num_classes=5, exit_layers=[6, 12], **SMALL_ARGUMENTS)
     with pytest.raises(EarlyExitError, match=r"branches\.exit6.* check EXITS"):

@@ -148,8 +148,9 @@ def test_names_and_json_of_candidates():
     [
         ({"ap_drop": 2.0}, r"ap_drop is 2, expected a number in \[0, 1\]"),
         ({"coco_ap_drop": -0.1}, r"coco_ap_drop is -0.1, expected a number in \[0, 1\]"),
-        ({"speedup": 0.0}, "speedup is 0, expected a number above 0"),
-        ({"minutes": -1.0}, "minutes is -1, expected a number above 0"),
+        ({"speedup": 0.0}, "speedup is 0, expected a finite number above 0"),
+        ({"speedup": float("inf")}, "speedup is inf, expected a finite number above 0"),
+        ({"minutes": -1.0}, "minutes is -1, expected a finite number above 0"),
     ],
 )
 def test_a_goal_out_of_range_is_an_error(values, message):

@@ -57,6 +57,13 @@ def test_an_undefined_figure_reaches_only_a_limit_of_0():
     assert GateCheck("precision", None, 0.0).passed and not GateCheck("precision", None, 0.1).passed
 
 
+@pytest.mark.parametrize("name", ["metrics.json", "model.pth", "report.html"])
+def test_other_results_are_not_replaced(tmp_path, name):
+    (tmp_path / name).touch()
+    with pytest.raises(EarlyExitError, match=rf"holds other results \({name}\); choose another folder"):
+        started(tmp_path)
+
+
 def test_a_failed_gate_gives_advice():
     error = Gate("exits", (GateCheck("x", 0.1, 0.2),), ("move it",)).failed()
     assert str(error) == "gate of phase exits failed: x 0.100 < 0.200"

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from earlyexit_ssd.errors import EarlyExitError
+from earlyexit_ssd.errors import CannotWrite, EarlyExitError
 from earlyexit_ssd.pipeline.predictor import RivalFile, TorchModel
 from tests.deploy.conftest import build_photos, folder, model, onnx_file, photos, save_photos, staged_folder  # noqa: F401
 from tools.benchmark import main
@@ -38,10 +38,32 @@ def test_figures_are_written_and_printed(tmp_path, onnx_file, staged_folder, pho
     assert "threads 1, batch 1, 5 photos as they come, 5 calls" in printed and str(out) in printed
 
 
-def test_figures_are_printed_although_the_file_cannot_be_written(tmp_path, onnx_file, photo_folder, capsys):  # noqa: F811
-    assert main([str(onnx_file), "--photos", str(photo_folder), "--out", str(tmp_path), *QUICK, "--most", "2"]) == 2
+def test_figures_are_printed_although_the_file_cannot_be_written(
+    tmp_path,
+    onnx_file,  # noqa: F811
+    photo_folder,
+    capsys,
+    monkeypatch,
+):
+    def refuse(path, _):
+        raise CannotWrite(f"{path}: cannot be written")
+
+    monkeypatch.setattr("earlyexit_ssd.files.write_json", refuse)
+    out = str(tmp_path / "figures.json")
+    assert main([str(onnx_file), "--photos", str(photo_folder), "--out", out, *QUICK, "--most", "2"]) == 2
     printed = capsys.readouterr()
     assert "detector.onnx" in printed.out and "cannot be written" in printed.err
+
+
+def test_unusable_output_is_refused_before_the_benchmark(tmp_path, onnx_file, photo_folder, capsys):  # noqa: F811
+    (tmp_path / "a.json").write_bytes(onnx_file.read_bytes())
+    for out, message in (
+        (tmp_path, "expected a JSON file, such as benchmark.json"),
+        (onnx_file, "expected a JSON file, such as benchmark.json"),
+        (tmp_path / "a.json", "a.json: the result would replace this input"),
+    ):
+        assert main([str(onnx_file), str(tmp_path / "a.json"), "--photos", str(photo_folder), "--out", str(out)]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_missing_model_file_is_named_in_the_error():

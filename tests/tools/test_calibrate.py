@@ -96,6 +96,8 @@ def test_empty_exits_are_calibrated_without_training(trained, capsys, monkeypatc
     assert "there is no branch to train" in capsys.readouterr().err
     routed = json.loads((out / "metrics.json").read_text())["routed"]
     assert (routed["policy"], routed["exit_share"]["full"]) == ("ambiguous_mass", 1)
+    assert calibrate.main([*config, "--ap-drop", "1.0", *own, "--out", str(out)]) == 2
+    assert "model.pth: the result would replace this input" in capsys.readouterr().err
     assert calibrate.main([*config, "--ap-drop", "1.0", *own]) == 2
     assert "policy 'ambiguous_mass' reads logits, but all exits of" in capsys.readouterr().err
     more = ["ROUTING.POLICY", "foreseen_emptiness", "CALIBRATION.COST", "mmacs"]

@@ -32,6 +32,7 @@ open_once = functools.cache(open_any)
     ("arguments", "message"),
     [
         ("none.pth", "weights 'none.pth': no such file"),
+        ("a.onnx", "{out}: the result would replace this input"),
         ("voc_animals --int8", "--int8 needs one folder of photos"),
         ("voc_animals --int8 --photos a b", "--int8 needs one folder of photos"),
         ("voc_animals --int8 --photos nowhere", "nowhere: it does not exist; --photos takes a folder"),
@@ -44,5 +45,8 @@ open_once = functools.cache(open_any)
 )
 def test_bad_input_is_a_one_line_error(tmp_path, capsys, monkeypatch, arguments, message):
     monkeypatch.setattr("earlyexit_ssd.pipeline.export.open_any", open_once)
+    monkeypatch.chdir(tmp_path)
     assert export.main([*arguments.split(), "--out", str(tmp_path / "a.onnx")]) == 2
-    assert f"error: {message}" in capsys.readouterr().err and not list(tmp_path.iterdir())
+    assert f"error: {message.format(out=tmp_path / 'a.onnx')}" in capsys.readouterr().err and not list(
+        tmp_path.iterdir()
+    )

@@ -157,7 +157,7 @@ def test_a_search_does_not_replace_the_weights_that_it_starts_from(trained, caps
     weights = trained[0] / "run" / "model.pth"
     before = weights.read_bytes()
     assert optimize.main(command(trained, weights.parent)) == 2
-    assert "would replace these weights" in capsys.readouterr().err and weights.read_bytes() == before
+    assert "would replace this input" in capsys.readouterr().err and weights.read_bytes() == before
 
 
 @pytest.mark.parametrize(

@@ -53,12 +53,17 @@ def test_bad_photos_are_skipped(photos, tmp_path, capsys):
         (["0", "--calibrate-stream", "0.1", "--stream", "a.json"], "on a camera needs --frames: the number of frames"),
         (["--calibrate-stream", "0.1", "--stream", f"{__file__}/a.json"], "cannot be a folder of results"),
         (["--most-repeats", "3"], "--most-repeats is for --calibrate-stream; leave it out"),
-        (["--threads", "0"], "--threads 0: expected at least 1"),
+        (["--threads", "0"], "--threads 0: expected 1 to 1024"),
+        (["--threads", "9" * 20], "expected 1 to 1024"),
+        (["--config", ""], "config is empty (an unset shell variable?)"),
+        ([""], "sources is empty (an unset shell variable?)"),
+        (["--calibrate-stream", "0.1", "--stream", "{photos}/grey.png"], "the result would replace this input"),
         (["--weights", "none.onnx"], "none.onnx: no such file"),
         (["--weights", "chair", "--runtime", "openvino"], "chair runs in PyTorch; for OpenVINO write a file"),
     ],
 )
 def test_bad_input_is_a_one_line_error(photos, tmp_path, capsys, more, message):
+    more = [text.replace("{photos}", str(photos)) for text in more]
     assert predict.main([str(photos), "--out", str(tmp_path / "out"), *more]) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert message in line

@@ -96,6 +96,7 @@ def test_flags_and_keys_in_any_order(tiny, tmp_path):
         (["DATA.CLASSES", "chiar"], "did you mean 'chair'"),
         (["MODEL.WEIGHTS", "nowhere.pth"], "nowhere.pth: no such file"),
         (["DEVICE", "cuda:77"], "DEVICE 'cuda:77' is not available here"),
+        (["DEVICE", "meta"], "DEVICE 'meta' is not available here"),
         (["BASELINE.GATE.RELATIVE", "0.9"], "expected 0 without BASELINE.GATE.REFERENCE"),
         (["BASELINE.GATE.RELATIVE", "0.9", "BASELINE.GATE.REFERENCE", "none.pth"], "none.pth: no such file"),
         (["MODEL.WEIGHTS_BACKBONE", "IMAGENET_V1"], "did you mean 'IMAGENET1K_V1'"),
