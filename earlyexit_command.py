@@ -316,7 +316,7 @@ def predict(args: argparse.Namespace) -> None:
 
     if not 0 <= args.score <= 1:
         raise EarlyExitError(f"score {args.score}: expected a number in [0, 1]")
-    for flag, limit in (("frames", 2**31), ("threads", 1024)):
+    for flag, limit in (("frames", 2**31), ("stride", 2**31), ("threads", 1024)):
         if (value := getattr(args, flag)) is not None and not 1 <= value <= limit:
             raise EarlyExitError(f"--{flag} {shown(value)}: expected 1 to {limit}")
     for flag in ("delta", "block", "most_repeats"):

@@ -104,8 +104,8 @@ def outputs_of(state: Mapping[str, Tensor]) -> int:
     """Return the outputs per default box of a detector's head, background included; 0 if ``state`` has no head."""
     first = "head.classification_head.module_list.0"  # the predictor of the first map
     if f"{first}.1.bias" in state:  # SSDLite: a depthwise convolution, then the predictor, with 6 boxes per cell
-        return len(state[f"{first}.1.bias"]) // 6
-    return len(state[f"{first}.bias"]) // 4 if f"{first}.bias" in state else 0  # SSD: 4 boxes per cell
+        return state[f"{first}.1.bias"].numel() // 6
+    return state[f"{first}.bias"].numel() // 4 if f"{first}.bias" in state else 0  # SSD: 4 boxes per cell
 
 
 def exit_names_of(state: Mapping[str, Tensor]) -> tuple[str, ...]:
@@ -456,7 +456,7 @@ def load_every_key(module: torch.nn.Module, state: dict[str, Tensor], source: st
     if problems:
         check = "MODEL.WIDTH, MODEL.WEIGHTS_CLASSES and the number of classes"
         outputs, expected_outputs = outputs_of(state), outputs_of(expected)
-        if outputs != expected_outputs and all(key.startswith("head.classification_head.") for key in problems):
+        if 0 != outputs != expected_outputs and all(key.startswith("head.classification_head.") for key in problems):
             names = f"list the {outputs - 1} of the checkpoint in"
             if outputs == 91:  # COCO's
                 names = "set coco as"

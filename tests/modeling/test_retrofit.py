@@ -24,7 +24,7 @@ from earlyexit_ssd import EarlyExitSSDLite, EarlyExitSSDLite_Weights, ExitRouter
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.modeling import COCO_CLASSES, Architecture, load_model, retrofit, save_model
 from earlyexit_ssd.modeling.detector import FullPathLosses, default_boxes_of_image
-from earlyexit_ssd.modeling.retrofit import load_full_path, read_weights, resize_detector
+from earlyexit_ssd.modeling.retrofit import load_every_key, load_full_path, read_weights, resize_detector
 from tests.modeling.conftest import SMALL, assert_equal, copy_state, small_model
 
 NAME = "earlyexit_ssdlite320_mobilenet_v3_large"
@@ -268,6 +268,14 @@ def test_another_number_of_classes_is_refused(checkpoint):
     fix = f"check the classes: list the {len(SOURCE)} of the checkpoint in MODEL.WEIGHTS_CLASSES"
     with pytest.raises(EarlyExitError, match=rf"does not fit the model: .*differences\); {fix} \(the model has 1\)"):
         retrofit(wanted("chair"), checkpoint[1])
+
+
+@pytest.mark.parametrize("bias", [None, torch.tensor(0.0)])
+def test_a_damaged_head_is_no_other_number_of_classes(checkpoint, bias):
+    detector, state = checkpoint[0], dict(checkpoint[0].state_dict())
+    del state[key := "head.classification_head.module_list.0.1.bias"]
+    with pytest.raises(EarlyExitError, match=r"1.bias.*; check MODEL.WIDTH, MODEL.WEIGHTS_CLASSES and the number"):
+        load_every_key(detector, state if bias is None else {**state, key: bias}, "x.pth")
 
 
 def test_full_path_of_a_model_file_is_loaded(checkpoint, tmp_path, images):

@@ -52,6 +52,7 @@ def test_bad_photos_are_skipped(photos, tmp_path, capsys):
         (["--calibrate-stream", "0.1"], "name its file with --stream"),
         (["0", "--calibrate-stream", "0.1", "--stream", "a.json"], "on a camera needs --frames: the number of frames"),
         (["--calibrate-stream", "0.1", "--stream", f"{__file__}/a.json"], "cannot be a folder of results"),
+        (["--stride", "0", "--calibrate-stream", "0.1", "--stream", "a.json"], "--stride 0: expected 1 to"),
         (["--most-repeats", "3"], "--most-repeats is for --calibrate-stream; leave it out"),
         (["--threads", "0"], "--threads 0: expected 1 to 1024"),
         (["--threads", "9" * 20], "expected 1 to 1024"),
