@@ -100,7 +100,7 @@ def _device(cfg: CfgNode, name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(1, device=device).tolist()  # an error on the device "meta", which has no values
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError) as error:
         raise ConfigError(
             f"DEVICE {cfg.DEVICE!r} is not available here ({str(error).splitlines()[0]}); use auto"
         ) from None
