@@ -219,7 +219,8 @@ def evaluate_exits(
             objects, so all figures measure the agreement with the full path, and AP is None.
         rivals: each ``detector`` must hold detections.
         certificate: the router's certificate. Its target is checked on these photos.
-        blocks: number of the block of each photo by image id, int [n]. The bootstrap draws blocks. None: photos.
+        blocks: number of the block of each photo by image id, int [n]. The bootstrap draws blocks. None: photos. With
+            a single block all bootstrap intervals are None.
 
     Raises:
         DataError: ``collected`` lacks a photo of ``ground_truth``.
@@ -229,6 +230,9 @@ def evaluate_exits(
         problem = f"image {missing[0]} ({len(missing)} in all) is in the ground truth but was not evaluated"
         raise DataError(f"{problem}; make both from the same data set")
     costs = measure_costs(model, settings, router, rivals)
+    if blocks is not None and not blocks.any():  # every draw would be the same photos
+        logger.warning("all photos are in one block, so there are no intervals; evaluate on photos of more blocks")
+        settings = replace(settings, resamples=0)
     if not context.labelled:
         ground_truth = as_ground_truth(ground_truth, collected.detections[-1], settings.score)
     matches = exit_matches(ground_truth, collected.detections, settings.iou, tuple(SIZES))

@@ -340,13 +340,19 @@ def test_the_target_of_the_certificate_is_measured(evaluate_exits, target, measu
     assert json.loads(json.dumps(result, allow_nan=False)) == result
 
 
+def test_photos_of_a_block_are_drawn_together(evaluate_exits):
+    """The second of three photos loses all objects. The draws of the two blocks lose 0, 1/3 or 1/2."""
+    metrics = evaluate_exits(certificate=certificate("risk", epsilon=0.5), blocks=np.array([0, 1, 1]))
+    assert metrics["certificate"]["interval"] == pytest.approx([0, 1 / 2])
+
+
 @pytest.mark.parametrize("target", [{"kind": "risk", "epsilon": 0.5}, {"kind": "ap_drop", "value": 0.5}])
-def test_photos_of_a_block_are_drawn_together(evaluate_exits, target):
-    """With all photos in one block, every draw has all photos."""
+def test_one_block_gives_no_interval(evaluate_exits, target, caplog):
+    """Every draw would have all photos, so the intervals would have no width."""
     metrics = evaluate_exits(certificate=certificate(**target, delta=0.05), blocks=np.zeros(3, int))
-    assert metrics["certificate"]["interval"] == pytest.approx([metrics["certificate"]["measured"]] * 2)
-    assert metrics["routed"]["AP50_interval"] == pytest.approx([metrics["routed"]["AP50"]] * 2)
-    assert metrics["routed"]["speedup_interval"] == pytest.approx([metrics["routed"]["speedup"]] * 2)
+    assert not any(part.get("AP50_interval") for part in metrics["exits"]) and not metrics["certificate"]["interval"]
+    assert not metrics["routed"]["AP50_interval"] and "speedup_interval" not in metrics["routed"]
+    assert metrics["certificate"]["measured"] is not None and "all photos are in one block" in caplog.text
 
 
 @pytest.mark.parametrize("unit", ["ms", "mmacs"])
