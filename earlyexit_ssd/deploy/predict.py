@@ -294,7 +294,8 @@ class _Tables:
             names = [classes[label - 1] for label in self.counted]
             self.counts.writerow([*frame_columns, "exit", "confidence", "ms", "found", *names])
         if "labels" in save:
-            self.folder = os.path.commonpath([os.path.dirname(os.path.abspath(source.name)) for source in sources])
+            names = [os.path.abspath(source.name) for source in sources] or [out.absolute() / "none"]
+            self.folder = os.path.commonpath(map(os.path.dirname, names))
             categories = [{"id": label, "name": classes[label - 1]} for label in self.counted]
             self.labels = {"images": [], "annotations": [], "categories": categories}
             stream = open_file(TABLES["labels"])

@@ -83,6 +83,12 @@ def test_labels_are_a_data_set(tmp_path):
     assert (found.label, found.box, dataset.records[1].annotations) == (2, (30, 20, 46, 36), ())
 
 
+def test_without_photos_the_tables_are_empty(tmp_path):
+    list(predict(RedBox(), [], tmp_path, save=["labels", "json"]))
+    assert json.loads((tmp_path / "labels.json").read_text())["images"] == []
+    assert json.loads((tmp_path / "detections.json").read_text()) == []
+
+
 def test_labels_of_a_video_are_refused(tmp_path, video):
     with pytest.raises(EarlyExitError, match=r"--save labels takes photos, but .*street.mp4 is a video"):
         next(predict(RedBox(), [video], tmp_path, save=["labels"]))
