@@ -53,10 +53,13 @@ def load_config(path: str | os.PathLike[str] | None = None, overrides: Sequence[
     """
     cfg = get_cfg()
     path = None if path is None else Path(path)
-    for source, tree in _read_chain(path) if path else []:
+    chain = _read_chain(path) if path else []
+    for source, tree in chain:
         _merge(cfg, tree, str(source))
     if len(overrides) % 2:
-        raise ConfigError(f"command line: expected KEY VALUE pairs, the last key {shown(overrides[-1])} has no value")
+        hint = "; write a space, not =" if "=" in str(overrides[-1]) else ""
+        last = shown(overrides[-1])
+        raise ConfigError(f"command line: expected KEY VALUE pairs, the last key {last} has no value{hint}")
     for key, text in zip(overrides[::2], overrides[1::2], strict=True):
         tree = _parse(str(text))  # a caller in Python may pass numbers
         for part in reversed(str(key).split(".")):
@@ -68,8 +71,9 @@ def load_config(path: str | os.PathLike[str] | None = None, overrides: Sequence[
     try:
         check_config(cfg)
     except ConfigError as error:
-        overridden = str(error).split(" ")[0] in map(str, overrides[::2])
-        source = "command line" if overridden else path or "the configuration"
+        key = str(error).split(" ")[0]
+        files = [source for source, tree in chain if _has(tree, key)]
+        source = "command line" if key in map(str, overrides[::2]) else [path or "the configuration", *files][-1]
         raise ConfigError(f"{source}: {error}") from None
     cfg.freeze()
     return cfg
@@ -92,6 +96,15 @@ def _read_chain(path: Path, above: tuple[str, ...] = ()) -> list[tuple[Path, dic
     if not isinstance(base, str) or "\0" in base:
         raise ConfigError(f"{path}: {_BASE_KEY} is {shown(base)}, expected the name of a YAML file")
     return [*_read_chain(path.parent / base, (*above, os.path.realpath(path))), (path, tree)]
+
+
+def _has(tree: Any, key: str) -> bool:
+    """Return whether nested dicts have a key such as ``EXITS.LAYERS``."""
+    for part in key.split("."):
+        if not isinstance(tree, Mapping) or part not in tree:
+            return False
+        tree = tree[part]
+    return True
 
 
 def _merge(node: CfgNode, tree: Mapping, source: str, above: str = "") -> None:

@@ -142,10 +142,14 @@ def predict(
                 yield from loop.run(source, path, stride, most_frames)
                 if loop.stopped:
                     break
-        except (KeyboardInterrupt, GeneratorExit, CannotWrite) as error:  # only now, so that the tables are kept
+        except (KeyboardInterrupt, GeneratorExit, CannotWrite) as error:
             ended_by = error
-    if ended_by is not None or loop.interrupted:
-        raise ended_by or KeyboardInterrupt
+        if loop.interrupted:
+            ended_by = ended_by or KeyboardInterrupt()
+        if ended_by is not None and not loop.frames:  # empty tables would replace those of an earlier run
+            raise ended_by
+    if ended_by is not None:  # only now, so that the tables are kept
+        raise ended_by
     if "labels" in save:
         entry = json.dumps(["NAME", str(Path(out).absolute() / TABLES["labels"]), tables.folder], ensure_ascii=False)
         yield f"an entry of DATA.DATASETS: {entry}"
@@ -173,14 +177,15 @@ def images_of(sources: Sequence[Source], stride: int = 1, most_frames: int | Non
 class _Loop:
     """Loop over the frames of one source after another.
 
-    ``stopped`` is true once the user has stopped it, ``interrupted`` if that was not in a live stream.
+    ``frames`` counts the frames so far. ``stopped`` is true once the user has stopped the loop, ``interrupted`` if that
+    was not in a live stream.
     """
 
     def __init__(
         self, detect: Callable[[np.ndarray], Detections], tables: _Tables, score: float, show: bool, draw: Draw
     ) -> None:
         self.detect, self.tables, self.score, self.show, self.draw = detect, tables, score, show, draw
-        self.image_ids, self.stopped, self.interrupted = itertools.count(1), False, False
+        self.frames, self.stopped, self.interrupted = 0, False, False
 
     def run(self, source: Source, path: Path | None, stride: int, most_frames: int | None) -> Iterator[str | DataError]:
         """Yield the texts of one source; see `predict`. Its picture or video is written to ``path``."""
@@ -197,7 +202,8 @@ class _Loop:
                     detections = self.detect(frame.image)
                     exits[detections.exit_name] += 1
                     computed_ms += 0 if detections.exit_name == REPEATED else detections.ms
-                    self.tables.write(next(self.image_ids), frame, detections)
+                    self.frames += 1
+                    self.tables.write(self.frames, frame, detections)
                     if path or self.show:
                         picture = self.draw(frame.image, detections, self.score)
                     if path and photo:

@@ -1,4 +1,5 @@
 import os
+import re
 
 import pytest
 
@@ -89,10 +90,21 @@ def test_paths_that_are_not_regular_files(tmp_path):
             load_config(path)
 
 
+def test_an_impossible_value_names_the_file_that_sets_it(tmp_path):
+    base = write(tmp_path / "base.yaml", "EXITS: {LAYERS: [99]}\nSEED: 1")
+    mine = write(tmp_path / "mine.yaml", "_BASE_: base.yaml\nSEED: 2")
+    with pytest.raises(ConfigError, match=f"^{re.escape(str(base))}: EXITS.LAYERS is 99"):
+        load_config(mine)
+    write(tmp_path / "mine.yaml", "_BASE_: base.yaml\nEXITS: {LAYERS: [98]}")
+    with pytest.raises(ConfigError, match=f"^{re.escape(str(mine))}: EXITS.LAYERS is 98"):
+        load_config(mine)
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["SEED"], "the last key 'SEED' has no value"),
+        (["SEED"], "the last key 'SEED' has no value$"),
+        (["SEED=3"], "the last key 'SEED=3' has no value; write a space, not =$"),
         (["EXIT.LAYERS", "8"], r"unknown key EXIT \(did you mean 'EXITS'\?\)"),
         (["SEED.A", "8"], "SEED expects a whole number .*got {'A': 8}"),
         (["XYZ.WIDTH", "8"], "unknown key XYZ; the top level has OUTPUT_DIR, SEED"),

@@ -190,6 +190,17 @@ def test_ctrl_c_in_a_video_keeps_the_output_so_far(tmp_path, video, fake_video):
     assert sorted(os.listdir(tmp_path / "out")) == ["counts.csv", "detections.csv", "detections.json", "street.mp4"]
 
 
+def test_ctrl_c_before_the_first_frame_keeps_the_tables_of_an_earlier_run(tmp_path):
+    def stopped(image):
+        raise KeyboardInterrupt
+
+    stopped.classes = RedBox().classes
+    (tmp_path / "counts.csv").write_text("of an earlier run")
+    with pytest.raises(KeyboardInterrupt):
+        list(predict(stopped, [photo(tmp_path / "a.png")], tmp_path, save=["counts"]))
+    assert (tmp_path / "counts.csv").read_text() == "of an earlier run"
+
+
 def test_a_caller_that_stops_keeps_the_tables(tmp_path):
     answers = predict(
         RedBox(), [photo(tmp_path / name) for name in ("a.png", "b.png")], tmp_path / "out", save=["counts"]
