@@ -403,6 +403,11 @@ class EarlyExitDetector(SSD):
         *early, full = walk(self, x, branches=False)
         return [at.tap for at in early], full.maps()
 
+    def full_maps(self, x: Tensor) -> list[Tensor]:
+        """Return the full path's feature maps of normalised images [N, 3, S, S]. No glance is computed."""
+        *_, full = walk(self, x, branches=False)
+        return full.maps()
+
     def branch_heads(self, taps: Sequence[Tensor]) -> list[Head]:
         """Return the head outputs of all early exits from their taps."""
         heads, context = [], None
@@ -462,8 +467,8 @@ class EarlyExitDetector(SSD):
         batch, _ = self.transform(images, None)
         anchors, photo_sizes = self.default_boxes(batch), [tuple(image.shape[-2:]) for image in images]
         if self.router is None:
-            _, maps = self.trunk_maps(batch.tensors)
-            return self._postprocess(self.head(maps), anchors, batch.image_sizes, photo_sizes)
+            head = self.head(self.full_maps(batch.tensors))
+            return self._postprocess(head, anchors, batch.image_sizes, photo_sizes)
         validate.check_router(self.router, self.num_early_exits)
         head, exit_index, confidence = route(self, batch.tensors, self.small_copies(images))
         detections = self._postprocess(head, anchors, batch.image_sizes, photo_sizes)
@@ -639,12 +644,12 @@ class FullPathLosses(nn.Module):
         if self._sides:
             side = self._sides[sum(int(target["image_id"]) for target in targets) % len(self._sides)]
         if side == own_side:
-            _, maps = model.trunk_maps(batch.tensors)
+            maps = model.full_maps(batch.tensors)
             anchors = model.default_boxes(batch)
         else:
             x = F.interpolate(batch.tensors, (side, side), mode="bilinear", antialias=True)
             targets = [{**target, "boxes": target["boxes"] * (side / own_side)} for target in targets]
-            _, maps = model.trunk_maps(x)
+            maps = model.full_maps(x)
             anchor_generator = PixelBoxes(model.anchor_generator, model.grids, own_side, side)
             fp32_maps = [feature.detach().float() for feature in maps]
             anchors = anchor_generator(ImageList(x, [(side, side)] * len(x)), fp32_maps)

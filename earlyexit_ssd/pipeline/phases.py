@@ -340,7 +340,7 @@ def full_path_fingerprint(model: EarlyExitSSDLite) -> dict[str, Tensor]:
     device = next(model.parameters()).device
     image = torch.rand(1, 3, *model.transform.fixed_size, generator=torch.Generator().manual_seed(0)).to(device)
     with evaluating(model):
-        return {**state, **model.head(model.trunk_maps(image)[1])}
+        return {**state, **model.head(model.full_maps(image))}
 
 
 def require_same_full_path(before: dict[str, Tensor], model: EarlyExitSSDLite) -> None:
@@ -385,7 +385,7 @@ class DistillationLosses(FullPathLosses):
         """Return the teacher's logits at the student's default boxes, and its boxes as offsets to these."""
         teacher, side, teacher_side = self._teacher[0], batch.side, batch.images.tensors.shape[-1]
         with evaluating(teacher):
-            head = teacher.head(teacher.trunk_maps(batch.images.tensors)[1])
+            head = teacher.head(teacher.full_maps(batch.images.tensors))
             boxes = teacher.default_boxes(batch.images)[0]
         if side not in self._nearest:
             self._nearest[side] = box_iou(batch.anchors[0] / side, boxes / teacher_side).argmax(1)

@@ -118,7 +118,7 @@ class TorchModel(Contestant):
         model = open_any(self.path, router=not self.compiled).eval()
         model.score_thresh = score
         if self.compiled:
-            model.trunk_maps = torch.compile(model.trunk_maps)
+            model.full_maps = torch.compile(model.full_maps)
             model.head.compile()
 
         @torch.inference_mode()

@@ -338,6 +338,14 @@ def model_with_glance():
     return small_model(exit_layers=(8,), glances=((64, 12),)).eval()
 
 
+def test_losses_of_the_full_path_compute_no_glance(images, targets):
+    model = model_with_glance().train()
+    statistics = next(module for module in model.backbone.modules() if isinstance(module, torch.nn.BatchNorm2d))
+    before = int(statistics.num_batches_tracked)
+    FullPathLosses(model)(images, targets)
+    assert statistics.num_batches_tracked == before + 1  # a glance would have counted too
+
+
 def test_glance_runs_the_trunk_on_small_copies_of_the_photos(images):
     model = model_with_glance()
     assert (model.exit_names, model.empty) == (("glance64", "exit8", "full"), (True, False))

@@ -336,7 +336,7 @@ def test_a_default_box_learns_from_the_teachers_default_box_of_highest_iou(detec
     taught = student._teacher_outputs(computed)
     boxes, own = computed.anchors[0] / 96, detector.default_boxes(computed.images)[0] / TEACHER_SIDE
     with torch.no_grad():
-        head = detector.head(detector.trunk_maps(computed.images.tensors)[1])
+        head = detector.head(detector.full_maps(computed.images.tensors))
     best = torch.stack([box_iou(box[None], own)[0].argmax() for box in boxes])
     torch.testing.assert_close(taught["cls_logits"], head["cls_logits"][:, best])
     # student and teacher predict the same box of the photo
