@@ -54,20 +54,24 @@ DELTA = 0.05  # default share of the bootstrap draws that may lose more AP50 tha
 
 @dataclass(frozen=True)
 class FloatLayers:
-    """The layers that stay in 32 bits: the first convolutions after the image, and optionally the heads."""
+    """The layers that stay in 32 bits: the first convolutions after the image, and optionally the heads, or everything
+    but the glances."""
 
     convolutions: int
     heads: bool
+    full_size: bool = False
 
     def __str__(self) -> str:
         words = [f"the first {self.convolutions} convolutions"] if self.convolutions else []
-        words += ["the heads"] if self.heads else []
+        words += ["everything but the glances"] if self.full_size else ["the heads"] if self.heads else []
         return " and ".join(words) + " in 32 bits" if words else "all layers"
 
 
 LADDER = (FloatLayers(0, False), FloatLayers(3, False), FloatLayers(3, True), FloatLayers(9, True))
 """Layers in 32 bits, in the order in which they are tried. The first layers are the most sensitive, and have few MMACs.
 ONNX Runtime computes the first three convolutions faster in 32 bits, so it starts with the second entry."""
+GLANCES_ONLY = FloatLayers(3, False, full_size=True)
+"""Tried last, if the detector has a glance. Then no detection changes, only which photos leave."""
 
 
 @dataclass(frozen=True)
@@ -161,6 +165,7 @@ def export_int8(
             for segment in segments:
                 if segment.of_photo:
                     inputs[segment.name].append(export.photo_inputs(model, segment, photo))
+        ladder = [*ladder, *([GLANCES_ONLY] if any(segment.pixels is not None for segment in segments) else [])]
         for step, layers in enumerate(ladder):
             quantised = _quantised(quantise_segment, segments, inputs, layers)
             trial = new_path.with_name(f"{new_path.stem}_trial{step}{new_path.suffix}")
@@ -240,7 +245,8 @@ def _quantised(
         try:
             read = {value.name for value in segment.model.graph.input}  # a branch may ignore the context
             rows = [{name: value for name, value in photo.items() if name in read} for photo in inputs]
-            quantised = quantise_segment(segment.model, rows, layers)
+            unchanged = layers.full_size and segment.pixels is None
+            quantised = segment.model if unchanged else quantise_segment(segment.model, rows, layers)
         except Exception as error:
             raise EarlyExitError(f"{segment.name} cannot be quantised ({one_line(str(error))[:200]})") from error
         segments_int8.append(dataclasses.replace(segment, model=quantised))

@@ -25,6 +25,7 @@ from earlyexit_ssd.drift import DriftReference
 from earlyexit_ssd.errors import DataError, EarlyExitError
 from earlyexit_ssd.pipeline import int8
 from earlyexit_ssd.pipeline.int8 import (
+    GLANCES_ONLY,
     FloatLayers,
     _by_nncf,
     _by_onnx_runtime,
@@ -150,6 +151,25 @@ def test_a_segment_gets_only_the_inputs_that_it_reads():
     segment = Segment(0, "full", False, three_convolutions(), full=True)
     (quantised,) = _quantised(_by_onnx_runtime, [segment], {"full": photos}, FloatLayers(0, False))
     assert "QuantizeLinear" in {node.op_type for node in quantised.model.graph.node}
+
+
+def test_glances_alone_in_8_bits_are_tried_last(folder, tmp_path, unquantised, monkeypatch):
+    monkeypatch.setattr(int8, "LADDER", ())
+    model = build_model(exit_layers=(), glances=((64, 12),))
+    model.router = ExitRouter(1, policy="emptiness", thresholds=[0.5])
+    dataset = photos_to_quantise_on(folder, None, model.classes)
+    figures = export_int8(model, tmp_path / "detector.onnx", "onnx", dataset, ap_drop=1.0)
+    assert figures.float_layers == GLANCES_ONLY
+    assert "the first 3 convolutions and everything but the glances in 32 bits" in str(figures)
+
+
+def test_only_glances_are_quantised():
+    glance = Segment(0, "glance8", True, three_convolutions(), of_photo=True, pixels=8)
+    full = Segment(1, "full", False, three_convolutions(), full=True, of_photo=True)
+    layers = FloatLayers(0, False, full_size=True)
+    quantised = _quantised(_by_onnx_runtime, [glance, full], {"glance8": NOISE, "full": NOISE}, layers)
+    assert "QuantizeLinear" in {node.op_type for node in quantised[0].model.graph.node}
+    assert quantised[1].model is full.model
 
 
 def test_a_file_without_open_exits_has_no_certificate(folder, model, tmp_path, unquantised):
