@@ -128,6 +128,10 @@ Share = Annotated[float, 0, 1]
 Count = Annotated[int, 1, 2**31]
 
 
+UNFOLDED = {"head_outputs": 0, "folded_rows": (), "competing": (), "folded_branches": False}
+"""Fields of an `Architecture` whose head has one output for background and one for each class."""
+
+
 @takes_exits
 @dataclass(frozen=True)
 class Architecture:
@@ -330,10 +334,9 @@ def retrofit(
     state, stored = load_full_path(weights, DETECTORS.find(architecture.detector).plain_weights)
     source = stored.classes if stored else tuple(source_classes or architecture.classes)
     # `loaded` describes the file as it is; `architecture` describes the wanted model, whose head is not folded yet.
-    unfolded = {"head_outputs": 0, "folded_rows": (), "competing": (), "folded_branches": False}
     reduced_tail = has_reduced_tail(state, architecture.width)
     trained_size = stored.trained_size if stored else architecture.trained_size
-    architecture = dataclasses.replace(architecture, reduced_tail=reduced_tail, trained_size=trained_size, **unfolded)
+    architecture = dataclasses.replace(architecture, reduced_tail=reduced_tail, trained_size=trained_size, **UNFOLDED)
     stored_folds = {name: getattr(stored, name) for name in ("head_outputs", "folded_rows", "competing") if stored}
     folded_branches = bool(stored_folds.get("competing"))  # the branches of a compact head are folded too
     loaded = dataclasses.replace(architecture, classes=source, **stored_folds, folded_branches=folded_branches)

@@ -32,7 +32,8 @@ EMPTY_EXITS = (12,)
 """Trunk layers of the tried empty exits, alone and behind a glance, if the detector has no exits of its own."""
 BASE_FILE = "base.pth"
 """File of the base detector in the folder of the search: a rival in the evaluation of the chosen candidate."""
-OWN_HEAD = "as it is"  # `Candidate.fold` of a net that keeps the detector's head
+CUT, COMPACT, OWN_HEAD = HEADS = ("cut", "compact", "as it is")
+"""Kinds of a net's head, the fewest outputs first: only the wanted classes, these and competing classes, all classes."""
 SHARES, FINE_TUNED_SHARES = (1.0, 0.9, 0.8, 0.7), (1.0, 0.9, 0.8, 0.7, 0.6)
 """Tried input sides as shares of the detector's own side: with its own weights, and with fine-tuned weights."""
 FINE_STEP = 16  # distance in pixels of the input sides that are tried with fine-tuned weights
@@ -85,7 +86,7 @@ class Candidate(JsonDataclass):
 
     name: str  # such as "288 px, compact head, glance at 128 px"; empty before the measurement
     image_size: int  # side of the input in pixels
-    fold: str  # kind of the head: "compact", `OWN_HEAD`, or "its own" for a rival
+    fold: str  # kind of the head in `HEADS`, or "its own" for a rival
     exits: tuple[str, ...] = ()  # names in the order of computation
     policy: str | None = None
     thresholds: tuple[float, ...] = ()
@@ -146,9 +147,9 @@ class Plan:
     def candidates(self, with_empty_exits: bool) -> list[Candidate]:
         """Return all candidates, in the order in which they are tried.
 
-        1. Nets without exits: the base detector, then all sizes with the best head.
+        1. Nets without exits: the base detector, then all sizes with a cut head, then with the best head.
         2. With ``goal.train`` the fine-tuned nets without exits, at many sizes.
-        3. Nets with the best head and exits.
+        3. Nets with a cut head and exits, then with the best head and exits.
         4. Nets with the detector's own head and exits: at all sizes if it has branches, otherwise at its own size.
         5. With ``goal.train`` the fine-tuned nets with exits.
         6. If the joint phase is tried, its nets: without exits, then with exits.
@@ -163,24 +164,26 @@ class Plan:
 
         base = nets([self.architecture.image_size], OWN_HEAD)
         best = nets(self.sizes(), self.best_head)
+        cut = nets(self.sizes(), CUT) if self.best_head == COMPACT else []
         own_head = nets(self.sizes(), OWN_HEAD) if self.has_branches else base
-        plan, trained = [*base, *best], []
+        plan, trained = [*base, *cut, *best], []
         if self.goal.train:
             sizes = self.sizes(fine_tuned=True)
             between = range(sizes[0], sizes[-1] - 1, -FINE_STEP)  # the net also works between its training sizes
             trained = nets(sizes, self.best_head, fine_tuned=True)
             plan += [*trained, *nets(between, self.best_head, fine_tuned=True)]
-        plan += with_exits([*best, *own_head, *trained])
+        plan += with_exits([*cut, *best, *own_head, *trained])
         if self.trains_jointly:
-            fold = "compact" if self.cfg.MODEL.FOLD == "compact" else OWN_HEAD
+            fold = COMPACT if self.cfg.MODEL.FOLD == COMPACT else OWN_HEAD
             joint = nets([*self.sizes(), *self.cfg.JOINT.SIZES], fold, joint=True)
             plan += [*joint, *with_exits(joint)]
         return list(dict.fromkeys(plan))
 
     @property
     def best_head(self) -> str:
-        """The compact head if the detector's head folds classes, otherwise its own."""
-        return "compact" if self.architecture.folded_rows else OWN_HEAD
+        """The head that keeps the scores with the fewest outputs: the compact head if the detector's head folds
+        classes, otherwise its own."""
+        return COMPACT if self.architecture.folded_rows else OWN_HEAD
 
     @property
     def has_branches(self) -> bool:
@@ -240,17 +243,21 @@ class Plan:
     def skips(self, candidate: Candidate, measured: Iterable[Candidate]) -> bool:
         """Return whether a candidate is not worth trying after the ``measured`` ones.
 
-        A candidate without exits is always tried. A candidate with exits is skipped in three cases:
+        A cut head is tried only if it holds the budget at the detector's own size, without exits. A candidate with
+        exits is also skipped in three cases:
 
         - Its net without exits loses too much (`HOPELESS`).
-        - It has the detector's own head and only empty exits, and a net with a compact head holds the budget. Empty
-          exits are then tried with the compact head only.
+        - It has only empty exits and the given weights, and a net with fewer outputs of the head holds the budget.
+          Empty exits are then tried with that head only.
         - No speed is wanted, and its first exit was tried alone and stayed closed. With more exits behind it, it would
           save even less.
         """
+        measured = [*measured]
+        own = Candidate("", self.architecture.image_size, CUT)
+        if candidate.fold == CUT and any(other.key == own.key and not other.holds for other in measured):
+            return True
         if not candidate.exits:
             return False
-        measured = [*measured]
         alone = dataclasses.replace(candidate, exits=candidate.exits[:1]).key
         if not self.goal.wants_speed and any(net.key == alone and net.thresholds == (CLOSED,) for net in measured):
             return True
@@ -258,9 +265,9 @@ class Plan:
         lost = next((net.lost for net in nets if net.net == candidate.net), None)
         if lost is not None and lost > HOPELESS * self.goal.ap_drop:
             return True
-        compact_holds = any(net.fold == "compact" and net.holds for net in nets)
+        smaller = () if candidate.fine_tuned or candidate.joint else HEADS[: HEADS.index(candidate.fold)]
         empty = all(exit_.empty for exit_ in self.exits_of(candidate) if exit_.name in candidate.exits)
-        return compact_holds and candidate.fold == OWN_HEAD and empty
+        return empty and any(net.fold in smaller and net.holds for net in nets)
 
 
 def choose_candidate(candidates: Sequence[Candidate], goal: Goal) -> Candidate | None:

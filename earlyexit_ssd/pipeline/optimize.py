@@ -51,7 +51,7 @@ from earlyexit_ssd.files import (
 from earlyexit_ssd.modeling import COCO_CLASSES, Architecture, load_model, save_model
 from earlyexit_ssd.modeling.checkpoint import ModelInfo, weights_hash
 from earlyexit_ssd.modeling.heads import find_competing_rows, slice_rows
-from earlyexit_ssd.modeling.retrofit import resize_detector
+from earlyexit_ssd.modeling.retrofit import UNFOLDED, resize_detector
 from earlyexit_ssd.pipeline.build import (
     build_model,
     evaluation_device,
@@ -62,7 +62,17 @@ from earlyexit_ssd.pipeline.build import (
     with_values,
 )
 from earlyexit_ssd.pipeline.calibrate import FoundThresholds, ThresholdSearch, certificate_of
-from earlyexit_ssd.pipeline.candidates import BASE_FILE, OWN_HEAD, Candidate, Goal, Plan, TestFigures, choose_candidate
+from earlyexit_ssd.pipeline.candidates import (
+    BASE_FILE,
+    COMPACT,
+    CUT,
+    OWN_HEAD,
+    Candidate,
+    Goal,
+    Plan,
+    TestFigures,
+    choose_candidate,
+)
 from earlyexit_ssd.pipeline.evaluate import evaluate_model, onnx_rivals
 from earlyexit_ssd.pipeline.export import EXPORT_PHOTOS, SUFFIXES, Format, export_detector, open_any
 from earlyexit_ssd.pipeline.int8 import detect, export_int8
@@ -414,7 +424,9 @@ class CandidateSearch:
             architecture, state = self._fine_tuned
         elif candidate.joint:
             architecture, state = self._jointly_trained
-        elif candidate.fold == "compact":
+        elif candidate.fold == CUT:
+            architecture, state = self._cut
+        elif candidate.fold == COMPACT:
             architecture, state = self._compact
         architecture = dataclasses.replace(
             architecture,
@@ -450,6 +462,12 @@ class CandidateSearch:
             folded_branches=True,
         )
         return architecture, detector.state_dict()
+
+    @functools.cached_property
+    def _cut(self) -> NetWeights:
+        """The full path with a head of the wanted classes only, at its own size."""
+        detector = resize_detector(self.model, self.architecture, self.architecture.image_size, cut=True)
+        return dataclasses.replace(self.architecture, **UNFOLDED), detector.state_dict()
 
     @functools.cached_property
     def _fine_tuned(self) -> NetWeights:

@@ -76,12 +76,24 @@ def plan_of(exits):
         (("compact", 0.005, True), net(288, "as it is", ("glance128",)), True),  # the compact head holds the budget
         (("compact", 0.005, True), net(288, "as it is", ("exit8",)), False),  # branches are tried all the same
         (("as it is", 0.005, True), net(288, "as it is", ("glance128",)), False),
+        (("cut", 0.005, True), net(288, "compact", ("glance128",)), True),  # the cut head holds the budget
+        (("cut", 0.005, True), net(288, "compact"), False),
+        (("cut", 0.005, True), net(288, "compact", ("glance128",), fine_tuned=True), False),  # other weights
+        (("compact", 0.005, True), net(288, "cut", ("glance128",)), False),  # a cut head has fewer outputs
     ],
 )
 def test_exits_are_not_tried_where_they_cannot_help(measured, candidate, skipped):
     fold, lost, holds = measured
     measured = [Candidate("one", 288, fold, lost=lost, holds=holds)]
     assert plan_of(describe_exits((8,))).skips(candidate, measured) is skipped
+
+
+@pytest.mark.parametrize(("size", "holds", "skipped"), [(320, False, True), (320, True, False), (288, False, False)])
+def test_a_cut_head_is_tried_further_if_it_holds_the_budget_at_the_own_size(size, holds, skipped):
+    measured = [Candidate("cut", size, "cut", lost=0.005, holds=holds)]
+    for candidate in (net(256, "cut"), net(256, "cut", ("glance128",))):
+        assert plan_of(()).skips(candidate, measured) is skipped
+    assert not plan_of(()).skips(net(256, "compact"), measured)
 
 
 @pytest.mark.parametrize(

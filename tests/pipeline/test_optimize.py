@@ -76,6 +76,21 @@ def test_the_verdict_compares_the_loss_on_the_test_photos():
     assert "interval includes losses above the budget" not in _summary(FAST, narrow, True, Goal())
 
 
+def test_a_cut_head_has_background_and_the_wanted_classes_only():
+    folded = {"classes": ("chair",), "head_outputs": 5, "folded_rows": (2,)}
+    architecture = Architecture(**{**SMALL, "channels": 0, **folded})
+    model = architecture.build()
+    search = Mock(model=model, architecture=architecture)
+    described, state = CandidateSearch._cut.func(search)
+    assert (described.head_outputs, described.folded_rows) == (0, ())
+    cut = dataclasses.replace(described, exits=()).build()
+    cut.load_state_dict({key: state[key] for key in cut.state_dict()})
+    blocks = zip(cut.head.classification_head.module_list, model.head.classification_head.module_list, strict=True)
+    for new, old in blocks:
+        rows = old[1].weight.view(-1, 5, *old[1].weight.shape[1:])[:, [0, 2]]  # [default box, class, ...]
+        assert torch.equal(new[1].weight, rows.flatten(0, 1))
+
+
 @pytest.mark.parametrize(("any_size", "sides"), [(True, [300, 128]), (False, [300])])
 def test_a_detector_of_one_size_is_not_fine_tuned_at_the_sizes_of_glances(tmp_path, monkeypatch, any_size, sides):
     monkeypatch.setattr(optimize, "fine_tune", fine_tune := Mock())
