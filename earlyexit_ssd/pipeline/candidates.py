@@ -33,7 +33,7 @@ EMPTY_EXITS = (12,)
 BASE_FILE = "base.pth"
 """File of the base detector in the folder of the search: a rival in the evaluation of the chosen candidate."""
 CUT, COMPACT, OWN_HEAD = HEADS = ("cut", "compact", "as it is")
-"""Kinds of a net's head, the fewest outputs first: only the wanted classes, these and competing classes, all classes."""
+"""Kinds of a net's head, the fewest outputs first: wanted classes, wanted and competing classes, all classes."""
 SHARES, FINE_TUNED_SHARES = (1.0, 0.9, 0.8, 0.7), (1.0, 0.9, 0.8, 0.7, 0.6)
 """Tried input sides as shares of the detector's own side: with its own weights, and with fine-tuned weights."""
 FINE_STEP = 16  # distance in pixels of the input sides that are tried with fine-tuned weights
