@@ -34,8 +34,9 @@ BASE_FILE = "base.pth"
 """File of the base detector in the folder of the search: a rival in the evaluation of the chosen candidate."""
 CUT, COMPACT, OWN_HEAD = HEADS = ("cut", "compact", "as it is")
 """Kinds of a net's head, the fewest outputs first: wanted classes, wanted and competing classes, all classes."""
-SHARES, FINE_TUNED_SHARES = (1.0, 0.9, 0.8, 0.7), (1.0, 0.9, 0.8, 0.7, 0.6)
-"""Tried input sides as shares of the detector's own side: with its own weights, and with fine-tuned weights."""
+SHARES = (1.0, 0.9, 0.8, 0.7, 0.6)
+"""Tried input sides as shares of the detector's own side. The last is tried with the given weights only if the share
+before it holds the budget."""
 FINE_STEP = 16  # distance in pixels of the input sides that are tried with fine-tuned weights
 HOPELESS = 2.0
 """A net that loses more than this multiple of the budget without exits is not tried with exits, because exits rarely
@@ -168,7 +169,7 @@ class Plan:
         own_head = nets(self.sizes(), OWN_HEAD) if self.has_branches else base
         plan, trained = [*base, *cut, *best], []
         if self.goal.train:
-            sizes = self.sizes(fine_tuned=True)
+            sizes = self.sizes()
             between = range(sizes[0], sizes[-1] - 1, -FINE_STEP)  # the net also works between its training sizes
             trained = nets(sizes, self.best_head, fine_tuned=True)
             plan += [*trained, *nets(between, self.best_head, fine_tuned=True)]
@@ -196,12 +197,12 @@ class Plan:
         branches = set(self.cfg.EXITS.LAYERS) - set(self.cfg.EXITS.EMPTY)
         return self.goal.train and bool(branches) and "joint" in self.cfg.PHASES and self.cfg.JOINT.EPOCHS > 0
 
-    def sizes(self, fine_tuned: bool = False) -> list[int]:
+    def sizes(self) -> list[int]:
         """Return the tried sides of the input in pixels, largest first."""
-        own, shares = self.architecture.image_size, FINE_TUNED_SHARES if fine_tuned else SHARES
+        own = self.architecture.image_size
         step = 32 if own >= 256 else 16
         any_size = DETECTORS.find(self.architecture.detector).any_size
-        smaller = [max(SMALLEST_SIDE, round(share * own / step) * step) for share in shares] if any_size else []
+        smaller = [max(SMALLEST_SIDE, round(share * own / step) * step) for share in SHARES] if any_size else []
         return sorted({own, *(self.cfg.EVAL.RIVALS.SIZES or smaller)}, reverse=True)
 
     @property
@@ -243,8 +244,8 @@ class Plan:
     def skips(self, candidate: Candidate, measured: Iterable[Candidate]) -> bool:
         """Return whether a candidate is not worth trying after the ``measured`` ones.
 
-        A cut head is tried only if it holds the budget at the detector's own size, without exits. A candidate with
-        exits is also skipped in three cases:
+        A cut head is tried only if it holds the budget at the detector's own size, without exits. For the smallest size
+        see `SHARES`. A candidate with exits is also skipped in three cases:
 
         - Its net without exits loses too much (`HOPELESS`).
         - It has only empty exits and the given weights, and a net with fewer outputs of the head holds the budget.
@@ -253,9 +254,15 @@ class Plan:
           save even less.
         """
         measured = [*measured]
+        trained = candidate.fine_tuned or candidate.joint
         own = Candidate("", self.architecture.image_size, CUT)
         if candidate.fold == CUT and any(other.key == own.key and not other.holds for other in measured):
             return True
+        sizes = self.sizes()
+        if candidate.image_size == sizes[-1] < sizes[0] and not trained and not self.cfg.EVAL.RIVALS.SIZES:
+            larger = Candidate("", sizes[-2], candidate.fold)
+            if not any(other.key == larger.key and other.holds for other in measured):
+                return True
         if not candidate.exits:
             return False
         alone = dataclasses.replace(candidate, exits=candidate.exits[:1]).key
@@ -265,7 +272,7 @@ class Plan:
         lost = next((net.lost for net in nets if net.net == candidate.net), None)
         if lost is not None and lost > HOPELESS * self.goal.ap_drop:
             return True
-        smaller = () if candidate.fine_tuned or candidate.joint else HEADS[: HEADS.index(candidate.fold)]
+        smaller = () if trained else HEADS[: HEADS.index(candidate.fold)]
         empty = all(exit_.empty for exit_ in self.exits_of(candidate) if exit_.name in candidate.exits)
         return empty and any(net.fold in smaller and net.holds for net in nets)
 

@@ -474,7 +474,7 @@ class CandidateSearch:
         """The full path with the best head, fine-tuned at all tried sizes and at the sizes of the glances."""
         recorded = self._build(Candidate("", self.architecture.image_size, self.plan.best_head))
         student, architecture = recorded.model, recorded.architecture
-        sizes = self.plan.sizes(fine_tuned=True)
+        sizes = self.plan.sizes()
         sizes += [pixels for pixels, _ in self.plan.glances if self.has_empty_photos and student.any_size]
         fine_tune(self.cfg, student, architecture, self.model, sizes, self.sets["CALIB"], self.out / "fine_tuned")
         return architecture, student.state_dict()

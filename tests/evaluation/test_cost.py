@@ -45,7 +45,7 @@ def test_an_exported_path_keeps_its_outputs_and_its_mode(small_model, capfd):
         expected, found = path.eval()(example), network(example)
     assert len(found) == 6
     for mine, theirs in zip(found, expected, strict=True):
-        assert torch.allclose(mine, theirs, atol=1e-4)
+        assert torch.allclose(mine, theirs, atol=1e-4 * max(1.0, theirs.abs().max().item()))  # rounding in fp32
     assert time_modules([network], example, runs=1)[0].ms > 0
 
 

@@ -96,6 +96,20 @@ def test_a_cut_head_is_tried_further_if_it_holds_the_budget_at_the_own_size(size
     assert not plan_of(()).skips(net(256, "compact"), measured)
 
 
+def test_the_smallest_size_is_tried_if_the_next_size_holds_the_budget():
+    plan = plan_of(())
+    assert plan.sizes() == [320, 288, 256, 224, 192]
+    for holds in (True, False):
+        measured = [Candidate("larger", 224, "compact", lost=0.005, holds=holds)]
+        for candidate in (net(192, "compact"), net(192, "compact", ("glance128",))):
+            assert plan.skips(candidate, measured) is not holds
+        assert plan.skips(net(192, OWN_HEAD), measured)  # another head
+        assert not plan.skips(net(192, "compact", fine_tuned=True), measured)
+    assert plan.skips(net(192, "compact"), [])
+    chosen = load_config(overrides=["EVAL.RIVALS.SIZES", "[256, 192]"])
+    assert not dataclasses.replace(plan, cfg=chosen).skips(net(192, "compact"), measured)
+
+
 @pytest.mark.parametrize(
     ("exits", "threshold", "skipped"),
     [(("glance128", "exit12"), CLOSED, True), (("glance128", "exit12"), 0.9, False), (("exit12",), CLOSED, False)],
