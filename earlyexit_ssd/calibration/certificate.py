@@ -60,7 +60,8 @@ class Measured:
     speedup: float | None = None  # cost of the detector without exits / ``cost``
     loss_bound: float | None = None  # risk: upper bound of the expected loss if only these thresholds were tested
     AP50_lost_bound: float | None = None  # ap_drop: the loss that a share 1 - delta of the bootstrap draws stays within
-    photos_needed: int | None = None  # ap_drop: recommended number of draws (a rule of thumb); None if there are enough
+    # number of draws for the target, None if there are enough. ap_drop: a rule of thumb; risk: the least that can pass
+    photos_needed: int | None = None
     labelled: bool | None = None
     agreement: dict[str, float | None] | None = None  # fields of `earlyexit_ssd.evaluation.matches.Agreement`
     equal_photos: int | None = None  # duplicates that were left out

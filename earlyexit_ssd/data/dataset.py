@@ -377,7 +377,7 @@ def load_dataset(
         raise DataError(NO_CLASS.format(title))
     unlabelled = [raw.name for raw in raws if not raw.labelled]
     if unlabelled and labels in ("required", "annotated"):  # its photos would count as photos without objects
-        fix = "use data sets with boxes"
+        fix = "use data sets with boxes, such as those of `earlyexit predict --save labels`"
         if train:
             fix += ", or LOSS.SUPERVISION teacher without a joint phase"
         raise DataError(f"data set '{unlabelled[0]}' is a folder of photos without labels, expected boxes; {fix}")

@@ -168,7 +168,7 @@ def benchmark(
     if not contestants or len(photos) < min(batches):
         raise EarlyExitError(
             f"{len(photos)} photos and {len(contestants)} detectors: expected at least one detector, and at least "
-            f"{min(batches)} readable photos"
+            f"{min(batches)} readable photos (no videos)"
         )
     rows = []
     for thread_count in threads:

@@ -82,7 +82,7 @@ def load_model(
         EarlyExitError: the file is no model of this project, or does not fit its own description.
     """
     if not os.path.isfile(path):
-        raise EarlyExitError(f"{path}: no such file of weights; train one with tools/train_net.py")
+        raise EarlyExitError(f"{path}: no such file of weights; name another (--weights), or train one (earlyexit train)")
     content = read_weights(path)
     file_format = content.get("format")
     if not isinstance(file_format, str) or file_format != FORMAT:

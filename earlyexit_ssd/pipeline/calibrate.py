@@ -188,6 +188,7 @@ class ThresholdSearch:
             path, self.confidences, self.losses, costs.of_each(path), target.value, target.delta, settings.BOUND,
             self.cfg.SEED, self.blocks, with_curve=True,
         )  # fmt: skip
+        too_few = None
         if certified.step == 0:  # the step with all exits closed is the cheapest that passed
             fix = "fit the policy on more training photos" if all(self.calib.recording.empty) else "train them longer"
             advice = f"the exits are not accurate enough: allow a larger risk, or {fix}"
@@ -196,6 +197,7 @@ class ThresholdSearch:
             if certified.passed:
                 advice = "thresholds within the risk do not save cost: try another policy, cheaper branches, more risk"
             elif self.draws < fewest:
+                too_few = fewest
                 advice = f"at least {fewest} are needed, even if no detection changes"
             elif certified.photos_needed:
                 needed = max(certified.photos_needed, self.draws + 1)
@@ -204,7 +206,7 @@ class ThresholdSearch:
                 "all exits stay closed: none can be opened at a risk of %g with probability %g on %d %s; %s",
                 target.value, 1 - target.delta, self.draws, self.draws_name, advice,
             )  # fmt: skip
-        measured = Measured(loss_bound=certified.point.bound, steps=certified.passed)
+        measured = Measured(loss_bound=certified.point.bound, steps=certified.passed, photos_needed=too_few)
         return FoundThresholds(certified.point.thresholds, certified.choice, measured, certified.curve)
 
     def _for_speedup(self) -> FoundThresholds:
@@ -336,6 +338,7 @@ def calibrate(
     search = ThresholdSearch(cfg, target, router, confidences, calib, train, costs, blocks)
     chosen = search.run()
     certificate = certificate_of(recorded, search, chosen)
+    _warn_if_objects_are_lost(certificate)
     write_calibration(out, certificate, fitted)
     routing = {"router": certificate.router, "certificate": certificate.to_dict(), "trained_temperatures": trained}
     save_model(out / "model.pth", model, recorded.architecture, {**recorded.info, **routing})
@@ -343,6 +346,15 @@ def calibrate(
         photos, command = _page_photos(recorded, search, chosen), calibrate_command(sys.argv, weights)
         write_page(out / PAGE, calibration_page(certificate, fitted, chosen.curve, photos, command))
     return certificate
+
+
+def _warn_if_objects_are_lost(certificate: Certificate) -> None:
+    """Warn if the routing loses most of the objects that the full path finds. If few photos show an object, the mean
+    loss per photo is small all the same."""
+    objects, kept = (certificate.measured.agreement[name] for name in ("objects", "kept"))
+    if kept < objects / 2:
+        text = "this routing keeps only %d of %d objects (score %g); ask for a smaller loss or speed-up"
+        logger.warning(text, kept, objects, certificate.target.score)
 
 
 def _require_labels(cfg: CfgNode, target: CalibrationTarget, recorded: ModelOnSplits, used: Sequence[str]) -> None:

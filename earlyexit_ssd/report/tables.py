@@ -166,6 +166,9 @@ def guarantee_lines(certificate: Certificate) -> list[str]:
         fix = "allow a larger loss, try another policy (ROUTING.POLICY), or train the exits longer"
         if measured.AP50_full is not None and measured.AP50_full < DETECTS_AP50:
             fix = "the full path does not detect, so train it first"
+        elif target.kind == "risk" and measured.photos_needed is not None:
+            shorter = ", from more photos or shorter blocks" if target.block else ""
+            fix = f"at least {measured.photos_needed} {'blocks' if target.block else 'photos'} are needed{shorter}"
         lines.append(f"no exit opens, so nothing is lost and nothing gained: {fix}")
     return lines
 

@@ -74,13 +74,13 @@ def test_an_ap_drop_opens_nothing_if_the_full_path_does_not_detect(monkeypatch, 
 
 
 @pytest.mark.parametrize(
-    ("draws", "advice"),
+    ("draws", "needed", "advice"),
     [
-        (4, "at least 79 are needed, even if no detection changes"),
-        (100, "not accurate enough: allow a larger risk, or fit the policy"),
+        (4, 79, "at least 79 are needed, even if no detection changes"),
+        (100, None, "not accurate enough: allow a larger risk, or fit the policy"),
     ],
 )
-def test_closed_exits_of_a_risk_are_explained(monkeypatch, caplog, draws, advice):
+def test_closed_exits_of_a_risk_are_explained(monkeypatch, caplog, draws, needed, advice):
     """The photos that leave lose everything, also on too few photos for any threshold."""
     recorded = SimpleNamespace(
         confidences=lambda router: [np.linspace(0, 1, draws)],
@@ -90,8 +90,16 @@ def test_closed_exits_of_a_risk_are_explained(monkeypatch, caplog, draws, advice
     costs = CostModel("mmacs", {(): 1.0, (True,): 4.0, (False,): 3.0}, 1, 3.0, {})
     confidences, target = recorded.confidences(None), calibrate.CalibrationTarget("risk", 0.05)
     search = calibrate.ThresholdSearch(load_config(), target, None, confidences, recorded, recorded, costs)
-    assert search.run().thresholds == (CLOSED,)
+    found = search.run()
+    assert found.thresholds == (CLOSED,) and found.measured.photos_needed == needed
     assert advice in caplog.text
+
+
+@pytest.mark.parametrize(("objects", "kept", "warns"), [(20, 0, True), (20, 9, True), (20, 10, False), (0, 0, False)])
+def test_a_routing_that_loses_most_objects_warns(caplog, objects, kept, warns):
+    measured = SimpleNamespace(agreement={"objects": objects, "kept": kept})
+    calibrate._warn_if_objects_are_lost(SimpleNamespace(measured=measured, target=SimpleNamespace(score=0.5)))
+    assert (f"this routing keeps only {kept} of {objects} objects (score 0.5)" in caplog.text) is warns
 
 
 @pytest.mark.parametrize(("baseline", "bound"), [(None, 0.0), ({}, None)])
