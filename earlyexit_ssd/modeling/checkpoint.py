@@ -82,7 +82,8 @@ def load_model(
         EarlyExitError: the file is no model of this project, or does not fit its own description.
     """
     if not os.path.isfile(path):
-        raise EarlyExitError(f"{path}: no such file of weights; name another (--weights), or train one (earlyexit train)")
+        fix = "train one (earlyexit train), or name another (--weights)"
+        raise EarlyExitError(f"{path}: no such file of weights; {fix}")
     content = read_weights(path)
     file_format = content.get("format")
     if not isinstance(file_format, str) or file_format != FORMAT:
