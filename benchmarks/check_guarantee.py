@@ -138,7 +138,7 @@ def check_guarantee(
     pairs = zip(calib.confidences(router), test.confidences(router), strict=True)
     confidences = [np.concatenate(pair) for pair in pairs]
     losses = np.concatenate([calib.losses(reference), test.losses(reference)])
-    bound, photos = cfg.CALIBRATION.BOUND, len(calib.recording)
+    bound, photos = cfg.CALIBRATION.BOUND, len(calib)
     settings = {"calibration": photos, "delta": delta, "method": bound, "splits": splits, "seed": cfg.SEED}
     arguments = (path, confidences, losses, costs.of_each(path), costs.plain)
     resplits = [check_certificates(*arguments, epsilon=epsilon, **settings) for epsilon in EPSILONS]

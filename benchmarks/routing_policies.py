@@ -612,9 +612,9 @@ def _exits(study: Study) -> list[dict[str, Any]]:
 
 def _scoring_ms(cfg: CfgNode, routers: Mapping[str, ExitRouter], replay: Replay) -> dict[str, float]:
     """Return milliseconds per photo of each policy at the last early exit with a branch, or at the last early exit."""
-    early = range(replay.recording.early_exits)
-    last = max((index for index in early if not replay.recording.empty[index]), default=early[-1])
-    signals = next(replay.recording.signals(last))
+    early = range(replay.early_exits)
+    last = max((index for index in early if not replay.empty[index]), default=early[-1])
+    signals = next(replay.signals(last))
     timings = time_scoring(list(routers.values()), signals, last, cfg.EVAL.TIMING_THREADS)
     return {name: timing.ms for name, timing in zip(routers, timings, strict=True)}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import typing
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -135,9 +136,9 @@ REPLAY_BATCH = 64  # photos whose logits are in memory at a time
 
 @dataclass(frozen=True)
 class Recording:
-    """The recorded outputs of all exits for n photos. The arrays are memory-mapped files."""
+    """The recorded outputs of all exits for n photos, by increasing image id. The arrays are memory-mapped files."""
 
-    image_ids: list[int]  # the order of the photos in all arrays
+    image_ids: list[int]  # increasing
     detections: list[dict[int, ImageDetections]]  # per exit, the full path last: image id -> detections
     labels: np.ndarray  # labels of the default boxes after matching with the objects, [n, A]
     exit_names: list[str]  # per early exit
@@ -148,7 +149,7 @@ class Recording:
     def __len__(self) -> int:
         return len(self.image_ids)
 
-    def only(self, names: Sequence[str]) -> Recording:
+    def only(self, names: Sequence[str]) -> typing.Self:
         """Return the recording of a model that has only these early exits and the full path."""
         exits = [self.exit_names.index(name) for name in names]
         fields = ("exit_names", "empty", "logits", "taps")
@@ -169,42 +170,48 @@ class Recording:
             yield ExitSignals(logits, tap, self.empty[exit_index])
 
     @torch.no_grad()
-    def confidences(self, router: Any) -> list[Tensor]:
+    def confidences(self, router: Any) -> list[np.ndarray]:
         """Return the router's confidence in every photo, [n] per early exit."""
         confidences = []
         for index in range(self.early_exits):
             batches = [router.confidence(signals, index).float() for signals in self.signals(index)]
-            confidences.append(torch.cat(batches or [torch.zeros(0)]))
+            confidences.append(torch.cat(batches or [torch.zeros(0)]).numpy())
         return confidences
 
 
 def record(
-    model: nn.Module, loader: Batches, photos: int, folder: Path, key: str, pseudo_label_score: float | None = None
+    model: nn.Module,
+    loader: Batches,
+    image_ids: Sequence[int],
+    folder: Path,
+    key: str,
+    pseudo_label_score: float | None = None,
 ) -> Recording:
     """Return the recording in ``folder``. Record it first if it is missing, or if photos, weights or exits differ.
 
     Args:
         loader: batches of (images, targets) without augmentation. If its photos are split over processes, all processes
             must have the same ``folder``.
-        photos: number of photos.
+        image_ids: ids of all photos.
         key: text that identifies the photos.
         pseudo_label_score: if given, the full path's detections with at least this score replace the targets' objects.
 
     Raises:
         DataError: an image id occurs twice.
     """
-    contents = f"{key} {weights_hash(model)}"
+    contents = f"by id {key} {weights_hash(model)}"
     contents += "" if pseudo_label_score is None else f" taught from {pseudo_label_score}"
-    store = ArrayStore(folder, "recording", contents, photos, _example_rows(model))
+    image_ids = sorted(image_ids)
+    store = ArrayStore(folder, "recording", contents, len(image_ids), _example_rows(model))
     if not all(gathered(store.is_complete(), shares_photos(loader))):
-        _write(store, model, loader, pseudo_label_score)
+        _write(store, model, loader, image_ids, pseudo_label_score)
         store.read()
     names, arrays = list(model.exit_names[:-1]), store.arrays
     logits, taps = ([arrays[f"{kind}{index}"] for index in range(len(names))] for kind in ("logits", "tap"))
-    return Recording(*store.rest, arrays["labels"], names, list(model.empty), logits, taps)
+    return Recording(image_ids, store.rest, arrays["labels"], names, list(model.empty), logits, taps)
 
 
-def _write(store: ArrayStore, model: nn.Module, loader: Batches, score: float | None) -> None:
+def _write(store: ArrayStore, model: nn.Module, loader: Batches, image_ids: Sequence[int], score: float | None) -> None:
     shared = shares_photos(loader)
     manages_store = is_main() or not shared
     with failing_together(shared):
@@ -212,7 +219,7 @@ def _write(store: ArrayStore, model: nn.Module, loader: Batches, score: float | 
             fix = "name another folder (--out), or fewer photos (CALIBRATION.TRAIN_PHOTOS, DATA.LIMIT)"
             store.create(f"recording {store.records} photos", fix)
     store.open()
-    row_numbers = iter(list(loader.sampler) if shared else range(store.records))
+    row_of = {image_id: row for row, image_id in enumerate(image_ids)}
 
     def of_batch(images: list[Tensor], targets: Targets) -> BatchDetections:
         outputs = model.exit_outputs(images)
@@ -220,7 +227,7 @@ def _write(store: ArrayStore, model: nn.Module, loader: Batches, score: float | 
         labelled = targets
         if score is not None:
             labelled = [{key: image[key][image["scores"] >= score] for key in image} for image in detections[-1]]
-        rows = list(itertools.islice(row_numbers, len(images)))
+        rows = [row_of[int(target["image_id"])] for target in targets]
         for name, values in _rows(model, outputs, labelled).items():
             store.arrays[name][rows] = values
         return _batch_on_cpu(targets, detections)
@@ -230,7 +237,7 @@ def _write(store: ArrayStore, model: nn.Module, loader: Batches, score: float | 
         store.flush()
     with failing_together(shared):
         if manages_store:
-            store.finish(_join_batches(batches, len(model.exit_names)))
+            store.finish(_join_batches(batches, len(model.exit_names))[1])
 
 
 def _example_rows(model: nn.Module) -> dict[str, np.ndarray]:

@@ -1,7 +1,7 @@
 """Calibrate the routing of a trained model on the CALIB split, for a target that the user chooses.
 
 The network runs once over each split, and the search uses the stored outputs. `ModelOnSplits` holds the model and its
-splits. For each split it has a `Replay`, which is a `Recording` (the outputs) with the labels.
+splits. For each split it has a `Replay`: the outputs, with the labels.
 """
 
 from __future__ import annotations
@@ -190,7 +190,7 @@ class ThresholdSearch:
         )  # fmt: skip
         too_few = None
         if certified.step == 0:  # the step with all exits closed is the cheapest that passed
-            fix = "fit the policy on more training photos" if all(self.calib.recording.empty) else "train them longer"
+            fix = "fit the policy on more training photos" if all(self.calib.empty) else "train them longer"
             advice = f"the exits are not accurate enough: allow a larger risk, or {fix}"
             no_loss = np.zeros(1)
             fewest = photos_needed(no_loss, target.value, target.delta, BOUNDS[settings.BOUND]) or MAX_PHOTOS
@@ -240,7 +240,7 @@ class ThresholdSearch:
                 "larger loss",
                 self.draws, self.draws_name, target.value, 1 - target.delta, needed,
             )  # fmt: skip
-        exits = self.calib.recording.early_exits
+        exits = self.calib.early_exits
         # with all exits closed nothing is lost against the full path, but perhaps against another baseline
         bound_closed = 0.0 if self.baseline is None else None
         measured = Measured(AP50_lost_bound=bound_closed, photos_needed=needed if too_few else None)
@@ -329,8 +329,8 @@ def calibrate(
     temperatures = trained if target.kind == "risk" else temperatures_of(fitted, model.exit_names)
     blocks = None
     if target.block is not None:
-        paths = [record.path for record in recorded.sets["CALIB"].records]
-        blocks = block_of_each(paths, target.block)[calib.order]
+        records = sorted(recorded.sets["CALIB"].records, key=lambda record: record.image_id)
+        blocks = block_of_each([record.path for record in records], target.block)
     router, confidences = fit_router(
         cfg, cfg.ROUTING.POLICY, temperatures, calib, train, cross_fit=target.kind != "risk", groups=blocks
     )

@@ -281,7 +281,7 @@ class CandidateSearch:
         self.sets, self.duplicates = disjoint_sets(cfg, ("CALIB", "TEST"))
         self._replays: dict[tuple[Candidate, str], Replay] = {}
         self.base = self._replay(Candidate("", self.architecture.image_size, OWN_HEAD), "CALIB")
-        self.reference = self.base.recording.detections[-1]
+        self.reference = self.base.detections[-1]
         self.candidates = self.plan.candidates(with_empty_exits=self.has_empty_photos)
         keys = [candidate.key for candidate in self.candidates]
         photos = [*map(fingerprint, (load_dataset(cfg, cfg.DATA.TRAIN, labels="optional"), self.sets["CALIB"]))]
@@ -307,7 +307,7 @@ class CandidateSearch:
         if not candidate.exits:
             plain = None if candidate.key == self.candidates[0].key else self.model  # the base is timed once
             costs = measure_cost_model(self.cfg, recorded.model, ExitRouter(0), plain)
-            unrouted = FoundThresholds((), np.zeros(len(calib.recording), np.int64), Measured())
+            unrouted = FoundThresholds((), np.zeros(len(calib), np.int64), Measured())
             return MeasuredCandidate(self._with_figures(candidate, calib, costs, unrouted), recorded)
         policies = self._policies(recorded.model.empty)
         results = [self._measure_routed(candidate, recorded, calib, policy) for policy in policies]

@@ -9,7 +9,7 @@ import os
 import platform
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -76,42 +76,32 @@ from earlyexit_ssd.routing.policies import POLICIES, at_likeliest_boxes, is_fitt
 logger = logging.getLogger(__name__)
 
 
-@dataclass
-class Replay:
-    """A recorded split of n photos. In all arrays [n] and [n, exits], photos are ordered by increasing image id.
+@dataclass(frozen=True)
+class Replay(Recording):
+    """A recorded split of n photos with its objects. In all arrays the photos have the order of ``image_ids``.
 
     If ``labelled`` is False, ``ground_truth`` holds the full path's detections with a score of at least ``score``, and
     figures measure agreement with the full path.
     """
 
-    recording: Recording
     ground_truth: COCO
     photos_sha256: tuple[str, ...]
     score: float
     iou: float
-    labelled: bool = True
-
-    @functools.cached_property
-    def order(self) -> np.ndarray:
-        """Row in the recording of each photo, [n]."""
-        return np.argsort(self.recording.image_ids)
+    labelled: bool
 
     @functools.cached_property
     def matches(self) -> ExitMatches:
         """Matches of every exit's detections with the objects."""
-        return exit_matches(self.ground_truth, self.recording.detections, self.iou)
-
-    def only(self, names: Sequence[str]) -> Replay:
-        """Return the replay of the model with only these exits and the full path."""
-        return replace(self, recording=self.recording.only(names))
+        return exit_matches(self.ground_truth, self.detections, self.iou)
 
     def matches_with_extra_exit(self, reference: DetectionsById | None) -> tuple[ExitMatches, np.ndarray]:
         """Add the detections ``reference`` as the last exit (None: add none, so the full path is last). Return the
         matches, and the choice [n] of the last exit for every photo."""
         if reference is None:
-            return self.matches, np.full(len(self.recording), self.matches.exits - 1)
-        exits = [*self.recording.detections, reference]
-        return exit_matches(self.ground_truth, exits, self.iou), np.full(len(self.recording), len(exits) - 1)
+            return self.matches, np.full(len(self), self.matches.exits - 1)
+        exits = [*self.detections, reference]
+        return exit_matches(self.ground_truth, exits, self.iou), np.full(len(self), len(exits) - 1)
 
     def ap50_of(self, choices: np.ndarray, title: str) -> np.ndarray:
         """Return the AP50 [M] of choices of exits [M, n], 0 without objects. ``title`` is for the progress bar."""
@@ -126,25 +116,21 @@ class Replay:
 
     @functools.cached_property
     def _losses_against_full(self) -> np.ndarray:
-        return losses_against_full(self.ground_truth, self.recording.detections, self.score, self.iou)
+        return losses_against_full(self.ground_truth, self.detections, self.score, self.iou)
 
     def agreement(self, choice: np.ndarray, reference: DetectionsById | None = None) -> Agreement:
         """Return the agreement with ``reference`` (None: the full path) if the photos leave at the exits ``choice``
         [n]."""
-        exits, image_ids = self.recording.detections, sorted(self.recording.image_ids)
-        reference = exits[-1] if reference is None else reference
-        routed = {image_id: exits[index][image_id] for image_id, index in zip(image_ids, choice.tolist(), strict=True)}
+        reference = self.detections[-1] if reference is None else reference
+        pairs = zip(self.image_ids, choice.tolist(), strict=True)
+        routed = {image_id: self.detections[index][image_id] for image_id, index in pairs}
         return agreement(self.ground_truth, reference, routed, self.score, self.iou)
-
-    def confidences(self, router: ExitRouter) -> list[np.ndarray]:
-        """Return the router's confidences, [n] per early exit."""
-        return [values.numpy()[self.order] for values in self.recording.confidences(router)]
 
     def logits_and_labels(self, exit_index: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield batches of an early exit's raw logits [N, A, C] and the default boxes' labels [N, A]."""
         start = 0
-        for signals in self.recording.signals(exit_index):
-            labels = self.recording.labels[start : start + len(signals.logits)]
+        for signals in self.signals(exit_index):
+            labels = self.labels[start : start + len(signals.logits)]
             start += len(signals.logits)
             yield signals.logits, torch.from_numpy(np.array(labels))
 
@@ -165,13 +151,15 @@ class ModelOnSplits:
         """Return the replay of the split ``name``, which is recorded unless its recording is stored."""
         settings, dataset, ground_truth = self.cfg.EVAL, self.sets[name], to_coco(self.sets[name])
         hashes = [digest for _, digest in photo_hashes(dataset)]
-        loader = evaluation_loader(self.cfg, dataset)
+        loader, key = evaluation_loader(self.cfg, dataset), fingerprint(dataset, hashes)
         pseudo_label_score = None if dataset.labelled else settings.SCORE
-        key = fingerprint(dataset, hashes)
-        recording = record(self.model, loader, len(dataset), self.folder / name.lower(), key, pseudo_label_score)
+        recording = record(
+            self.model, loader, [*ground_truth.imgs], self.folder / name.lower(), key, pseudo_label_score
+        )
         if not dataset.labelled:
             ground_truth = as_ground_truth(ground_truth, recording.detections[-1], settings.SCORE)
-        return Replay(recording, ground_truth, tuple(hashes), settings.SCORE, settings.IOU, dataset.labelled)
+        of_split = ground_truth, tuple(hashes), settings.SCORE, settings.IOU, dataset.labelled
+        return Replay(*vars(recording).values(), *of_split)
 
 
 def open_model_on_splits(cfg: CfgNode, weights: str | os.PathLike[str], out: Path, **splits: Any) -> ModelOnSplits:
@@ -241,8 +229,8 @@ def disjoint_sets(
 def fit_temperatures(cfg: CfgNode, calib: Replay) -> list[FittedTemperature]:
     """Fit the maximum-likelihood temperature of every early exit with a branch. Warn if one reaches a bound."""
     bounds, fitted = cfg.ROUTING.TEMPERATURE_BOUNDS, []
-    for index, name in enumerate(calib.recording.exit_names):
-        if calib.recording.empty[index]:
+    for index, name in enumerate(calib.exit_names):
+        if calib.empty[index]:
             continue
         logits, labels = contested_boxes(calib.logits_and_labels(index))
         temperature = fit_temperature(logits, labels, bounds)
@@ -262,7 +250,7 @@ def temperatures_of(fitted: Sequence[FittedTemperature], exit_names: Sequence[st
 
 @dataclass(frozen=True)
 class FittingPhotos:
-    """A recorded split for fitting policies, in the order of the recording. See `RecordedPhotos` for the methods."""
+    """A recorded split for fitting policies. See `RecordedPhotos` for the methods."""
 
     replay: Replay
     temperatures: Sequence[float]
@@ -270,18 +258,16 @@ class FittingPhotos:
     seed: int
 
     def signals(self, exit_index: int, boxes: int | None = None) -> Iterator[ExitSignals]:
-        for batch in self.replay.recording.signals(exit_index):
+        for batch in self.replay.signals(exit_index):
             signals = at_likeliest_boxes(batch, boxes)
             yield ExitSignals(signals.logits / self.temperatures[exit_index], signals.tap, signals.empty)
 
     def losses(self) -> Tensor:
-        losses = self.replay.losses(self.reference)
-        # from the order of the image ids to the order of the recording
-        return torch.from_numpy(losses[np.argsort(self.replay.order)]).float()
+        return torch.from_numpy(self.replay.losses(self.reference)).float()
 
     def largest_scores(self) -> Tensor:
-        recording = self.replay.recording
-        scores = (recording.detections[-1][image_id]["scores"].tolist() for image_id in recording.image_ids)
+        full = self.replay.detections[-1]
+        scores = (full[image_id]["scores"].tolist() for image_id in self.replay.image_ids)
         return torch.tensor([max(of_photo, default=0.0) for of_photo in scores])
 
     def object_counts(self) -> list[int]:
@@ -318,11 +304,10 @@ def fit_router(
     sets = [FittingPhotos(split, temperatures, reference, cfg.SEED) for split in (train or calib, calib)]
     parameters = confidences = None
     if cross_fit and folds and train is not None and POLICIES[policy].cross_fits:
-        groups = np.arange(len(calib.recording)) if groups is None else groups
-        fold_of_row = np.empty(len(groups), np.int64)
-        fold_of_row[calib.order] = groups * folds // (groups.max() + 1)  # by row of the recording
-        parameters, by_row = POLICIES[policy].cross_fit(*sets, torch.from_numpy(fold_of_row))
-        confidences = [values.numpy()[calib.order] for values in by_row]
+        groups = np.arange(len(calib)) if groups is None else groups
+        fold_of_photo = torch.from_numpy(groups * folds // (groups.max() + 1))
+        parameters, values = POLICIES[policy].cross_fit(*sets, fold_of_photo)
+        confidences = [of_exit.numpy() for of_exit in values]
     elif is_fitted(policy):
         parameters = POLICIES[policy].fit(sets[0])
     settings = {"temperatures": temperatures, "temperature_bounds": cfg.ROUTING.TEMPERATURE_BOUNDS}

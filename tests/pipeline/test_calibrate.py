@@ -22,19 +22,13 @@ from earlyexit_ssd.pipeline.replay import CostModel
 from earlyexit_ssd.routing import POLICIES, FittedPolicy, register_policy
 
 
-class Recording:
-    early_exits = 1
-
-    def __len__(self):
-        return 4
-
-
 def four_photos(monkeypatch, full_ap50, ap50, losses):
     """Recorded photos whose bootstrap draws all lose nothing. ``ap50`` is a function of the choices of exits."""
     monkeypatch.setattr(calibrate, "ap_of_choice", lambda *_, **__: SimpleNamespace(AP50=full_ap50))
     monkeypatch.setattr(calibrate, "bootstrap_choices", lambda *_, **__: [SimpleNamespace(AP50=np.full(10, 0.5))])
-    return SimpleNamespace(
-        recording=Recording(),
+    return MagicMock(
+        __len__=lambda _: 4,
+        early_exits=1,
         matches=None,
         matches_with_extra_exit=lambda reference: (None, np.ones(4, np.int64)),
         losses=lambda reference: np.array(losses),
@@ -82,10 +76,11 @@ def test_an_ap_drop_opens_nothing_if_the_full_path_does_not_detect(monkeypatch, 
 )
 def test_closed_exits_of_a_risk_are_explained(monkeypatch, caplog, draws, needed, advice):
     """The photos that leave lose everything, also on too few photos for any threshold."""
-    recorded = SimpleNamespace(
+    recorded = MagicMock(
         confidences=lambda router: [np.linspace(0, 1, draws)],
         losses=lambda reference: np.tile([1.0, 0.0], (draws, 1)),
-        recording=MagicMock(empty=[True], __len__=lambda _: draws),
+        empty=[True],
+        __len__=lambda _: draws,
     )
     costs = CostModel("mmacs", {(): 1.0, (True,): 4.0, (False,): 3.0}, 1, 3.0, {})
     confidences, target = recorded.confidences(None), calibrate.CalibrationTarget("risk", 0.05)

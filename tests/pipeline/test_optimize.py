@@ -192,7 +192,7 @@ def test_the_base_detector_is_timed_once(monkeypatch):
     monkeypatch.setattr(optimize, "measure_cost_model", timed := Mock())
     base, net = Candidate("", 320, "as it is"), Candidate("", 288, "as it is")
     search = Mock(candidates=[base, net], model="base")
-    search._replay.return_value.only.return_value.recording = []
+    search._replay.return_value.only.return_value = []
     for candidate in (base, net):
         CandidateSearch.measure(search, candidate)
     assert [call.args[3] for call in timed.call_args_list] == [None, "base"]

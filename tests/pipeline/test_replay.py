@@ -50,7 +50,7 @@ def test_a_model_without_exits_is_not_calibrated(monkeypatch, tmp_path):
         replay.open_model_on_splits(load_config(), "model.pth", tmp_path)
 
 
-class Recording:
+class FiftyPhotos:
     """Fifty photos. The tap's first channel determines the largest score of the full path."""
 
     early_exits, empty = 1, [True]
@@ -68,8 +68,11 @@ class Recording:
         for rows in self.taps[exit_index].split(30):
             yield ExitSignals(torch.zeros(len(rows), 3, 2), rows, empty=True)
 
+    def confidences(self, router):
+        return []
 
-FIFTY = SimpleNamespace(recording=Recording(), confidences=lambda router: [])
+
+FIFTY = FiftyPhotos()
 
 
 def test_a_fitted_router_knows_the_largest_score_of_the_full_path_and_has_all_exits_closed():
@@ -88,9 +91,7 @@ def test_a_fitted_router_knows_the_largest_score_of_the_full_path_and_has_all_ex
     ],
 )
 def test_folds_are_neighbours_and_whole_groups(monkeypatch, groups, expected):
-    """``groups`` and confidences are by increasing image id, the folds of the fit in the order of the recording."""
-    order = np.array([5, 3, 1, 0, 2, 4])  # the row of each photo, by increasing image id
-    calib, received = SimpleNamespace(recording=range(6), order=order), {}
+    received = {}
 
     def cross_fit(train, calib, folds):
         received["folds"] = folds
@@ -98,9 +99,9 @@ def test_folds_are_neighbours_and_whole_groups(monkeypatch, groups, expected):
 
     monkeypatch.setattr(ForeseenEmptiness, "cross_fit", cross_fit)
     cfg = load_config(overrides=["CALIBRATION.FOLDS", "2"])
-    router, (confidences,) = fit_router(cfg, "foreseen_emptiness", [1.0], calib, FIFTY, groups=groups)
-    assert received["folds"][order].tolist() == expected
-    assert confidences.tolist() == pytest.approx([0.5, 0.3, 0.1, 0.0, 0.2, 0.4])
+    router, (confidences,) = fit_router(cfg, "foreseen_emptiness", [1.0], range(6), FIFTY, groups=groups)
+    assert received["folds"].tolist() == expected
+    assert confidences.tolist() == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4, 0.5])
     assert router.thresholds.tolist() == [CLOSED] and router.policy == "foreseen_emptiness"
 
 
@@ -110,24 +111,22 @@ def test_exits_without_a_fit_have_temperature_1():
 
 
 def test_inputs_of_a_policy_fit():
-    """Rows are in the order of the recording, here photo 7 before photo 3; crowds do not count."""
+    """Rows are by increasing image id, here photo 3 before photo 7; crowds do not count."""
     logits = torch.tensor([[[0.0, 2.0], [4.0, 0.0]]])
     full = {3: {"scores": torch.tensor([0.5, 0.25])}, 7: {"scores": torch.zeros(0)}}
     rows = [{"category_id": label, "iscrowd": crowd} for label, crowd in ((1, 0), (3, 0), (3, 0), (3, 1))]
-    recording = SimpleNamespace(
-        signals=lambda index: iter([ExitSignals(logits, torch.ones(1, 2))]), detections=[{}, full], image_ids=[7, 3]
-    )
     recorded = SimpleNamespace(
-        recording=recording,
+        signals=lambda index: iter([ExitSignals(logits, torch.ones(1, 2))]),
+        detections=[{}, full],
+        image_ids=[3, 7],
         ground_truth=SimpleNamespace(anns=dict(enumerate(rows)), getCatIds=lambda: [2, 3, 1]),
-        order=np.array([1, 0]),
-        losses=lambda reference: {"full": np.array([[0.3, 0.0], [0.7, 0.0]])}[reference],  # by rising image id
+        losses=lambda reference: {"full": np.array([[0.3, 0.0], [0.7, 0.0]])}[reference],
     )
     photos = FittingPhotos(recorded, [2.0], "full", 5)
     (signals,) = photos.signals(0, boxes=1)
     assert signals.logits.tolist() == [[[0.0, 1.0]]] and signals.tap.tolist() == [[1.0, 1.0]]
-    assert photos.losses()[:, 0].tolist() == pytest.approx([0.7, 0.3])
-    assert photos.largest_scores().tolist() == [0.0, 0.5]
+    assert photos.losses()[:, 0].tolist() == pytest.approx([0.3, 0.7])
+    assert photos.largest_scores().tolist() == [0.5, 0.0]
     assert photos.object_counts() == [1, 0, 2]
 
 
