@@ -152,10 +152,8 @@ class ModelOnSplits:
         settings, dataset, ground_truth = self.cfg.EVAL, self.sets[name], to_coco(self.sets[name])
         hashes = [digest for _, digest in photo_hashes(dataset)]
         loader, key = evaluation_loader(self.cfg, dataset), fingerprint(dataset, hashes)
-        pseudo_label_score = None if dataset.labelled else settings.SCORE
-        recording = record(
-            self.model, loader, [*ground_truth.imgs], self.folder / name.lower(), key, pseudo_label_score
-        )
+        folder, pseudo_label_score = self.folder / name.lower(), None if dataset.labelled else settings.SCORE
+        recording = record(self.model, loader, [*ground_truth.imgs], folder, key, pseudo_label_score)
         if not dataset.labelled:
             ground_truth = as_ground_truth(ground_truth, recording.detections[-1], settings.SCORE)
         of_split = ground_truth, tuple(hashes), settings.SCORE, settings.IOU, dataset.labelled
