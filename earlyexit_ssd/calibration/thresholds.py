@@ -8,6 +8,7 @@ computed, so all deeper exits cost less. In all functions ``confidences`` are on
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -22,6 +23,8 @@ from earlyexit_ssd.config import CLOSED
 from earlyexit_ssd.console import progress
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.routing.policies import object_probability
+
+logger = logging.getLogger(__name__)
 
 LARGEST_GRID = 20_000  # limit for the number of combinations; with more exits, each exit gets fewer candidates
 MOST_EXITS = 5  # largest number of early exits; with more exits the grid would be too coarse
@@ -289,9 +292,14 @@ def fit_temperature(logits: Tensor, labels: Tensor, bounds: tuple[float, float])
     return float(minimize_scalar(negative_likelihood, bounds=bounds, method="bounded", options={"xatol": 1e-3}).x)
 
 
-def stopped_by(temperature: float, bounds: tuple[float, float]) -> float | None:
-    """Return the bound that a fitted temperature lies at (`AT_BOUND`), or None."""
-    return next((bound for bound in bounds if abs(temperature - bound) <= AT_BOUND * bound), None)
+def fit_exit(exit_name: str, logits: Tensor, labels: Tensor, bounds: tuple[float, float]) -> FittedTemperature:
+    """Return the temperature of `fit_temperature` and the reliabilities. Warn if the temperature is at a bound."""
+    temperature = fit_temperature(logits, labels, bounds)
+    for bound in (bound for bound in bounds if abs(temperature - bound) <= AT_BOUND * bound):
+        text = "temperature of %s is at its bound %g, so its probabilities are not calibrated"
+        logger.warning(text, exit_name, bound)
+    before, after = (reliability(logits, labels, divisor) for divisor in (1.0, temperature))
+    return FittedTemperature(exit_name, temperature, before, after)
 
 
 @torch.no_grad()

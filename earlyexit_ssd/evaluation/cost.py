@@ -138,12 +138,8 @@ def mmacs_to_exit(model: nn.Module, router: Router | None = None) -> list[float]
     Only convolutions and linear layers are counted. The branches of earlier exits are included, unless ``router`` has
     closed these exits.
     """
-    return [mmacs_of_path(model, index, router) for index in range(len(model.exit_names))]
-
-
-def mmacs_of_path(model: nn.Module, exit_index: int, router: Router | None = None) -> float:
-    """Return the MMACs of one image to one exit, counted as in `mmacs_to_exit`."""
-    return count_mmacs(AllOutputs(PathToExit(model, exit_index, router)), example_input(model))
+    paths = (AllOutputs(PathToExit(model, index, router)) for index in range(len(model.exit_names)))
+    return [count_mmacs(path, example_input(model)) for path in paths]
 
 
 def count_mmacs(module: nn.Module, example: Tensor) -> float:

@@ -17,15 +17,7 @@ from torchvision.ops import box_area, clip_boxes_to_image
 from earlyexit_ssd.calibration.certificate import Certificate, plain_part
 from earlyexit_ssd.data import canonical
 from earlyexit_ssd.errors import DataError, EarlyExitError, suggest
-from earlyexit_ssd.evaluation.cost import (
-    ONNX_RUNTIME,
-    PlainPath,
-    Timing,
-    count_mmacs,
-    example_input,
-    mmacs_to_exit,
-    time_in_runtime,
-)
+from earlyexit_ssd.evaluation.cost import ONNX_RUNTIME, PlainPath, Timing, count_mmacs, example_input, time_in_runtime
 from earlyexit_ssd.evaluation.matches import (
     SIZES,
     DetectionsById,
@@ -324,11 +316,11 @@ def compare_certificate(
 def measure_costs(model: nn.Module, settings: EvaluationSettings, router: ExitRouter, rivals: Sequence[Rival]) -> Costs:
     """Measure the cost of one image up to each exit (with the router's confidences), in the detector without exits, and
     in the rivals. All are timed in turns. The MMACs of the rivals are in `Rival`."""
-    example, plain = example_input(model), PlainPath(model)
-    paths = [AllOutputs(PathToExit(model, index, router)) for index in range(len(model.exit_names))]
-    mmacs = [*mmacs_to_exit(model, router), count_mmacs(plain, example)]
-    networks = [*paths, plain, *(rival.network for rival in rivals)]
-    examples = [*[example] * len(mmacs), *(rival.example for rival in rivals)]
+    example, exits = example_input(model), range(len(model.exit_names))
+    paths = [*(AllOutputs(PathToExit(model, index, router)) for index in exits), PlainPath(model)]
+    mmacs = [count_mmacs(path, example) for path in paths]
+    networks = [*paths, *(rival.network for rival in rivals)]
+    examples = [*[example] * len(paths), *(rival.example for rival in rivals)]
     timings = time_in_runtime(networks, examples, settings.runtime, settings.runs, settings.threads)
     *exits, without = (CostResult(count, **vars(timing)) for count, timing in zip(mmacs, timings, strict=False))
     return Costs(exits, without, timings[len(mmacs) :])

@@ -27,20 +27,11 @@ from earlyexit_ssd.errors import ConfigError, EarlyExitError, suggest
 from earlyexit_ssd.evaluation.cost import EAGER
 from earlyexit_ssd.evaluation.metrics import EvaluationSettings
 from earlyexit_ssd.files import locks_folder
-from earlyexit_ssd.modeling import (
-    COCO_CLASSES,
-    Architecture,
-    EarlyExitSSDLite,
-    Exit,
-    LossSettings,
-    describe_exits,
-    load_model,
-    retrofit,
-)
-from earlyexit_ssd.modeling.checkpoint import ModelInfo, find_weights, weights_path
+from earlyexit_ssd.modeling import COCO_CLASSES, Architecture, EarlyExitSSDLite, Exit, LossSettings, describe_exits
+from earlyexit_ssd.modeling.checkpoint import ModelInfo, find_weights, load_model, weights_path
 from earlyexit_ssd.modeling.detector import DETECTORS
 from earlyexit_ssd.modeling.heads import plan_class_change
-from earlyexit_ssd.modeling.retrofit import torchvision_name
+from earlyexit_ssd.modeling.retrofit import retrofit, torchvision_name
 from earlyexit_ssd.routing import ExitRouter
 from earlyexit_ssd.routing.policies import POLICIES
 

@@ -28,7 +28,7 @@ from earlyexit_ssd.drift import WINDOW, DriftRecord
 from earlyexit_ssd.engine import read_log
 from earlyexit_ssd.engine.processes import is_main
 from earlyexit_ssd.errors import ConfigError, EarlyExitError, import_package
-from earlyexit_ssd.evaluation.cost import EAGER, ONNX_RUNTIME, PlainPath, count_mmacs, example_input, mmacs_of_path
+from earlyexit_ssd.evaluation.cost import EAGER, ONNX_RUNTIME, PlainPath, count_mmacs, example_input
 from earlyexit_ssd.evaluation.evaluate import (
     CUT_HEAD,
     ONNX,
@@ -46,6 +46,7 @@ from earlyexit_ssd.evaluation.outputs import Collected, collect
 from earlyexit_ssd.evaluation.results import Context, DriftResult, Results
 from earlyexit_ssd.files import sha256
 from earlyexit_ssd.modeling import Architecture, EarlyExitSSDLite, PathToExit, load_model
+from earlyexit_ssd.modeling.detector import AllOutputs
 from earlyexit_ssd.modeling.heads import is_folded
 from earlyexit_ssd.modeling.retrofit import resize_detector
 from earlyexit_ssd.pipeline.build import (
@@ -364,7 +365,7 @@ def _open_costs(model: EarlyExitSSDLite, router: ExitRouter, results: Results) -
         paths = [opened[:index] for index in range(len(evaluated) + 1)]
         for index, path in enumerate(paths):
             if path not in mmacs:
-                mmacs[path] = mmacs_of_path(model, index, other_router)
+                mmacs[path] = count_mmacs(AllOutputs(PathToExit(model, index, other_router)), example_input(model))
         costs.append(OpenCosts(opened, [mmacs[path] for path in paths]))
     return costs
 

@@ -35,14 +35,7 @@ from earlyexit_ssd.errors import EarlyExitError, Interrupted
 from earlyexit_ssd.evaluation.verdict import DETECTS_AP50
 from earlyexit_ssd.modeling import Architecture, EarlyExitSSDLite, LossSettings, load_model, retrofit, save_model
 from earlyexit_ssd.modeling.checkpoint import weights_hash
-from earlyexit_ssd.modeling.detector import (
-    BranchLosses,
-    FullPathLosses,
-    ResizedBatch,
-    TapBatch,
-    Targets,
-    full_path_losses,
-)
+from earlyexit_ssd.modeling.detector import BranchLosses, FullPathLosses, ResizedBatch, TapBatch, full_path_losses
 from earlyexit_ssd.modeling.losses import distillation_loss
 from earlyexit_ssd.modeling.outputs import Head
 from earlyexit_ssd.modeling.trunk import evaluating
@@ -371,7 +364,7 @@ class DistillationLosses(FullPathLosses):
         self._teacher, self._labelled = [teacher], labelled  # in a list, a module is not registered and not trained
         self._nearest: dict[int, Tensor] = {}
 
-    def forward(self, images: list[Tensor], targets: Targets) -> dict[str, Tensor]:
+    def forward(self, images: list[Tensor], targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         """Return the loss ``distillation``, and with labels also ``bbox_regression`` and ``classification``."""
         model, computed = self._model[0], self.compute(images, targets)
         losses, settings = {}, model.losses

@@ -20,14 +20,7 @@ from pycocotools.coco import COCO
 from torch import Tensor, nn
 
 from earlyexit_ssd.calibration.certificate import CertifiedCosts
-from earlyexit_ssd.calibration.thresholds import (
-    FittedTemperature,
-    contested_boxes,
-    fit_temperature,
-    reliability,
-    require_few_exits,
-    stopped_by,
-)
+from earlyexit_ssd.calibration.thresholds import FittedTemperature, contested_boxes, fit_exit, require_few_exits
 from earlyexit_ssd.config import CLOSED
 from earlyexit_ssd.console import progress
 from earlyexit_ssd.data import DetectionDataset, load_dataset, to_coco
@@ -226,18 +219,9 @@ def disjoint_sets(
 
 def fit_temperatures(cfg: CfgNode, calib: Replay) -> list[FittedTemperature]:
     """Fit the maximum-likelihood temperature of every early exit with a branch. Warn if one reaches a bound."""
-    bounds, fitted = cfg.ROUTING.TEMPERATURE_BOUNDS, []
-    for index, name in enumerate(calib.exit_names):
-        if calib.empty[index]:
-            continue
-        logits, labels = contested_boxes(calib.logits_and_labels(index))
-        temperature = fit_temperature(logits, labels, bounds)
-        bound = stopped_by(temperature, bounds)
-        if bound is not None:
-            logger.warning("temperature of %s is at its bound %g, so its probabilities are not calibrated", name, bound)
-        before, after = reliability(logits, labels, 1.0), reliability(logits, labels, temperature)
-        fitted.append(FittedTemperature(name, temperature, before, after))
-    return fitted
+    bounds, exits = cfg.ROUTING.TEMPERATURE_BOUNDS, enumerate(zip(calib.exit_names, calib.empty, strict=True))
+    with_branch = [(index, name) for index, (name, empty) in exits if not empty]
+    return [fit_exit(name, *contested_boxes(calib.logits_and_labels(index)), bounds) for index, name in with_branch]
 
 
 def temperatures_of(fitted: Sequence[FittedTemperature], exit_names: Sequence[str]) -> list[float]:

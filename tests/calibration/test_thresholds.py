@@ -17,13 +17,13 @@ from earlyexit_ssd.calibration.thresholds import (
     choose,
     contested_boxes,
     exit_probabilities,
+    fit_exit,
     fit_temperature,
     learn_open_exits,
     learn_thresholds,
     learned_grid,
     pareto_path,
     reliability,
-    stopped_by,
     threshold_grid,
 )
 from earlyexit_ssd.config import CLOSED
@@ -187,11 +187,14 @@ def sampled(scale):
 
 
 @pytest.mark.parametrize(("scale", "expected"), [(1.0, 1.0), (2.0, 2.0), (0.7, 0.7), (9.0, 3.0), (0.1, 0.5)])
-def test_finds_the_temperature_within_the_bounds(scale, expected):
-    found = fit_temperature(*sampled(scale), BOUNDS)
+def test_finds_the_temperature_within_the_bounds(scale, expected, caplog):
+    fitted = fit_exit("exit8", *sampled(scale), BOUNDS)
+    found = fitted.temperature
     assert found == pytest.approx(expected, rel=0.06)
     assert 0.5 <= found <= 3.0
-    assert stopped_by(found, BOUNDS) == {3.0: 3.0, 0.5: 0.5}.get(expected)
+    assert fitted.before == reliability(*sampled(scale), 1.0) and fitted.after == reliability(*sampled(scale), found)
+    assert ("temperature of exit8 is at its bound" in caplog.text) is (expected in BOUNDS)
+    assert f"its bound {expected:g}, so" in caplog.text or expected not in BOUNDS
     assert fit_temperature(torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64), BOUNDS) == 1.0  # without boxes
 
 
