@@ -40,15 +40,7 @@ from earlyexit_ssd.modeling.checkpoint import weights_path
 from earlyexit_ssd.modeling.detector import default_boxes_of_image
 from earlyexit_ssd.modeling.outputs import ExitOutputs
 from earlyexit_ssd.modeling.trunk import evaluating
-from earlyexit_ssd.pipeline.build import (
-    build_architecture,
-    evaluation_device,
-    evaluation_loader,
-    open_model,
-    open_router,
-    takes_over,
-    with_classes,
-)
+from earlyexit_ssd.pipeline import build
 from earlyexit_ssd.routing import ExitRouter
 
 logger = logging.getLogger(__name__)
@@ -82,7 +74,7 @@ def doctor_data(cfg: CfgNode) -> Report:
             unreadable.append(DoctorFinding("unreadable", name, True, 1.0, None, 0.0, meaning, advice))
     if not splits:
         raise DataError(unreadable[0].meaning if unreadable else "DATA.TRAIN, CALIB and TEST are empty; name data sets")
-    architecture = replace(build_architecture(cfg, splits[0].classes or ("object",)), exits=())
+    architecture = replace(build.build_architecture(cfg, splits[0].classes or ("object",)), exits=())
     boxes = default_boxes_of_image(architecture.build(), torch.device("cpu"))
     evidence = DataEvidence(splits, boxes, cfg.MODEL.IMAGE_SIZE)
     diagnosis = diagnose(DATA_CHECKS, evidence)
@@ -119,13 +111,13 @@ def doctor_model(cfg: CfgNode, weights: str | os.PathLike[str], photos: int) -> 
     if photos < 1:
         raise EarlyExitError(f"--photos {photos}: expected at least 1")
     path = weights_path(weights)
-    model, architecture, info = open_model(cfg, path, need_exits=False)
-    cfg, device = with_classes(cfg, architecture.classes), evaluation_device(cfg)
+    model, architecture, info = build.open_model(cfg, path, need_exits=False)
+    cfg, device = build.with_classes(cfg, architecture.classes), build.evaluation_device(cfg)
     dataset = load_dataset(cfg, cfg.DATA.CALIB)
     dataset = dataset.subset(chosen_photos(dataset.records, photos, cfg.SEED))
-    router = open_router(cfg, model, info, path).to(device)  # it may have been calibrated on these photos
+    router = build.open_router(cfg, model, info, path).to(device)  # it may have been calibrated on these photos
     evidence = collect_evidence(model.to(device), dataset, router, cfg)
-    if info.get("taken_over", takes_over(cfg)):  # only the exits were trained on the user's photos
+    if info.get("taken_over", build.takes_over(cfg)):  # only the exits were trained on the user's photos
         evidence = replace(evidence, above_full={})
     return Report((), diagnose(MODEL_CHECKS, replace(evidence, **run_evidence(path, evidence, router))))
 
@@ -154,7 +146,7 @@ def collect_evidence(
             values.append(router.confidence(outputs.signals(index), index).cpu())
         return evidence
 
-    batches = over_batches(model, evaluation_loader(cfg, dataset), of_batch, "check photos")
+    batches = over_batches(model, build.evaluation_loader(cfg, dataset), of_batch, "check photos")
     shares = {}
     if not router.closed:
         values = [*map(torch.cat, confidences), torch.ones(len(dataset))]

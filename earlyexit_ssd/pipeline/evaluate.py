@@ -49,19 +49,7 @@ from earlyexit_ssd.modeling import Architecture, EarlyExitSSDLite, PathToExit, l
 from earlyexit_ssd.modeling.detector import AllOutputs
 from earlyexit_ssd.modeling.heads import is_folded
 from earlyexit_ssd.modeling.retrofit import resize_detector
-from earlyexit_ssd.pipeline.build import (
-    build_architecture,
-    build_evaluation,
-    evaluation_device,
-    evaluation_loader,
-    open_model,
-    open_router,
-    open_thresholds,
-    shares_processes,
-    takes_over,
-    weights_file,
-    with_classes,
-)
+from earlyexit_ssd.pipeline import build
 from earlyexit_ssd.plain import read_json
 from earlyexit_ssd.report.page import Section, evaluation_page, never_failing, training_section, write_page
 from earlyexit_ssd.report.page_photos import Attention, OpenCosts, PagePhotos, attention_pictures, by_gain
@@ -214,7 +202,7 @@ def _short(path: str) -> str:
     return Path(path).stem if Path(path).stem != "model" else Path(path).resolve().parent.name
 
 
-@shares_processes("out_dir")
+@build.shares_processes("out_dir")
 def evaluate_model(
     cfg: CfgNode, weights: str | os.PathLike[str], out_dir: str | os.PathLike[str], compare: bool = True
 ) -> Results | None:
@@ -232,16 +220,16 @@ def evaluate_model(
     Raises:
         EarlyExitError: unusable weights, data or settings.
     """
-    device = evaluation_device(cfg)
+    device = build.evaluation_device(cfg)
     check_rivals(cfg, device)
-    weights = weights_file(weights)
-    model, architecture, info = open_model(cfg, weights)
+    weights = build.weights_file(weights)
+    model, architecture, info = build.open_model(cfg, weights)
     if compare:
         _warn_of_differences(cfg, architecture)
-    cfg = with_classes(cfg, architecture.classes)
+    cfg = build.with_classes(cfg, architecture.classes)
     dataset = load_dataset(cfg, cfg.DATA.TEST, labels="optional")
-    loader = evaluation_loader(cfg, dataset)
-    router = open_router(cfg, model, info, weights).to(device)
+    loader = build.evaluation_loader(cfg, dataset)
+    router = build.open_router(cfg, model, info, weights).to(device)
     model = model.to(device)
     if certificate := router.certificate:
         require_usable_certificate(cfg, certificate, dataset, cfg.ROUTING.CERTIFICATE or weights)
@@ -257,12 +245,12 @@ def evaluate_model(
     context = Context(
         splits=list(cfg.DATA.TEST),
         forced=info.get("forced", False),
-        taken_over=info.get("taken_over", takes_over(cfg)),
+        taken_over=info.get("taken_over", build.takes_over(cfg)),
         untrained=info.get("phase") == "baseline" and not all(model.empty),
         labelled=dataset.labelled,
         weights_sha256=sha256(weights),
     )
-    settings, ground_truth = build_evaluation(cfg), to_coco(dataset)
+    settings, ground_truth = build.build_evaluation(cfg), to_coco(dataset)
     blocks = None
     if certificate and certificate.target.block:
         records = sorted(dataset.records, key=lambda record: record.image_id)
@@ -293,7 +281,7 @@ def evaluate_model(
 
 def _warn_of_differences(cfg: CfgNode, architecture: Architecture) -> None:
     """Warn of each setting of the configuration that differs from the weights. The setting of the weights is used."""
-    configured = build_architecture(cfg, tuple(cfg.DATA.CLASSES) or architecture.classes).to_dict()
+    configured = build.build_architecture(cfg, tuple(cfg.DATA.CLASSES) or architecture.classes).to_dict()
     used = architecture.to_dict()
     # not in cfg
     from_weights = ("reduced_tail", "head_outputs", "folded_rows", "folded_branches", "competing", "trained_size")
@@ -360,7 +348,7 @@ def _open_costs(model: EarlyExitSSDLite, router: ExitRouter, results: Results) -
     costs = [OpenCosts(evaluated, [row.mmacs for row in results.exits], [row.ms for row in results.exits])]
     others = [opened for opened in itertools.product((True, False), repeat=len(evaluated)) if opened != evaluated]
     for opened in others if len(others) < MAX_OPEN_SETS else ():
-        values = {**router.to_dict(), "thresholds": open_thresholds(opened)}
+        values = {**router.to_dict(), "thresholds": build.open_thresholds(opened)}
         other_router = ExitRouter(**values).to(router.thresholds.device)
         paths = [opened[:index] for index in range(len(evaluated) + 1)]
         for index, path in enumerate(paths):

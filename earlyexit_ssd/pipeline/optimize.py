@@ -52,15 +52,7 @@ from earlyexit_ssd.modeling import COCO_CLASSES, Architecture, load_model, save_
 from earlyexit_ssd.modeling.checkpoint import ModelInfo, weights_hash
 from earlyexit_ssd.modeling.heads import find_competing_rows, slice_rows
 from earlyexit_ssd.modeling.retrofit import UNFOLDED, resize_detector
-from earlyexit_ssd.pipeline.build import (
-    build_model,
-    evaluation_device,
-    evaluation_loader,
-    open_model,
-    photos_for_compact_head,
-    with_classes,
-    with_values,
-)
+from earlyexit_ssd.pipeline import build
 from earlyexit_ssd.pipeline.calibrate import FoundThresholds, ThresholdSearch, certificate_of
 from earlyexit_ssd.pipeline.candidates import (
     BASE_FILE,
@@ -262,18 +254,18 @@ class CandidateSearch:
     base_ms: float | None = None
 
     def __init__(self, cfg: CfgNode, weights: str | os.PathLike[str] | None, goal: Goal, out: Path) -> None:
-        self.goal, self.out, self.device = goal, out, evaluation_device(cfg)
-        cfg = with_values(cfg, {"CALIBRATION.COST": "ms", "EVAL.RIVALS.ENABLED": True})
+        self.goal, self.out, self.device = goal, out, build.evaluation_device(cfg)
+        cfg = build.with_values(cfg, {"CALIBRATION.COST": "ms", "EVAL.RIVALS.ENABLED": True})
         check_settings(cfg, self.device)
         if weights is None and not cfg.MODEL.WEIGHTS:
             raise ConfigError("a search needs a trained detector: set MODEL.WEIGHTS, or give --weights")
         if weights is None:
-            model, architecture = build_model(_without_untrained_branches(cfg), class_names(cfg))
+            model, architecture = build.build_model(_without_untrained_branches(cfg), class_names(cfg))
             self.model, self.architecture, self.info = model, architecture, {"taken_over": True}
         else:
-            whole_head = with_values(cfg, {"MODEL.FOLD": _fold_to_search(cfg)})
-            self.model, self.architecture, self.info = open_model(whole_head, weights)
-        self.cfg = cfg = with_classes(cfg, self.architecture.classes)
+            whole_head = build.with_values(cfg, {"MODEL.FOLD": _fold_to_search(cfg)})
+            self.model, self.architecture, self.info = build.open_model(whole_head, weights)
+        self.cfg = cfg = build.with_classes(cfg, self.architecture.classes)
         self.model = self.model.to(self.device).eval()
         self.plan = Plan(cfg, goal, self.architecture)
         if self.plan.trains_jointly:  # raises if the folder holds a training with other settings
@@ -286,7 +278,7 @@ class CandidateSearch:
         keys = [candidate.key for candidate in self.candidates]
         photos = [*map(fingerprint, (load_dataset(cfg, cfg.DATA.TRAIN, labels="optional"), self.sets["CALIB"]))]
         goal = dataclasses.replace(goal, minutes=None, int8=False)
-        settings = with_values(cfg, NOT_IN_KEY).dump(), goal, self.architecture
+        settings = build.with_values(cfg, NOT_IN_KEY).dump(), goal, self.architecture
         text = f"{weights_hash(self.model)} {photos} {settings} {keys}"
         self.key = hashlib.sha256(text.encode()).hexdigest()
 
@@ -378,7 +370,7 @@ class CandidateSearch:
         """Measure the detectors from ONNX files (EVAL.RIVALS.ONNX) on the calib split, for the chart."""
         measured, runs, threads = [], self.cfg.EVAL.TIMING_RUNS, self.cfg.EVAL.TIMING_THREADS
         for rival in onnx_rivals(self.cfg, self.architecture.classes):
-            detections = collect_detections(rival.detector, evaluation_loader(self.cfg, self.sets["CALIB"]))
+            detections = collect_detections(rival.detector, build.evaluation_loader(self.cfg, self.sets["CALIB"]))
             networks, examples = [rival.network, PlainPath(self.model)], [rival.example, example_input(self.model)]
             timing, base_timing = time_in_runtime(networks, examples, ONNX_RUNTIME, runs, threads)
             # in the matches the rival is the last exit, and the full path is the exit before it
@@ -450,7 +442,7 @@ class CandidateSearch:
         head = detector.head.classification_head
         wanted = self.architecture.folded_rows  # rows of the wanted classes in the folded head
         whole = detector.head.classification_head = SSDScoringHead(head.module_list, head.num_columns)
-        photos = photos_for_compact_head(self.cfg, self.architecture.classes)
+        photos = build.photos_for_compact_head(self.cfg, self.architecture.classes)
         competing = find_competing_rows(detector, wanted, photos, self.cfg.MODEL.COMPACT_TOLERANCE)
         slice_rows(whole, (*wanted, *competing))
         is_coco = head.num_columns == len(COCO_CLASSES) + 1
@@ -488,7 +480,7 @@ class CandidateSearch:
 
     @property
     def _joint_cfg(self) -> CfgNode:
-        return with_values(self.cfg, {"OUTPUT_DIR": str(self.out / "joint"), "CALIBRATION.TARGET": ""})
+        return build.with_values(self.cfg, {"OUTPUT_DIR": str(self.out / "joint"), "CALIBRATION.TARGET": ""})
 
 
 def _fold_to_search(cfg: CfgNode) -> str:
@@ -505,7 +497,7 @@ def _without_untrained_branches(cfg: CfgNode) -> CfgNode:
     if set(cfg.EXITS.LAYERS) != set(cfg.EXITS.EMPTY):
         values |= {"EXITS.LAYERS": (), "EXITS.EMPTY": ()}
         values |= {f"EXITS.{key}": cfg.EXITS[key][:1] for key in ("BRANCH", "COPY", "DEPTH")}
-    return with_values(cfg, values)
+    return build.with_values(cfg, values)
 
 
 def _difference(before: float | None, after: float | None) -> float | None:
@@ -553,7 +545,7 @@ def _evaluate(search: CandidateSearch) -> Results:
     save_model(out / BASE_FILE, plain.add_exits(search.full_path()), plain, {})
     # the base detector is the first rival, since `TestFigures.of` takes the first of this name
     rivals = (str(out / BASE_FILE), *search.cfg.EVAL.RIVALS.FULL_PATHS)
-    cfg = with_values(search.cfg, {"EVAL.RIVALS.FULL_PATHS": rivals})
+    cfg = build.with_values(search.cfg, {"EVAL.RIVALS.FULL_PATHS": rivals})
     return evaluate_model(cfg, out / "model.pth", out / "test", compare=False)
 
 
@@ -613,7 +605,7 @@ def _test_in_8_bits(search: CandidateSearch, test: TestFigures, speed: float) ->
     """Return the test figures of the file in 8 bits. ``test`` has those in 32 bits. The accuracy is measured, and
     the time is that in 32 bits divided by ``speed``."""
     cfg, dataset = search.cfg, search.sets["TEST"]
-    base = collect_detections(open_any(search.out / BASE_FILE), evaluation_loader(cfg, dataset))
+    base = collect_detections(open_any(search.out / BASE_FILE), build.evaluation_loader(cfg, dataset))
     path = search.out / f"detector{SUFFIXES[FORMAT_OF_RUNTIME[cfg.EVAL.RUNTIME]]}"
     quantised = detect(Predictor(path, cfg.EVAL.RUNTIME), dataset)
     matches = exit_matches(to_coco(dataset), [base, quantised], cfg.EVAL.IOU)

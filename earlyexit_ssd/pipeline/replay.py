@@ -52,16 +52,7 @@ from earlyexit_ssd.files import make_folder
 from earlyexit_ssd.modeling import Architecture, EarlyExitSSDLite
 from earlyexit_ssd.modeling.detector import AllOutputs, PathToExit
 from earlyexit_ssd.modeling.outputs import ExitSignals
-from earlyexit_ssd.pipeline.build import (
-    build_evaluation,
-    evaluation_device,
-    evaluation_loader,
-    open_model,
-    open_thresholds,
-    require_policy,
-    with_classes,
-    with_values,
-)
+from earlyexit_ssd.pipeline import build
 from earlyexit_ssd.pipeline.evaluate import check_rivals
 from earlyexit_ssd.routing import ExitRouter
 from earlyexit_ssd.routing.policies import POLICIES, at_likeliest_boxes, is_fitted, reads_taps
@@ -144,7 +135,7 @@ class ModelOnSplits:
         """Return the replay of the split ``name``, which is recorded unless its recording is stored."""
         settings, dataset, ground_truth = self.cfg.EVAL, self.sets[name], to_coco(self.sets[name])
         hashes = [digest for _, digest in photo_hashes(dataset)]
-        loader, key = evaluation_loader(self.cfg, dataset), fingerprint(dataset, hashes)
+        loader, key = build.evaluation_loader(self.cfg, dataset), fingerprint(dataset, hashes)
         folder, pseudo_label_score = self.folder / name.lower(), None if dataset.labelled else settings.SCORE
         recording = record(self.model, loader, [*ground_truth.imgs], folder, key, pseudo_label_score)
         if not dataset.labelled:
@@ -159,21 +150,21 @@ def open_model_on_splits(cfg: CfgNode, weights: str | os.PathLike[str], out: Pat
     Raise EarlyExitError, before the network runs, if weights, data, settings or packages are unusable, if a certificate
     is configured, or if splits share photos.
     """
-    device = evaluation_device(cfg)
-    check_settings(with_values(cfg, {"EVAL.RIVALS.ENABLED": False}), device)  # no rival is evaluated
+    device = build.evaluation_device(cfg)
+    check_settings(build.with_values(cfg, {"EVAL.RIVALS.ENABLED": False}), device)  # no rival is evaluated
     make_folder(out)
-    model, architecture, info = open_model(cfg, weights)
+    model, architecture, info = build.open_model(cfg, weights)
     if not model.num_early_exits:
         raise EarlyExitError(f"{weights}: the model has no early exit to calibrate; train exits (EXITS.LAYERS)")
     require_few_exits(model.num_early_exits)
-    cfg = with_classes(cfg, architecture.classes)
+    cfg = build.with_classes(cfg, architecture.classes)
     return ModelOnSplits(cfg, model.to(device), architecture, info, *disjoint_sets(cfg, **splits), out / "recordings")
 
 
 def check_settings(cfg: CfgNode, device: torch.device) -> None:
     """Raise EarlyExitError if the configured routing is unknown or cannot be calibrated, or `check_rivals` finds a file
     or package missing."""
-    require_policy(cfg)
+    build.require_policy(cfg)
     if cfg.ROUTING.HYBRID:
         raise ConfigError("ROUTING.HYBRID is true: calibration does not support hybrid routing; set it to false")
     if cfg.ROUTING.CERTIFICATE:
@@ -354,11 +345,11 @@ def measure_cost_model(
     Args:
         plain: detector to compare with; None: ``model`` without exits, which is the path with all exits closed.
     """
-    settings, example, early_exits = build_evaluation(cfg), example_input(model), router.num_exits
+    settings, example, early_exits = build.build_evaluation(cfg), example_input(model), router.num_exits
     paths = [opened for count in range(early_exits + 1) for opened in itertools.product((True, False), repeat=count)]
     networks: list[nn.Module] = []
     for opened in paths:
-        thresholds = open_thresholds(opened + (True,) * (early_exits - len(opened)))
+        thresholds = build.open_thresholds(opened + (True,) * (early_exits - len(opened)))
         path_router = ExitRouter(**{**router.to_dict(), "thresholds": thresholds}).to(example.device)
         networks.append(AllOutputs(PathToExit(model, len(opened), path_router)))
     examples = [example] * len(paths)

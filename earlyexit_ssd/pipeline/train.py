@@ -23,21 +23,7 @@ from earlyexit_ssd.modeling import load_model, save_model
 from earlyexit_ssd.modeling.branches import check_exits
 from earlyexit_ssd.modeling.detector import DETECTORS
 from earlyexit_ssd.modeling.retrofit import load_every_key, require_weights, retrofit
-from earlyexit_ssd.pipeline.build import (
-    backbone_weights,
-    build_architecture,
-    build_device,
-    build_exits,
-    build_losses,
-    build_model,
-    build_router,
-    evaluation_device,
-    require_policy,
-    source_classes,
-    takes_over,
-    with_classes,
-    with_values,
-)
+from earlyexit_ssd.pipeline import build
 from earlyexit_ssd.pipeline.calibrate import build_target, calibrate
 from earlyexit_ssd.pipeline.evaluate import PAGE, check_rivals, evaluate_model, read_training
 from earlyexit_ssd.pipeline.phases import PHASE_FUNCTIONS, tap_cache
@@ -58,26 +44,26 @@ def prepare(cfg: CfgNode, folder: RunFolder, device: torch.device) -> Run:
     if cfg.CALIBRATION.TARGET:  # these raise if the calibration after the training would fail
         build_target(cfg)
         require_few_exits(num_exits(cfg))
-        require_deciding(cfg.ROUTING.POLICY, [exit_.empty for exit_ in build_exits(cfg)], "the configuration")
+        require_deciding(cfg.ROUTING.POLICY, [exit_.empty for exit_ in build.build_exits(cfg)], "the configuration")
     cfg = _closed_until_fitted(cfg)
-    build_router(cfg)  # raises if the number of thresholds is wrong
-    check_rivals(cfg, evaluation_device(cfg))
+    build.build_router(cfg)  # raises if the number of thresholds is wrong
+    check_rivals(cfg, build.evaluation_device(cfg))
     if cfg.DATA.CLASSES and Path(cfg.MODEL.WEIGHTS).is_file():  # raises before the photos are read
-        source = source_classes(cfg.MODEL.WEIGHTS, cfg.MODEL.WEIGHTS_CLASSES, cfg.MODEL.NAME)
+        source = build.source_classes(cfg.MODEL.WEIGHTS, cfg.MODEL.WEIGHTS_CLASSES, cfg.MODEL.NAME)
         fold = "rows" if cfg.MODEL.FOLD == "rows" else "exact"  # a compact head needs photos
-        retrofit(build_architecture(cfg, tuple(cfg.DATA.CLASSES)), cfg.MODEL.WEIGHTS, source, fold)
+        retrofit(build.build_architecture(cfg, tuple(cfg.DATA.CLASSES)), cfg.MODEL.WEIGHTS, source, fold)
     if not is_main():
         barrier()  # the first process may render or download
     labels = "required" if learns_from_labels(cfg) else "optional"
     train_set = load_dataset(cfg, cfg.DATA.TRAIN, train=True, labels=labels)
-    cfg = with_classes(cfg, train_set.classes)
+    cfg = build.with_classes(cfg, train_set.classes)
     calib_set, test_set = load_dataset(cfg, cfg.DATA.CALIB, labels="required"), load_dataset(cfg, cfg.DATA.TEST)
     if is_main():
         barrier()
     require_disjoint(TRAIN=train_set, CALIB=calib_set, TEST=test_set)
     train_set = repeat_rare_classes(train_set, cfg.DATA.REPEAT_THRESHOLD, cfg.SEED)
     torch.manual_seed(cfg.SEED)
-    model, architecture = build_model(cfg, train_set.classes)
+    model, architecture = build.build_model(cfg, train_set.classes)
     run = Run(cfg, folder, model.to(device), architecture, train_set, calib_set, device)
     if "exits" in cfg.PHASES and cfg.EXITS_PHASE.EPOCHS and cfg.EXITS_PHASE.CACHE and not all(model.empty):
         tap_cache(run)  # raises if it would be too large
@@ -88,7 +74,7 @@ def _closed_until_fitted(cfg: CfgNode) -> CfgNode:
     """Return the configuration, with every exit closed if its policy needs a fit by a calibration."""
     default = get_cfg().ROUTING
     closed = {"ROUTING.POLICY": default.POLICY, "ROUTING.THRESHOLDS": default.THRESHOLDS}
-    return with_values(cfg, closed) if is_fitted(cfg.ROUTING.POLICY) else cfg
+    return build.with_values(cfg, closed) if is_fitted(cfg.ROUTING.POLICY) else cfg
 
 
 def learns_from_labels(cfg: CfgNode) -> bool:
@@ -105,11 +91,11 @@ def _check_names(cfg: CfgNode) -> None:
     for weights in (cfg.MODEL.WEIGHTS, cfg.BASELINE.GATE.REFERENCE):
         if weights:
             require_weights(weights, detector.plain_weights)
-    exits = build_architecture(cfg, ("object",)).exits  # raises for EXITS.BRANCH and the branches' arguments
+    exits = build.build_architecture(cfg, ("object",)).exits  # raises for EXITS.BRANCH and the branches' arguments
     check_exits(exits, detector.last_layer, cfg.MODEL.IMAGE_SIZE)
-    require_policy(cfg)
+    build.require_policy(cfg)
     if cfg.MODEL.WEIGHTS_BACKBONE:
-        backbone_weights(cfg)
+        build.backbone_weights(cfg)
     for key, section in {"BASELINE": cfg.BASELINE, "JOINT": cfg.JOINT, "EVAL.RIVALS": cfg.EVAL.RIVALS}.items():
         if section.SIZES and not detector.any_size:
             raise ConfigError(f"{key}.SIZES is {section.SIZES}, expected []: {cfg.MODEL.NAME} has only one input size")
@@ -138,7 +124,7 @@ def train(cfg: CfgNode, resume: bool = False, force: bool = False) -> Results | 
     """
     folder = RunFolder(Path(cfg.OUTPUT_DIR))
     # under torchrun the first process locks the folder for all processes
-    with process_group(build_device(cfg)), locked_folder(folder.root) if is_main() else contextlib.nullcontext():
+    with process_group(build.build_device(cfg)), locked_folder(folder.root) if is_main() else contextlib.nullcontext():
         trained = train_phases(cfg, resume, force)
         if cfg.CALIBRATION.TARGET:
             calibrate(cfg, trained, build_target(cfg), folder.phase("calibration"))
@@ -158,7 +144,7 @@ def train_phases(cfg: CfgNode, resume: bool = True, force: bool = True) -> Path:
     _check_names(cfg)  # `prepare` does it too; here a wrong name is reported before a folder in use
     if is_main():
         folder.require_free(cfg, resume)
-    run = prepare(cfg, folder, build_device(cfg))
+    run = prepare(cfg, folder, build.build_device(cfg))
     if is_main():
         folder.start(cfg)
         samples = [run.train_set.sample(index, epoch=0) for index in range(min(12, len(run.train_set)))]
@@ -188,7 +174,7 @@ def _run_phase(run: Run, name: str, force: bool) -> None:
             write_image(folder.root / "curves.png", curves)
         router = run.model.router.to_dict() if run.model.router is not None else None
         forced = gate.forced or folder.forced()
-        info = {"phase": name, "forced": forced, "router": router, "taken_over": takes_over(run.cfg)}
+        info = {"phase": name, "forced": forced, "router": router, "taken_over": build.takes_over(run.cfg)}
         save_model(path, run.model, run.architecture, info)
         write_json(folder.phase(name) / "gate.json", gate.to_dict())
         folder.remove_taps()
@@ -216,6 +202,7 @@ def _load_finished(run: Run, path: Path, phase: str) -> None:
         load_every_key(run.model.head, model.head.state_dict(), path)
         return
     run.model, run.architecture = model.to(run.device), architecture
-    run.model.losses = build_losses(run.cfg)
+    run.model.losses = build.build_losses(run.cfg)
     if info.get("router"):
-        run.model.router = build_router(run.cfg, info["router"], run.cfg.ROUTING.LEARN_TEMPERATURES).to(run.device)
+        router = build.build_router(run.cfg, info["router"], run.cfg.ROUTING.LEARN_TEMPERATURES)
+        run.model.router = router.to(run.device)

@@ -264,7 +264,7 @@ def test_unusable_settings_are_found_before_the_search(tmp_path, key, value, mes
 def test_a_joint_training_with_other_settings_is_found_before_the_search(monkeypatch, tmp_path):
     """Not when its net is measured, after all others. The search needs labels of the calib and test photos."""
     monkeypatch.setattr(optimize, "disjoint_sets", asked := Mock(side_effect=EarlyExitError("the search starts")))
-    monkeypatch.setattr(optimize, "open_model", lambda *_: (small_model(), Architecture(**SMALL), {}))
+    monkeypatch.setattr(optimize.build, "open_model", lambda *_: (small_model(), Architecture(**SMALL), {}))
     (tmp_path / "joint" / "joint").mkdir(parents=True)
     (tmp_path / "joint" / "joint" / "gate.json").write_text('{"passed": true}')
     keys = ["PHASES", "[baseline, exits, joint]", "DATA.CLASSES", "[chair, table]"]
@@ -333,7 +333,7 @@ def test_a_rival_that_was_timed_in_another_runtime_says_so(monkeypatch, runtime,
     model, shape = small_model(), torch.zeros(1, 3, 416, 416)
     rival = SimpleNamespace(name="nano", network=None, example=shape, mmacs=9.0, detector=None)
     monkeypatch.setattr(optimize, "onnx_rivals", lambda *_: [rival])
-    monkeypatch.setattr(optimize, "evaluation_loader", lambda *_: None)
+    monkeypatch.setattr(optimize.build, "evaluation_loader", lambda *_: None)
     monkeypatch.setattr(optimize, "collect_detections", lambda *_: None)
     monkeypatch.setattr(optimize, "time_in_runtime", lambda *_: [Timing(2.0, [2, 2]), Timing(6.0, [6, 6])])
     monkeypatch.setattr(optimize, "ap_of_choice", lambda matches, choice, ap50_only: SimpleNamespace(AP50=choice / 10))

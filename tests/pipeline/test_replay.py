@@ -45,7 +45,7 @@ def test_measured_splits_need_labels(monkeypatch, reference, measured, expected)
 
 def test_a_model_without_exits_is_not_calibrated(monkeypatch, tmp_path):
     model = small_model(exit_layers=())
-    monkeypatch.setattr(replay, "open_model", lambda *_: (model, None, {}))
+    monkeypatch.setattr(replay.build, "open_model", lambda *_: (model, None, {}))
     with pytest.raises(EarlyExitError, match="model.pth: the model has no early exit to calibrate; train exits"):
         replay.open_model_on_splits(load_config(), "model.pth", tmp_path)
 
