@@ -46,19 +46,9 @@ from earlyexit_ssd.evaluation.outputs import exit_share
 from earlyexit_ssd.evaluation.verdict import DETECTS_AP50
 from earlyexit_ssd.files import require_not_input
 from earlyexit_ssd.modeling.checkpoint import save_model, weights_hash
+from earlyexit_ssd.pipeline import replay
 from earlyexit_ssd.pipeline.build import open_thresholds, shares_processes, trained_temperatures
 from earlyexit_ssd.pipeline.evaluate import PAGE, attention_of, calibrate_command
-from earlyexit_ssd.pipeline.replay import (
-    CostModel,
-    ModelOnSplits,
-    Replay,
-    fit_router,
-    fit_temperatures,
-    measure_cost_model,
-    open_model_on_splits,
-    require_deciding,
-    temperatures_of,
-)
 from earlyexit_ssd.pipeline.run import RunFolder
 from earlyexit_ssd.report.page import calibration_page, never_failing, write_page
 from earlyexit_ssd.report.page_photos import OpenCosts, PagePhotos
@@ -141,9 +131,9 @@ class ThresholdSearch:
     target: CalibrationTarget
     router: ExitRouter
     confidences: list[np.ndarray]
-    calib: Replay
-    train: Replay | None
-    costs: CostModel
+    calib: replay.Replay
+    train: replay.Replay | None
+    costs: replay.CostModel
     blocks: np.ndarray | None = None
     baseline: DetectionsById | None = None
 
@@ -311,7 +301,7 @@ def calibrate(
     require_not_input(out / "model.pth", [weights])
     # a guarantee needs independent draws, so near-duplicates count once; frames within a block may look alike
     near_duplicates_count_once = target.kind != "speedup" and target.block is None
-    recorded = open_model_on_splits(
+    recorded = replay.open_model_on_splits(
         cfg, weights, out, unlabelled=True, include_near_duplicates=near_duplicates_count_once
     )
     cfg, model, folder = recorded.cfg, recorded.model, Path(weights).absolute().parent
@@ -319,22 +309,22 @@ def calibrate(
         logger.warning("%s: its gate failed (gate.json), so its exits may not open; train it longer first", weights)
     uses_train = target.kind == "risk" or POLICIES.find(cfg.ROUTING.POLICY).needs_training_photos
     _require_labels(cfg, target, recorded, ("CALIB", "TRAIN") if uses_train else ("CALIB",))
-    require_deciding(cfg.ROUTING.POLICY, model.empty, weights)
+    replay.require_deciding(cfg.ROUTING.POLICY, model.empty, weights)
     calib, train = recorded.replay("CALIB"), recorded.replay("TRAIN") if uses_train else None
     if not is_main():
         return None
-    fitted = fit_temperatures(cfg, calib)
+    fitted = replay.fit_temperatures(cfg, calib)
     trained = trained_temperatures(cfg, recorded.info, model.num_early_exits)
     # the router must not be fitted on the photos that test a risk, so temperatures fitted on them are only reported
-    temperatures = trained if target.kind == "risk" else temperatures_of(fitted, model.exit_names)
+    temperatures = trained if target.kind == "risk" else replay.temperatures_of(fitted, model.exit_names)
     blocks = None
     if target.block is not None:
         records = sorted(recorded.sets["CALIB"].records, key=lambda record: record.image_id)
         blocks = block_of_each([record.path for record in records], target.block)
-    router, confidences = fit_router(
+    router, confidences = replay.fit_router(
         cfg, cfg.ROUTING.POLICY, temperatures, calib, train, cross_fit=target.kind != "risk", groups=blocks
     )
-    costs = measure_cost_model(cfg, model, router)
+    costs = replay.measure_cost_model(cfg, model, router)
     search = ThresholdSearch(cfg, target, router, confidences, calib, train, costs, blocks)
     chosen = search.run()
     certificate = certificate_of(recorded, search, chosen)
@@ -357,7 +347,9 @@ def _warn_if_objects_are_lost(certificate: Certificate) -> None:
         logger.warning(text, kept, objects, certificate.target.score)
 
 
-def _require_labels(cfg: CfgNode, target: CalibrationTarget, recorded: ModelOnSplits, used: Sequence[str]) -> None:
+def _require_labels(
+    cfg: CfgNode, target: CalibrationTarget, recorded: replay.ModelOnSplits, used: Sequence[str]
+) -> None:
     """Raise an EarlyExitError if one of the ``used`` splits has no labels, and the target or REFERENCE needs them."""
     for name in used:
         if recorded.sets[name].labelled:
@@ -371,7 +363,7 @@ def _require_labels(cfg: CfgNode, target: CalibrationTarget, recorded: ModelOnSp
             raise EarlyExitError(f"--ap-drop needs boxes, but {photos}; use --risk or --speedup, which need none")
 
 
-def certificate_of(recorded: ModelOnSplits, search: ThresholdSearch, chosen: FoundThresholds) -> Certificate:
+def certificate_of(recorded: replay.ModelOnSplits, search: ThresholdSearch, chosen: FoundThresholds) -> Certificate:
     """Return the certificate of the chosen thresholds, with figures on the calibration photos."""
     cfg, duplicates, names = recorded.cfg, recorded.duplicates["CALIB"], recorded.model.exit_names
     target, calib, costs, count = search.target, search.calib, search.costs, len(chosen.exits)
@@ -420,7 +412,7 @@ def certificate_of(recorded: ModelOnSplits, search: ThresholdSearch, chosen: Fou
     )
 
 
-def _page_photos(recorded: ModelOnSplits, search: ThresholdSearch, chosen: FoundThresholds) -> PagePhotos:
+def _page_photos(recorded: replay.ModelOnSplits, search: ThresholdSearch, chosen: FoundThresholds) -> PagePhotos:
     model, calib, costs = recorded.model, search.calib, search.costs
     return PagePhotos(
         ground_truth=calib.ground_truth,

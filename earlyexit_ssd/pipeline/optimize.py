@@ -27,6 +27,7 @@ import torch
 from fvcore.common.config import CfgNode
 from torchvision.models.detection.ssd import SSD, SSDScoringHead
 
+from earlyexit_ssd import files
 from earlyexit_ssd.calibration.certificate import Measured
 from earlyexit_ssd.config import CLOSED
 from earlyexit_ssd.console import progress
@@ -39,20 +40,11 @@ from earlyexit_ssd.evaluation.matches import ap_of_choice, bootstrap_choices, ex
 from earlyexit_ssd.evaluation.outputs import collect_detections
 from earlyexit_ssd.evaluation.results import JsonDataclass, Results
 from earlyexit_ssd.evaluation.verdict import SHIP_INSTEAD
-from earlyexit_ssd.files import (
-    locked_folder,
-    locks_folder,
-    require_not_input,
-    write_image,
-    write_json,
-    write_text,
-    writing,
-)
 from earlyexit_ssd.modeling import COCO_CLASSES, Architecture, load_model, save_model
 from earlyexit_ssd.modeling.checkpoint import ModelInfo, weights_hash
 from earlyexit_ssd.modeling.heads import find_competing_rows, slice_rows
 from earlyexit_ssd.modeling.retrofit import UNFOLDED, resize_detector
-from earlyexit_ssd.pipeline import build
+from earlyexit_ssd.pipeline import build, replay
 from earlyexit_ssd.pipeline.calibrate import FoundThresholds, ThresholdSearch, certificate_of
 from earlyexit_ssd.pipeline.candidates import (
     BASE_FILE,
@@ -69,17 +61,6 @@ from earlyexit_ssd.pipeline.evaluate import evaluate_model, onnx_rivals
 from earlyexit_ssd.pipeline.export import EXPORT_PHOTOS, SUFFIXES, Format, export_detector, open_any
 from earlyexit_ssd.pipeline.int8 import detect, export_int8
 from earlyexit_ssd.pipeline.phases import fine_tune
-from earlyexit_ssd.pipeline.replay import (
-    CostModel,
-    ModelOnSplits,
-    Replay,
-    check_settings,
-    disjoint_sets,
-    fit_router,
-    fit_temperatures,
-    measure_cost_model,
-    temperatures_of,
-)
 from earlyexit_ssd.pipeline.run import RunFolder
 from earlyexit_ssd.pipeline.train import train_phases
 from earlyexit_ssd.plain import read_json
@@ -116,7 +97,7 @@ class Outcome(JsonDataclass):
     untried: int = 0  # candidates that the time limit left out
 
 
-@locks_folder("out_dir")
+@files.locks_folder("out_dir")
 def optimize(
     cfg: CfgNode, goal: Goal, out_dir: str | os.PathLike[str], weights: str | os.PathLike[str] | None = None
 ) -> Outcome:
@@ -142,7 +123,7 @@ def optimize(
         import_package("nncf")
     given, out = weights or cfg.MODEL.WEIGHTS, Path(out_dir)
     for name in (*MODEL_FILES, BASE_FILE):
-        require_not_input(out / name, [given])
+        files.require_not_input(out / name, [given])
     _warn_if_busy()
     stop_at = np.inf if goal.minutes is None else time.monotonic() + 60 * goal.minutes
     search = CandidateSearch(cfg, weights, goal, out)
@@ -152,7 +133,7 @@ def optimize(
     written = () if chosen is None else MODEL_FILES if runtime == OPENVINO else MODEL_FILES[:2]
     for path in (out / name for name in MODEL_FILES if name not in written):
         if path.exists():  # of an earlier search, and not to be taken for the result of this one
-            with writing(path):
+            with files.writing(path):
                 os.replace(path, path.with_name(f"former_{path.name}"))
             logger.warning("%s is of an earlier search: renamed to former_%s", path, path.name)
     results, test, ship, int8 = None, None, False, None
@@ -178,9 +159,9 @@ def optimize(
     candidates = (*measured, *rivals, *([int8] if int8 else []))
     outcome = Outcome(measured[0], chosen, candidates, test, ship, summary, untried)
     content = outcome.to_json()
-    write_json(search.out / "optimize.json", content)
-    write_text(search.out / "summary.txt", summary + "\n")
-    write_image(search.out / "candidates.png", candidates_chart(content, runtime))
+    files.write_json(search.out / "optimize.json", content)
+    files.write_text(search.out / "summary.txt", summary + "\n")
+    files.write_image(search.out / "candidates.png", candidates_chart(content, runtime))
     with never_failing(search.out / "report.html"):
         write_page(search.out / "report.html", search_page(content, results))
     return outcome
@@ -225,7 +206,7 @@ def _measure_candidates(search: CandidateSearch, stop_at: float) -> tuple[list[C
             candidate = dataclasses.replace(candidate, ms=net.ms, speedup=net.speedup)
         measured[candidate.key] = candidate
         stored = {key: value.to_json() for key, value in measured.items()}
-        write_json(path, {"key": search.key, "candidates": stored})
+        files.write_json(path, {"key": search.key, "candidates": stored})
         logger.info("%s", measured[candidate.key])
     return list(measured.values()), 0
 
@@ -234,7 +215,7 @@ class MeasuredCandidate(NamedTuple):
     """A candidate with its figures, and what is needed to save it."""
 
     candidate: Candidate
-    recorded: ModelOnSplits
+    recorded: replay.ModelOnSplits
     search: ThresholdSearch | None = None  # None without exits
     found: FoundThresholds | None = None
 
@@ -256,7 +237,7 @@ class CandidateSearch:
     def __init__(self, cfg: CfgNode, weights: str | os.PathLike[str] | None, goal: Goal, out: Path) -> None:
         self.goal, self.out, self.device = goal, out, build.evaluation_device(cfg)
         cfg = build.with_values(cfg, {"CALIBRATION.COST": "ms", "EVAL.RIVALS.ENABLED": True})
-        check_settings(cfg, self.device)
+        replay.check_settings(cfg, self.device)
         if weights is None and not cfg.MODEL.WEIGHTS:
             raise ConfigError("a search needs a trained detector: set MODEL.WEIGHTS, or give --weights")
         if weights is None:
@@ -270,8 +251,8 @@ class CandidateSearch:
         self.plan = Plan(cfg, goal, self.architecture)
         if self.plan.trains_jointly:  # raises if the folder holds a training with other settings
             RunFolder(out / "joint").require_free(self._joint_cfg, resume=True)
-        self.sets, self.duplicates = disjoint_sets(cfg, ("CALIB", "TEST"))
-        self._replays: dict[tuple[Candidate, str], Replay] = {}
+        self.sets, self.duplicates = replay.disjoint_sets(cfg, ("CALIB", "TEST"))
+        self._replays: dict[tuple[Candidate, str], replay.Replay] = {}
         self.base = self._replay(Candidate("", self.architecture.image_size, OWN_HEAD), "CALIB")
         self.reference = self.base.detections[-1]
         self.candidates = self.plan.candidates(with_empty_exits=self.has_empty_photos)
@@ -298,7 +279,7 @@ class CandidateSearch:
         recorded, calib = self._build(candidate), self._replay(candidate.net, "CALIB").only(candidate.exits)
         if not candidate.exits:
             plain = None if candidate.key == self.candidates[0].key else self.model  # the base is timed once
-            costs = measure_cost_model(self.cfg, recorded.model, ExitRouter(0), plain)
+            costs = replay.measure_cost_model(self.cfg, recorded.model, ExitRouter(0), plain)
             unrouted = FoundThresholds((), np.zeros(len(calib), np.int64), Measured())
             return MeasuredCandidate(self._with_figures(candidate, calib, costs, unrouted), recorded)
         policies = self._policies(recorded.model.empty)
@@ -313,14 +294,14 @@ class CandidateSearch:
         return ["learned_gain"] if any(empty) else list(dict.fromkeys([self.cfg.ROUTING.POLICY, "learned_gain"]))
 
     def _measure_routed(
-        self, candidate: Candidate, recorded: ModelOnSplits, calib: Replay, policy: str
+        self, candidate: Candidate, recorded: replay.ModelOnSplits, calib: replay.Replay, policy: str
     ) -> MeasuredCandidate:
         """Fit the policy, search the thresholds that meet the goal, and measure the candidate with them."""
         cfg, model = self.cfg, recorded.model
         train = self._fitting_photos(candidate) if POLICIES.find(policy).needs_training_photos else None
-        temperatures = temperatures_of(fit_temperatures(cfg, calib), model.exit_names)
-        router, confidences = fit_router(cfg, policy, temperatures, calib, train)
-        costs = measure_cost_model(cfg, model, router, self.model)
+        temperatures = replay.temperatures_of(replay.fit_temperatures(cfg, calib), model.exit_names)
+        router, confidences = replay.fit_router(cfg, policy, temperatures, calib, train)
+        costs = replay.measure_cost_model(cfg, model, router, self.model)
         target = self.goal.target(self.base_ms or costs.plain)
         search = ThresholdSearch(cfg, target, router, confidences, calib, None, costs, baseline=self.reference)
         try:
@@ -331,7 +312,9 @@ class CandidateSearch:
         candidate = dataclasses.replace(candidate, policy=policy, thresholds=found.thresholds)
         return MeasuredCandidate(self._with_figures(candidate, calib, costs, found), recorded, search, found)
 
-    def _with_figures(self, candidate: Candidate, calib: Replay, costs: CostModel, found: FoundThresholds) -> Candidate:
+    def _with_figures(
+        self, candidate: Candidate, calib: replay.Replay, costs: replay.CostModel, found: FoundThresholds
+    ) -> Candidate:
         """Return the candidate with its figures on the calib split, if the photos leave at ``found.exits``."""
         matches, base_choice = calib.matches_with_extra_exit(self.reference)
         choices = [base_choice, found.exits]
@@ -387,15 +370,15 @@ class CandidateSearch:
 
     # Recorded outputs.
 
-    def _replay(self, net: Candidate, split: str) -> Replay:
+    def _replay(self, net: Candidate, split: str) -> replay.Replay:
         """Return the outputs of a net with all its exits on a split. The latest of each split is kept in memory."""
         if (net, split) not in self._replays:
-            self._replays = {key: replay for key, replay in self._replays.items() if key[1] != split}
+            self._replays = {key: stored for key, stored in self._replays.items() if key[1] != split}
             exits = tuple(exit_.name for exit_ in self.plan.exits_of(net))
             self._replays[net, split] = self._build(dataclasses.replace(net, exits=exits)).replay(split)
         return self._replays[net, split]
 
-    def _fitting_photos(self, candidate: Candidate) -> Replay:
+    def _fitting_photos(self, candidate: Candidate) -> replay.Replay:
         """Return the outputs on the training photos that the candidate's policy is fitted on.
 
         Candidates share these recordings. So the outputs are always those at the detector's own input size. A glance
@@ -409,7 +392,7 @@ class CandidateSearch:
 
     # Networks.
 
-    def _build(self, candidate: Candidate) -> ModelOnSplits:
+    def _build(self, candidate: Candidate) -> replay.ModelOnSplits:
         """Build the candidate's model. The result also has the splits and the folder of the net's recordings."""
         architecture, state = self.architecture, self.model.state_dict()
         if candidate.fine_tuned:
@@ -429,7 +412,7 @@ class CandidateSearch:
         model = architecture.build().to(self.device).eval()
         model.load_state_dict({key: state[key] for key in model.state_dict()})
         folder = self.out / "recordings" / candidate.net.key.replace(" ", "_")
-        return ModelOnSplits(self.cfg, model, architecture, self.info, self.sets, self.duplicates, folder)
+        return replay.ModelOnSplits(self.cfg, model, architecture, self.info, self.sets, self.duplicates, folder)
 
     def full_path(self) -> SSD:
         """Return a copy of the detector's full path."""
@@ -474,7 +457,7 @@ class CandidateSearch:
     @functools.cached_property
     def _jointly_trained(self) -> NetWeights:
         """The detector with the configured exits after its last phase, which is the joint phase."""
-        with locked_folder(self.out / "joint"):
+        with files.locked_folder(self.out / "joint"):
             model, architecture, _ = load_model(train_phases(self._joint_cfg))
         return architecture, model.state_dict()
 

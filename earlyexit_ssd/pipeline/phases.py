@@ -19,17 +19,8 @@ from torchvision.ops import box_iou
 from earlyexit_ssd.config import PHASE_SECTIONS, get_cfg
 from earlyexit_ssd.data import DetectionDataset, build_loader, load_dataset, repeat_rare_classes
 from earlyexit_ssd.data.dataset import fingerprint
-from earlyexit_ssd.engine import Trainer
+from earlyexit_ssd.engine import Trainer, loop
 from earlyexit_ssd.engine.cache import CachedLoader, TapCache
-from earlyexit_ssd.engine.loop import (
-    AfterStep,
-    Checkpoint,
-    ExponentialMovingAverage,
-    Log,
-    PhotoLoader,
-    ProgressBar,
-    build_optimizer,
-)
 from earlyexit_ssd.engine.processes import broadcast_state, rank, world_size
 from earlyexit_ssd.errors import EarlyExitError, Interrupted
 from earlyexit_ssd.evaluation.verdict import DETECTS_AP50
@@ -48,7 +39,7 @@ logger = logging.getLogger(__name__)
 DEEPEST_USEFUL_LAYER = 12  # a branch after a later layer saves next to nothing
 
 
-def fit(run: Run, name: str, losses: nn.Module, loader: PhotoLoader | CachedLoader) -> None:
+def fit(run: Run, name: str, losses: nn.Module, loader: loop.PhotoLoader | CachedLoader) -> None:
     """Train the parameters that the module ``losses`` registers, as phase ``name``. Its forward returns the losses.
 
     With EMA, the model gets the averaged weights at the end. Raise Interrupted after a signal, and TrainingDiverged if
@@ -56,21 +47,22 @@ def fit(run: Run, name: str, losses: nn.Module, loader: PhotoLoader | CachedLoad
     """
     cfg, model, phase = run.cfg, run.model, run.cfg[PHASE_SECTIONS[name]]
     folder = run.folder.phase(name)
-    ema = ExponentialMovingAverage(model, phase.EMA) if phase.EMA else None
+    ema = loop.ExponentialMovingAverage(model, phase.EMA) if phase.EMA else None
     # The checkpoint is the first hook: it restores the state before the other hooks start, and saves after they end.
-    checkpoint = Checkpoint(folder / "last.pth", cfg.ENGINE.CHECKPOINT_PERIOD, ema)
+    checkpoint = loop.Checkpoint(folder / "last.pth", cfg.ENGINE.CHECKPOINT_PERIOD, ema)
     evaluated = ema.average if ema else model
 
     def measure() -> dict[str, float | None]:
         broadcast_state(evaluated)
         return run.curve_quality.curve_point(evaluated)
 
-    log = Log(folder, cfg.ENGINE.LOG_PERIOD, measure, cfg.ENGINE.CURVE_PERIOD)
-    hooks = [checkpoint, ProgressBar(name), log, Watch(run.calib_set, evaluated)]
-    hooks += [AfterStep(ema.update)] if ema else []
-    hooks += [AfterStep(lambda _: model.router.clamp_temperatures())] if isinstance(model.router, nn.Module) else []
+    log = loop.Log(folder, cfg.ENGINE.LOG_PERIOD, measure, cfg.ENGINE.CURVE_PERIOD)
+    hooks = [checkpoint, loop.ProgressBar(name), log, Watch(run.calib_set, evaluated)]
+    hooks += [loop.AfterStep(ema.update)] if ema else []
+    if isinstance(model.router, nn.Module):
+        hooks.append(loop.AfterStep(lambda _: model.router.clamp_temperatures()))
     lr_factors = dict.fromkeys(("backbone.", "head."), phase.get("FULL_PATH_LR_FACTOR", 1.0))  # a key of JOINT only
-    optimizer = build_optimizer(losses, phase.OPTIMIZER, phase.LR, phase.WEIGHT_DECAY, lr_factors)
+    optimizer = loop.build_optimizer(losses, phase.OPTIMIZER, phase.LR, phase.WEIGHT_DECAY, lr_factors)
     # channels_last is a third faster on a CPU, where depthwise convolutions dominate, and many times slower on CUDA.
     # Not with bf16: oneDNN's gradients of depthwise convolutions on 1x1 maps are then sometimes infinite.
     if run.device.type == "cpu" and cfg.ENGINE.AMP == "off":
@@ -106,11 +98,11 @@ def _photo_names(dataset: DetectionDataset, batch: Any) -> list[str]:
     return [str(dataset.path_of(int(target["image_id"]))) for target in targets]
 
 
-def photo_loader(run: Run, batch_size: int) -> PhotoLoader:
+def photo_loader(run: Run, batch_size: int) -> loop.PhotoLoader:
     """Return batches of augmented training photos on the run's device."""
     cfg = run.cfg
     loader = build_loader(run.train_set, batch_size, cfg.DATA.WORKERS, True, cfg.SEED, rank(), world_size())
-    return PhotoLoader(loader, run.device)
+    return loop.PhotoLoader(loader, run.device)
 
 
 def baseline(run: Run) -> Gate:

@@ -28,14 +28,7 @@ from earlyexit_ssd.data.dataset import fingerprint, photo_hashes, require_disjoi
 from earlyexit_ssd.data.duplicates import Duplicates, distinct
 from earlyexit_ssd.data.records import limit_photos
 from earlyexit_ssd.errors import ConfigError, EarlyExitError
-from earlyexit_ssd.evaluation.cost import (
-    ONNX_RUNTIME,
-    PlainPath,
-    count_mmacs,
-    example_input,
-    runtime_installed,
-    time_in_runtime,
-)
+from earlyexit_ssd.evaluation import cost
 from earlyexit_ssd.evaluation.matches import (
     Agreement,
     DetectionsById,
@@ -345,7 +338,7 @@ def measure_cost_model(
     Args:
         plain: detector to compare with; None: ``model`` without exits, which is the path with all exits closed.
     """
-    settings, example, early_exits = build.build_evaluation(cfg), example_input(model), router.num_exits
+    settings, example, early_exits = build.build_evaluation(cfg), cost.example_input(model), router.num_exits
     paths = [opened for count in range(early_exits + 1) for opened in itertools.product((True, False), repeat=count)]
     networks: list[nn.Module] = []
     for opened in paths:
@@ -354,23 +347,22 @@ def measure_cost_model(
         networks.append(AllOutputs(PathToExit(model, len(opened), path_router)))
     examples = [example] * len(paths)
     if plain is not None:
-        networks.append(PlainPath(plain))
-        examples.append(example_input(plain))
+        networks.append(cost.PlainPath(plain))
+        examples.append(cost.example_input(plain))
     if cfg.CALIBRATION.COST == "mmacs":
-        unit, measured, costs = "mmacs", {}, list(map(count_mmacs, networks, examples))
+        unit, measured, costs = "mmacs", {}, list(map(cost.count_mmacs, networks, examples))
     else:
         on_cuda, runtime = example.device.type == "cuda", settings.runtime
-        if cfg.CALIBRATION.COST == "auto" and example.device.type == "cpu" and runtime_installed():
-            runtime = ONNX_RUNTIME
-        timed = functools.partial(time_in_runtime, networks, examples, runs=settings.runs, threads=settings.threads)
+        if cfg.CALIBRATION.COST == "auto" and example.device.type == "cpu" and cost.runtime_installed():
+            runtime = cost.ONNX_RUNTIME
         try:
-            timings = timed(runtime=runtime)
+            timings = cost.time_in_runtime(networks, examples, runtime, settings.runs, settings.threads)
         except EarlyExitError as error:
             if runtime == settings.runtime:
                 raise
             logger.warning("costs are measured in %s instead of ONNX Runtime: %s", settings.runtime, error)
             runtime = settings.runtime
-            timings = timed(runtime=runtime)
+            timings = cost.time_in_runtime(networks, examples, runtime, settings.runs, settings.threads)
         machine = torch.cuda.get_device_name(example.device) if on_cuda else platform.processor() or platform.machine()
         unit, costs = "ms", [timing.ms for timing in timings]
         measured = {"runtime": runtime, "threads": settings.threads, "runs": settings.runs, "machine": machine}

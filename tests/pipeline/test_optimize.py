@@ -189,7 +189,7 @@ def test_a_candidate_with_closed_exits_has_the_times_of_its_net(tmp_path, thresh
 
 def test_the_base_detector_is_timed_once(monkeypatch):
     """Two times of one network would give it a speed other than 1."""
-    monkeypatch.setattr(optimize, "measure_cost_model", timed := Mock())
+    monkeypatch.setattr(optimize.replay, "measure_cost_model", timed := Mock())
     base, net = Candidate("", 320, "as it is"), Candidate("", 288, "as it is")
     search = Mock(candidates=[base, net], model="base")
     search._replay.return_value.only.return_value = []
@@ -213,9 +213,9 @@ def test_a_choice_whose_exits_close_when_it_is_measured_again_is_not_shipped():
 
 def test_wanted_milliseconds_are_compared_with_the_first_of_the_base_detector(monkeypatch):
     """The machine is faster than when the base detector was measured. Candidates have milliseconds of that time."""
-    monkeypatch.setattr(optimize, "fit_temperatures", lambda *_: [])
-    monkeypatch.setattr(optimize, "fit_router", lambda *_: (None, None))
-    monkeypatch.setattr(optimize, "measure_cost_model", lambda *_: CostModel("ms", {(): 7.6}, 0, 7.6, {}))
+    monkeypatch.setattr(optimize.replay, "fit_temperatures", lambda *_: [])
+    monkeypatch.setattr(optimize.replay, "fit_router", lambda *_: (None, None))
+    monkeypatch.setattr(optimize.replay, "measure_cost_model", lambda *_: CostModel("ms", {(): 7.6}, 0, 7.6, {}))
     monkeypatch.setattr(optimize, "ThresholdSearch", search := Mock(side_effect=KeyError))
     recorded = SimpleNamespace(model=Mock(exit_names=("exit8", "full")))
     given = SimpleNamespace(cfg=None, model=None, goal=Goal(ms=4.0), base_ms=8.0, reference=None)
@@ -263,7 +263,9 @@ def test_unusable_settings_are_found_before_the_search(tmp_path, key, value, mes
 
 def test_a_joint_training_with_other_settings_is_found_before_the_search(monkeypatch, tmp_path):
     """Not when its net is measured, after all others. The search needs labels of the calib and test photos."""
-    monkeypatch.setattr(optimize, "disjoint_sets", asked := Mock(side_effect=EarlyExitError("the search starts")))
+    monkeypatch.setattr(
+        optimize.replay, "disjoint_sets", asked := Mock(side_effect=EarlyExitError("the search starts"))
+    )
     monkeypatch.setattr(optimize.build, "open_model", lambda *_: (small_model(), Architecture(**SMALL), {}))
     (tmp_path / "joint" / "joint").mkdir(parents=True)
     (tmp_path / "joint" / "joint" / "gate.json").write_text('{"passed": true}')

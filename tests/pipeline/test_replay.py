@@ -179,8 +179,8 @@ def test_costs_are_measured_in_onnx_runtime_if_possible(monkeypatch, caplog, cos
             raise EarlyExitError("no export to ONNX (such a layer)")
         return [Timing(1.0, [1.0, 1.0])] * len(networks)
 
-    monkeypatch.setattr(replay, "time_in_runtime", timed)
-    monkeypatch.setattr(replay, "runtime_installed", lambda: installed)
+    monkeypatch.setattr(replay.cost, "time_in_runtime", timed)
+    monkeypatch.setattr(replay.cost, "runtime_installed", lambda: installed)
     model = small_model(exit_layers=(8,))
     costs = measure_cost_model(load_config(None, ["CALIBRATION.COST", cost]), model, ExitRouter(1))
     assert costs.measured["runtime"] == runtime and costs.unit == "ms"

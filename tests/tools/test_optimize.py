@@ -48,7 +48,7 @@ def chosen_only(monkeypatch):
 def detects(monkeypatch):
     """Accept the detector of so short a training, and count operations instead of timing."""
     monkeypatch.setattr("earlyexit_ssd.pipeline.calibrate.DETECTS_AP50", 0.0)
-    monkeypatch.setattr("earlyexit_ssd.pipeline.replay.time_in_runtime", by_operations)
+    monkeypatch.setattr("earlyexit_ssd.evaluation.cost.time_in_runtime", by_operations)
 
 
 def test_stopped_search_resumes_and_writes_its_results(trained, tmp_path, capsys, detects):
