@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -80,7 +81,7 @@ def describe_boxes(ground_truth: COCO, detections: DetectionsById) -> BoxSummary
     return BoxSummary(int(scores.size), float(scores.mean()), float(scores.std()), share)
 
 
-PLAIN, CUT_HEAD, SINGLE_EXIT, ONNX = "plain", "cut_head", "single_exit", "onnx"
+Kind = Literal["plain", "cut_head", "single_exit", "onnx"]
 """Kinds of rivals, see docs/metrics.md."""
 
 
@@ -89,7 +90,7 @@ class Rival:
     """A detector that could be shipped instead of the routed one."""
 
     name: str
-    kind: str  # `PLAIN`, `CUT_HEAD`, `SINGLE_EXIT` or `ONNX`
+    kind: Kind
     network: nn.Module  # the module that is timed
     example: Tensor  # its input [1, 3, height, width]
     mmacs: float | None  # millions of multiply-accumulates; None if they cannot be counted
@@ -111,7 +112,7 @@ def exits_alone(model: nn.Module, collected: Collected) -> list[Rival]:
         if not model.empty[index]:
             network = PathToExit(model, index, alone=True)
             mmacs = count_mmacs(network, example)
-            rivals.append(Rival(f"{name} alone", SINGLE_EXIT, network, example, mmacs, collected.detections[index]))
+            rivals.append(Rival(f"{name} alone", "single_exit", network, example, mmacs, collected.detections[index]))
     return rivals
 
 
@@ -132,7 +133,7 @@ def evaluate_rivals(
                 routed_minus_rival_AP50_interval=routed.ap50_minus(evaluation),
                 mmacs=rival.mmacs,
                 **vars(timing),
-                runtime=ONNX_RUNTIME if rival.kind == ONNX else settings.runtime,
+                runtime=ONNX_RUNTIME if rival.kind == "onnx" else settings.runtime,
             )
         )
     return tuple(results)

@@ -29,17 +29,7 @@ from earlyexit_ssd.engine import read_log
 from earlyexit_ssd.engine.processes import is_main
 from earlyexit_ssd.errors import ConfigError, EarlyExitError, import_package
 from earlyexit_ssd.evaluation.cost import EAGER, ONNX_RUNTIME, PlainPath, count_mmacs, example_input
-from earlyexit_ssd.evaluation.evaluate import (
-    CUT_HEAD,
-    ONNX,
-    PLAIN,
-    SINGLE_EXIT,
-    Evaluation,
-    Rival,
-    WantedClasses,
-    evaluate_exits,
-    exits_alone,
-)
+from earlyexit_ssd.evaluation.evaluate import Evaluation, Kind, Rival, WantedClasses, evaluate_exits, exits_alone
 from earlyexit_ssd.evaluation.matches import ExitMatches, photo_list
 from earlyexit_ssd.evaluation.onnx import OnnxDetector, count_onnx_mmacs
 from earlyexit_ssd.evaluation.outputs import Collected, collect
@@ -137,8 +127,8 @@ def build_rivals(cfg: CfgNode, model: EarlyExitSSDLite, architecture: Architectu
     if not rivals.ENABLED:
         return built
 
-    def add(name: str, kind: str, detector: SSD, classes: Sequence[str] = wanted, source: str | None = None) -> None:
-        network = PathToExit(detector, 0) if kind == SINGLE_EXIT else PlainPath(detector)
+    def add(name: str, kind: Kind, detector: SSD, classes: Sequence[str] = wanted, source: str | None = None) -> None:
+        network = PathToExit(detector, 0) if kind == "single_exit" else PlainPath(detector)
         example = example_input(detector)
         filtered = WantedClasses(detector, classes, wanted, source or name).to(example.device)
         built.append(Rival(name, kind, network, example, count_mmacs(network, example), filtered, source))
@@ -147,18 +137,18 @@ def build_rivals(cfg: CfgNode, model: EarlyExitSSDLite, architecture: Architectu
     sizes = rivals.SIZES or (smaller_sizes(own_size) if model.any_size else ())
     sizes = [size for size in dict.fromkeys(sizes) if size != own_size]
     for size in sizes:
-        add(f"plain {size}", PLAIN, resize_detector(model, architecture, size))
+        add(f"plain {size}", "plain", resize_detector(model, architecture, size))
     # only a folded head has rows of unwanted classes that can be cut
     for size in (own_size, *sizes) if is_folded(model.head.classification_head) else ():
-        add(f"plain {size}, cut head", CUT_HEAD, resize_detector(model, architecture, size, cut=True))
+        add(f"plain {size}, cut head", "cut_head", resize_detector(model, architecture, size, cut=True))
     for path in rivals.FULL_PATHS:
         other, other_architecture, _ = load_model(path)
         size = other_architecture.image_size
         detector = resize_detector(other.to(device), other_architecture, size)  # the same size, without branches
-        add(f"plain {size}, {_short(path)}", PLAIN, detector, other.classes, path)
+        add(f"plain {size}, {_short(path)}", "plain", detector, other.classes, path)
     for path in rivals.SINGLE_EXITS:
         other = _single_exit(path).to(device)
-        add(f"{other.exit_names[0]} alone, {_short(path)}", SINGLE_EXIT, other, other.classes, path)
+        add(f"{other.exit_names[0]} alone, {_short(path)}", "single_exit", other, other.classes, path)
     return built + onnx_rivals(cfg, wanted)
 
 
@@ -193,7 +183,7 @@ def onnx_rivals(cfg: CfgNode, wanted: tuple[str, ...]) -> list[Rival]:
         filtered = WantedClasses(detector, detector.classes, wanted, path)
         filtered([torch.zeros(3, 64, 64)])  # raises if the outputs have another format, before hours of evaluation
         mmacs = count_onnx_mmacs(detector.content, path)
-        rivals.append(Rival(Path(path).stem, ONNX, network, example, mmacs, filtered, path))
+        rivals.append(Rival(Path(path).stem, "onnx", network, example, mmacs, filtered, path))
     return rivals
 
 

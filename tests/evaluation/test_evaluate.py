@@ -15,8 +15,6 @@ from earlyexit_ssd.calibration.certificate import Certificate, CertifiedCosts, C
 from earlyexit_ssd.errors import DataError, EarlyExitError
 from earlyexit_ssd.evaluation.cost import OnnxNetwork, PlainPath, Timing, example_input, export_onnx, mmacs_to_exit
 from earlyexit_ssd.evaluation.evaluate import (
-    ONNX,
-    PLAIN,
     Rival,
     WantedClasses,
     describe_boxes,
@@ -138,8 +136,8 @@ def rows(ground_truth, found):
     example, network = torch.zeros(1, 3, 64, 32), nn.Identity()
     exported = OnnxNetwork(export_onnx(nn.ReLU(), example))
     rivals = [
-        Rival("half", PLAIN, network, example, 12.5, Finds(found((1, 0.8, BOX)))),
-        Rival("blind", ONNX, exported, example, None, {1: found(), 2: found()}, "/models/of/mine/blind.onnx"),
+        Rival("half", "plain", network, example, 12.5, Finds(found((1, 0.8, BOX)))),
+        Rival("blind", "onnx", exported, example, None, {1: found(), 2: found()}, "/models/of/mine/blind.onnx"),
     ]
     rivals = [replace(rival, detector=rival.detections(loader)) for rival in rivals]
     results = evaluate_rivals(rivals, [TIMING, TIMING], truth, routed)
@@ -254,7 +252,7 @@ def evaluate_exits(small_model, collected, objects):
 def metrics(small_model, collected, evaluate_exits):
     """metrics.json with a rival that has the full path's detections."""
     found = collected.detections[2]
-    rival = Rival("small", PLAIN, PlainPath(small_model), example_input(small_model), 7.0, found)
+    rival = Rival("small", "plain", PlainPath(small_model), example_input(small_model), 7.0, found)
     return evaluate_exits(context=Context(splits=["toy_test"]), rivals=[rival])
 
 
