@@ -145,7 +145,7 @@ class ThresholdSearch:
     @property
     def draws(self) -> int:
         """Number of blocks of calibration photos."""
-        return len(self.calib.recording) if self.blocks is None else int(self.blocks.max()) + 1
+        return len(self.calib) if self.blocks is None else int(self.blocks.max()) + 1
 
     @property
     def draws_name(self) -> str:
@@ -220,7 +220,7 @@ class ThresholdSearch:
         draws is a margin for this, not a guarantee. Combinations are tested if they are Pareto-optimal in cost and
         AP50, or in cost and mean loss.
         """
-        target, count = self.target, len(self.calib.recording)
+        target, count = self.target, len(self.calib)
         matches, baseline_exit = self.calib.matches_with_extra_exit(self.baseline)
         needed = draws_needed(target)
         too_few = self.draws < needed
