@@ -28,7 +28,7 @@ from earlyexit_ssd.drift import WINDOW, DriftRecord
 from earlyexit_ssd.engine import read_log
 from earlyexit_ssd.engine.processes import is_main
 from earlyexit_ssd.errors import ConfigError, EarlyExitError, import_package
-from earlyexit_ssd.evaluation.cost import EAGER, ONNX_RUNTIME, PlainPath, count_mmacs, example_input
+from earlyexit_ssd.evaluation.cost import EAGER, ONNX_RUNTIME, PlainPath, count_mmacs, example_input, mmacs_to_exit
 from earlyexit_ssd.evaluation.evaluate import Evaluation, Kind, Rival, WantedClasses, evaluate_exits, exits_alone
 from earlyexit_ssd.evaluation.matches import ExitMatches, photo_list
 from earlyexit_ssd.evaluation.onnx import OnnxDetector, count_onnx_mmacs
@@ -36,7 +36,6 @@ from earlyexit_ssd.evaluation.outputs import Collected, collect
 from earlyexit_ssd.evaluation.results import Context, DriftResult, Results
 from earlyexit_ssd.files import sha256
 from earlyexit_ssd.modeling import Architecture, EarlyExitSSDLite, PathToExit, load_model
-from earlyexit_ssd.modeling.detector import AllOutputs
 from earlyexit_ssd.modeling.heads import is_folded
 from earlyexit_ssd.modeling.retrofit import resize_detector
 from earlyexit_ssd.pipeline import build
@@ -333,18 +332,12 @@ def _open_costs(model: EarlyExitSSDLite, router: ExitRouter, results: Results) -
     """Return MMACs and ms of the exits for the evaluated set of open exits, and MMACs only for all other sets, because
     these were not timed."""
     evaluated = tuple(threshold < CLOSED for threshold in router.thresholds.tolist())
-    # which of the earlier exits are open -> MMACs of the exit after them
-    mmacs = {evaluated[:index]: row.mmacs for index, row in enumerate(results.exits)}
     costs = [OpenCosts(evaluated, [row.mmacs for row in results.exits], [row.ms for row in results.exits])]
     others = [opened for opened in itertools.product((True, False), repeat=len(evaluated)) if opened != evaluated]
     for opened in others if len(others) < MAX_OPEN_SETS else ():
         values = {**router.to_dict(), "thresholds": build.open_thresholds(opened)}
         other_router = ExitRouter(**values).to(router.thresholds.device)
-        paths = [opened[:index] for index in range(len(evaluated) + 1)]
-        for index, path in enumerate(paths):
-            if path not in mmacs:
-                mmacs[path] = count_mmacs(AllOutputs(PathToExit(model, index, other_router)), example_input(model))
-        costs.append(OpenCosts(opened, [mmacs[path] for path in paths]))
+        costs.append(OpenCosts(opened, mmacs_to_exit(model, other_router)))
     return costs
 
 
