@@ -133,8 +133,14 @@ class ModelOnSplits:
         recording = record(self.model, loader, [*ground_truth.imgs], folder, key, pseudo_label_score)
         if not dataset.labelled:
             ground_truth = as_ground_truth(ground_truth, recording.detections[-1], settings.SCORE)
-        of_split = ground_truth, tuple(hashes), settings.SCORE, settings.IOU, dataset.labelled
-        return Replay(*vars(recording).values(), *of_split)
+        return Replay(
+            **vars(recording),
+            ground_truth=ground_truth,
+            photos_sha256=tuple(hashes),
+            score=settings.SCORE,
+            iou=settings.IOU,
+            labelled=dataset.labelled,
+        )
 
 
 def open_model_on_splits(cfg: CfgNode, weights: str | os.PathLike[str], out: Path, **splits: Any) -> ModelOnSplits:
