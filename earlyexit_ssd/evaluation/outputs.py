@@ -180,12 +180,7 @@ class Recording:
 
 
 def record(
-    model: nn.Module,
-    loader: Batches,
-    image_ids: Sequence[int],
-    folder: Path,
-    key: str,
-    pseudo_label_score: float | None = None,
+    model: nn.Module, loader: Batches, image_ids: Sequence[int], folder: Path, key: str, min_score: float | None = None
 ) -> Recording:
     """Return the recording in ``folder``. Record it first if it is missing, or if photos, weights or exits differ.
 
@@ -194,17 +189,17 @@ def record(
             must have the same ``folder``.
         image_ids: ids of all photos.
         key: text that identifies the photos.
-        pseudo_label_score: if given, the full path's detections with at least this score replace the targets' objects.
+        min_score: if given, the full path's detections with at least this score replace the targets' objects.
 
     Raises:
         DataError: an image id occurs twice.
     """
     contents = f"by id {key} {weights_hash(model)}"
-    contents += "" if pseudo_label_score is None else f" taught from {pseudo_label_score}"
+    contents += "" if min_score is None else f" taught from {min_score}"
     image_ids = sorted(image_ids)
     store = ArrayStore(folder, "recording", contents, len(image_ids), _example_rows(model))
     if not all(gathered(store.is_complete(), shares_photos(loader))):
-        _write(store, model, loader, image_ids, pseudo_label_score)
+        _write(store, model, loader, image_ids, min_score)
         store.read()
     names, arrays = list(model.exit_names[:-1]), store.arrays
     logits, taps = ([arrays[f"{kind}{index}"] for index in range(len(names))] for kind in ("logits", "tap"))

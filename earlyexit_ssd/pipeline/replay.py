@@ -129,8 +129,8 @@ class ModelOnSplits:
         settings, dataset, ground_truth = self.cfg.EVAL, self.sets[name], to_coco(self.sets[name])
         hashes = [digest for _, digest in photo_hashes(dataset)]
         loader, key = build.evaluation_loader(self.cfg, dataset), fingerprint(dataset, hashes)
-        folder, pseudo_label_score = self.folder / name.lower(), None if dataset.labelled else settings.SCORE
-        recording = record(self.model, loader, [*ground_truth.imgs], folder, key, pseudo_label_score)
+        folder, min_score = self.folder / name.lower(), None if dataset.labelled else settings.SCORE
+        recording = record(self.model, loader, [*ground_truth.imgs], folder, key, min_score)
         if not dataset.labelled:
             ground_truth = as_ground_truth(ground_truth, recording.detections[-1], settings.SCORE)
         return Replay(

@@ -225,7 +225,7 @@ def test_detections_of_the_full_path_replace_labels(small_model, recording, tmp_
 
     def recorded(score):
         batches = recorded_batches(2)
-        return record(small_model, batches, IDS, tmp_path / "pseudo", "these photos", pseudo_label_score=score)
+        return record(small_model, batches, IDS, tmp_path / "pseudo", "these photos", min_score=score)
 
     score = max(float(found["scores"].max()) for found in recording.detections[-1].values()) - 1e-6
     pseudo = recorded(score)
