@@ -128,17 +128,17 @@ WIDTHS = (0.1, 0.01)
 BUDGETS = 20  # number of budgets of `learned_grid`, from the smallest possible mean cost to that of the full path
 
 
+CostsWith = Callable[[Sequence[float]], np.ndarray]
+"""A function from thresholds of the early exits (0 or `CLOSED`) to the costs of the exits."""
+
+
 def learn_open_exits(
-    confidences: Sequence[np.ndarray],
-    losses: np.ndarray,
-    costs_with: Callable[[Sequence[float]], np.ndarray],
-    budget: float,
+    confidences: Sequence[np.ndarray], losses: np.ndarray, costs_with: CostsWith, budget: float
 ) -> np.ndarray:
     """Learn thresholds [early exits] with the smallest mean loss at a mean cost of at most ``budget``.
 
-    The cost that a closed exit saves has no gradient, so each set of open exits is tried. ``costs_with`` is a function
-    from thresholds of the early exits (0 or `CLOSED`) to the costs of the exits. Raises an EarlyExitError if no exit is
-    within the budget.
+    The cost that a closed exit saves has no gradient, so each set of open exits is tried. Raises an EarlyExitError if
+    no exit is within the budget.
     """
     candidates = []
     for start, usable in open_sets(len(confidences)):
@@ -156,10 +156,7 @@ def learn_open_exits(
 
 
 def learned_grid(
-    confidences: Sequence[np.ndarray],
-    losses: np.ndarray,
-    costs_with: Callable[[Sequence[float]], np.ndarray],
-    more_budgets: Sequence[float] = (),
+    confidences: Sequence[np.ndarray], losses: np.ndarray, costs_with: CostsWith, more_budgets: Sequence[float] = ()
 ) -> Grid:
     """Learn thresholds for `BUDGETS` budgets with `learn_open_exits`. The grid also has all exits closed.
 

@@ -233,10 +233,7 @@ Quantise = Callable[[onnx.ModelProto, Inputs, FloatLayers], onnx.ModelProto]
 
 
 def _quantised(
-    quantise_segment: Quantise,
-    segments: Sequence[Segment],
-    photo_inputs: Mapping[str, Inputs],
-    layers: FloatLayers,
+    quantise_segment: Quantise, segments: Sequence[Segment], photo_inputs: Mapping[str, Inputs], layers: FloatLayers
 ) -> list[Segment]:
     """Return the segments in 8 bits. ``photo_inputs``: name of a segment whose input is the photo -> its inputs."""
     segments_int8, inputs = [], ()
