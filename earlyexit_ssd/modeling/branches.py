@@ -233,10 +233,6 @@ def check_exits(exits: Sequence[Exit], last_layer: int, side: int) -> None:
             raise EarlyExitError(f"exit_layers {layers}: expected increasing trunk layers from 1 to {last_layer - 1}")
 
 
-def _are_exits(exits: object) -> bool:
-    return isinstance(exits, list | tuple) and all(isinstance(each, Exit) for each in exits)
-
-
 def takes_exits(function: T) -> T:
     """Decorator: let a function or class accept the keywords of :func:`describe_exits` instead of ``exits``.
 
@@ -253,7 +249,7 @@ def takes_exits(function: T) -> T:
         check_keywords(function, kwargs, [*parameters, *names])
         keywords = {name: kwargs.pop(name) for name in names if name in kwargs}
         given = kwargs.get("exits")
-        if given is not None and not _are_exits(given):
+        if not isinstance(given, list | tuple | None) or not all(isinstance(each, Exit) for each in given or ()):
             fix = "write exit_layers=(8, 12), or exits=describe_exits((8, 12))"
             raise EarlyExitError(f"exits is {shown(given)}, expected exits; {fix}")
         if keywords:

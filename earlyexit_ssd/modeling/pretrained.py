@@ -13,16 +13,8 @@ from typing import Any, ClassVar, TypeVar
 import torch
 
 from earlyexit_ssd.errors import EarlyExitError, shown, suggest_keywords
-from earlyexit_ssd.modeling import validate
+from earlyexit_ssd.modeling import checkpoint, validate
 from earlyexit_ssd.modeling.branches import describe_exits, exit_keywords
-from earlyexit_ssd.modeling.checkpoint import (
-    ModelInfo,
-    ShippedWeights,
-    load_model,
-    save_model,
-    weights_hash,
-    weights_path,
-)
 from earlyexit_ssd.modeling.detector import COCO_CLASSES, POST_PROCESSING, EarlyExitDetector, default_classes
 from earlyexit_ssd.modeling.outputs import Router, RouterSettings
 from earlyexit_ssd.modeling.retrofit import Architecture
@@ -43,7 +35,7 @@ class Pretrained(EarlyExitDetector):
     @classmethod
     def open_file(
         cls: type[P], path: Path, classes: Sequence[str] | None, fields: dict[str, Any] | None = None
-    ) -> tuple[P, ModelInfo]:
+    ) -> tuple[P, checkpoint.ModelInfo]:
         """Load a file. Return the model in eval mode, without router, and the file's info.
 
         ``fields`` are those of the `Architecture` of a checkpoint, which does not describe itself. By default they are
@@ -59,7 +51,7 @@ class Pretrained(EarlyExitDetector):
                 settings = {**cls.plain_settings, "exits": described}
             return Architecture(class_names_of_head(outputs, classes), detector=cls.detector_name, **settings)
 
-        model, _, info = load_model(path, architecture)
+        model, _, info = checkpoint.load_model(path, architecture)
         if not isinstance(model, cls):
             name = type(model).__name__
             raise EarlyExitError(f"{path}: a {model.detector_name}, expected {cls.detector_name}; load it with {name}")
@@ -71,13 +63,13 @@ class Pretrained(EarlyExitDetector):
     @classmethod
     def from_file(
         cls: type[P],
-        weights: str | os.PathLike[str] | ShippedWeights,
+        weights: str | os.PathLike[str] | checkpoint.ShippedWeights,
         builder: Callable[..., P],
         arguments: dict[str, Any],
     ) -> P:
         """Load a file for ``builder``, such as :func:`earlyexit_ssd300_vgg16`. Return the model in train mode. Raise an
         EarlyExitError if the file does not fit the builder's ``arguments``, which describe a checkpoint."""
-        path = weights_path(weights)
+        path = checkpoint.weights_path(weights)
         defaults = {name: parameter.default for name, parameter in inspect.signature(builder).parameters.items()}
         exits = cls.default_exits if arguments["exits"] is None else tuple(arguments["exits"])
         settings = {name: arguments[name] for name in ("image_size", "width", *POST_PROCESSING)}
@@ -113,7 +105,7 @@ class Pretrained(EarlyExitDetector):
     @suggest_keywords
     def from_pretrained(
         cls: type[P],
-        name_or_path: str | os.PathLike[str] | ShippedWeights,
+        name_or_path: str | os.PathLike[str] | checkpoint.ShippedWeights,
         *,
         router: bool = True,
         classes: Sequence[str] | None = None,
@@ -131,7 +123,7 @@ class Pretrained(EarlyExitDetector):
             EarlyExitError: neither a name nor a file, a damaged file, another detector, another number of classes, or
                 a certificate for other weights.
         """
-        path = weights_path(name_or_path)
+        path = checkpoint.weights_path(name_or_path)
         model, info = cls.open_file(path, classes)
         if router and not info.get("exits", True):
             logger.warning("%s: has no exits, so the model's exits are untrained; the full path is unchanged", path)
@@ -161,9 +153,9 @@ class Pretrained(EarlyExitDetector):
             )
         info = {"router": None if self.router is None else self.router.to_dict(), "forced": self.forced}
         certificate = current_certificate(self.router)
-        if certificate is not None and certificate.weights_sha256 == weights_hash(self):
+        if certificate is not None and certificate.weights_sha256 == checkpoint.weights_hash(self):
             info["certificate"] = certificate.to_dict()
-        save_model(path, self, info=info)
+        checkpoint.save_model(path, self, info=info)
 
 
 def current_certificate(router: Router | None) -> Any:

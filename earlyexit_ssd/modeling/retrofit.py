@@ -20,17 +20,9 @@ from torchvision.models.detection.ssd import SSD, SSDScoringHead
 
 from earlyexit_ssd.config.check import FOLD_CHOICES, LARGEST_SIDE, MAX_WIDTH
 from earlyexit_ssd.errors import EarlyExitError, shown, suggest
+from earlyexit_ssd.modeling import heads
 from earlyexit_ssd.modeling.branches import Exit, describe_exits, exit_keyword_names, exit_keywords, takes_exits
 from earlyexit_ssd.modeling.detector import DETECTORS, POST_PROCESSING, EarlyExitDetector
-from earlyexit_ssd.modeling.heads import (
-    ClassChange,
-    FoldedClassificationHead,
-    cut_head,
-    find_competing_rows,
-    is_folded,
-    plan_class_change,
-    slice_rows,
-)
 from earlyexit_ssd.modeling.trunk import PixelBoxes, grids_of
 from earlyexit_ssd.modeling.validate import LEAST_SCORE
 from earlyexit_ssd.plain import build, check_fields, require_bounded
@@ -216,11 +208,12 @@ class Architecture:
         were replaced, since no description rebuilds it then."""
         head, state = model.head.classification_head, model.state_dict()
         settings = {name: getattr(model, name) for name in ("classes", "exits", "width", *POST_PROCESSING)}
-        if is_folded(head):
+        if heads.is_folded(head):
             branches = [part.head.classification_head for part in model.branches.values() if hasattr(part, "head")]
             settings |= {"head_outputs": head.num_columns, "folded_rows": head.wanted.tolist()}
-            folded = bool(head.competing) or any(map(is_folded, branches))  # as in `retrofit`, also without branches
-            settings |= {"competing": head.competing, "folded_branches": folded}
+            settings["competing"] = head.competing
+            # as in `retrofit`, also without branches
+            settings["folded_branches"] = bool(head.competing) or any(map(heads.is_folded, branches))
         architecture = cls(
             detector=model.detector_name,
             image_size=model.transform.fixed_size[0],
@@ -254,7 +247,7 @@ class Architecture:
         detector = DETECTORS.find(self.detector).build_plain(num_classes=num_classes, **settings)
         if self.folded_rows:
             whole = detector.head.classification_head
-            detector.head.classification_head = FoldedClassificationHead(whole, self.folded_rows, self.competing)
+            detector.head.classification_head = heads.FoldedClassificationHead(whole, self.folded_rows, self.competing)
         if self.trained_size not in (0, self.image_size):
             grids = grids_of(detector.backbone, self.trained_size)
             detector.anchor_generator = PixelBoxes(detector.anchor_generator, grids, self.trained_size, self.image_size)
@@ -262,32 +255,26 @@ class Architecture:
 
     def add_exits(self, detector: SSD) -> EarlyExitDetector:
         """Add the exits to a detector of `build_detector`."""
+        detector_class = DETECTORS.find(self.detector)
         if self.folded_branches:  # build the branches with all classes of the full path's head, then fold both
             whole = detector.head.classification_head
             detector.head.classification_head = SSDScoringHead(whole.module_list, whole.num_columns)
-        classes = None if self.folded_branches else self.classes
-        model = DETECTORS.find(self.detector)(detector, exits=self.exits, classes=classes)
-        if self.folded_branches:
-            fold_model(model, self.classes, self.folded_rows, self.competing)
+            model = detector_class(detector, exits=self.exits)
+            for part in (model, *model.branches.values()):
+                if hasattr(part, "head"):
+                    whole, rows = part.head.classification_head, self.folded_rows
+                    part.head.classification_head = heads.FoldedClassificationHead(whole, rows, self.competing)
+                else:  # an empty exit
+                    part.num_classes = len(self.classes) + 1
+            model.classes = self.classes
+        else:
+            model = detector_class(detector, exits=self.exits, classes=self.classes)
         model.score_thresh = self.score_thresh
         return model
 
     def build(self) -> EarlyExitDetector:
         """Build the detector with its exits, untrained."""
         return self.add_exits(self.build_detector())
-
-
-def fold_model(
-    model: EarlyExitDetector, classes: Sequence[str], rows: Sequence[int], competing: Sequence[str] = ()
-) -> None:
-    """Fold all classes except ``classes`` (class indices ``rows``) into background, in the heads of the full path and
-    of the branches. ``competing`` are the names of the folded classes if the head is compact."""
-    for part in (model, *model.branches.values()):
-        if hasattr(part, "head"):
-            part.head.classification_head = FoldedClassificationHead(part.head.classification_head, rows, competing)
-        else:  # an empty exit
-            part.num_classes = len(classes) + 1
-    model.classes = tuple(classes)
 
 
 def _described_parts(model: EarlyExitDetector) -> dict[str, object]:
@@ -307,7 +294,7 @@ def retrofit(
     fold: str = "exact",
     photos: Iterable[Tensor] | None = None,
     tolerance: float = 0.0015,
-) -> tuple[SSD, Architecture, ClassChange | None]:
+) -> tuple[SSD, Architecture, heads.ClassChange | None]:
     """Load a trained torchvision detector and change its classes. Every key of the checkpoint's full path is used.
 
     Args:
@@ -348,22 +335,22 @@ def retrofit(
         raise EarlyExitError(
             f"{weights}: its classes ({', '.join(source)}) were folded before; start from the checkpoint it came from"
         )
-    change = plan_class_change(source, architecture.classes)
+    change = heads.plan_class_change(source, architecture.classes)
     head, rows, competing = detector.head, change.rows, ()
     if fold != "rows" and None in rows:
         raise EarlyExitError(f"MODEL.FOLD 'exact' or 'compact' cannot add classes ({change}); set MODEL.FOLD to 'rows'")
     if fold == "compact" and change.unwanted:
         if photos is None:
             raise EarlyExitError("MODEL.FOLD 'compact' needs photos to find competing classes; pass photos to retrofit")
-        others = find_competing_rows(detector, rows, photos, tolerance)
+        others = heads.find_competing_rows(detector, rows, photos, tolerance)
         competing = tuple(source[row - 1] for row in others)
         change = dataclasses.replace(change, competing=competing)
-        slice_rows(head.classification_head, (*rows, *others))
+        heads.slice_rows(head.classification_head, (*rows, *others))
         rows = tuple(range(1, len(rows) + 1))  # the sliced head has them first
     if fold == "rows" or (fold == "compact" and change.unwanted and not competing):  # nothing to fold
-        slice_rows(head.classification_head, rows)
+        heads.slice_rows(head.classification_head, rows)
         return detector, architecture, change
-    head.classification_head = FoldedClassificationHead(head.classification_head, rows, competing)
+    head.classification_head = heads.FoldedClassificationHead(head.classification_head, rows, competing)
     folds = {"head_outputs": head.classification_head.num_columns, "folded_rows": rows, "competing": competing}
     return detector, dataclasses.replace(architecture, **folds, folded_branches=bool(competing)), change
 
@@ -488,5 +475,5 @@ def resize_detector(model: EarlyExitDetector, architecture: Architecture, size: 
     state = {key: value for key, value in model.state_dict().items() if key.startswith(("backbone.", "head."))}
     detector.load_state_dict(state)
     if cut:
-        detector.head.classification_head = cut_head(detector.head.classification_head)
+        detector.head.classification_head = heads.cut_head(detector.head.classification_head)
     return detector.to(next(model.parameters()).device).eval()
