@@ -105,7 +105,9 @@ class OpenVino:
         openvino = import_package("openvino")
         with _in_one_line(path, "OpenVINO cannot load it", "write it with earlyexit export --format openvino"):
             model = openvino.Core().read_model(path)
-            self.metadata = _openvino_metadata(model)
+            info = model.get_rt_info("framework").value if model.has_rt_info("framework") else {}  # of the ONNX file
+            values = {key: model.get_rt_info(["framework", key]).value for key in info}
+            self.metadata = {key: value for key, value in values.items() if isinstance(value, str)}
             # read names before compilation, which may move names of removed nodes to inputs and outputs
             self.inputs = [node.any_name for node in model.inputs]
             # an output may have several names, for example if it is a constant
@@ -121,11 +123,3 @@ class OpenVino:
             results = self._local.request.infer(tensors, share_inputs=True)  # does not copy the photo
             arrays = [np.array(results[index]) for index in range(len(results))]
             return {name: arrays[index] for name, index in self._outputs.items()}
-
-
-def _openvino_metadata(model: Any) -> dict[str, str]:
-    """Return the metadata of the ONNX file that the model was converted from."""
-    if not model.has_rt_info("framework"):
-        return {}
-    info = {key: model.get_rt_info(["framework", key]).value for key in model.get_rt_info("framework").value}
-    return {key: value for key, value in info.items() if isinstance(value, str)}

@@ -36,7 +36,7 @@ from earlyexit_ssd.data import load_dataset  # noqa: E402
 from earlyexit_ssd.evaluation.cost import example_input, time_in_runtime  # noqa: E402
 from earlyexit_ssd.files import locks_folder, write_image, write_json, write_text, write_torch  # noqa: E402
 from earlyexit_ssd.modeling import EarlyExitSSDLite  # noqa: E402
-from earlyexit_ssd.modeling.detector import AllOutputs, PathToExit  # noqa: E402
+from earlyexit_ssd.modeling.detector import AllOutputs  # noqa: E402
 from earlyexit_ssd.plain import build, read_json  # noqa: E402
 
 DATA = {
@@ -148,7 +148,7 @@ def trainings(parts: Sequence[str]) -> list[Training]:
 def milliseconds(splits: Splits, training: Training) -> list[float]:
     """Time the network to each exit for one photo, with the earlier branches, in ONNX Runtime on one thread."""
     model = splits.build(training).model.eval()
-    paths = [AllOutputs(PathToExit(model, index)) for index in range(len(EXITS))]
+    paths = [AllOutputs(model, index) for index in range(len(EXITS))]
     examples = [example_input(model)] * len(paths)
     return [timing.ms for timing in time_in_runtime(paths, examples, "onnxruntime", TIMING_RUNS, 1)]
 

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from earlyexit_ssd.console import progress
 from earlyexit_ssd.errors import EarlyExitError, import_package
-from earlyexit_ssd.modeling.detector import AllOutputs, PathToExit
+from earlyexit_ssd.modeling.detector import AllOutputs
 from earlyexit_ssd.modeling.outputs import Router
 from earlyexit_ssd.modeling.trunk import evaluating
 from earlyexit_ssd.runtimes import OnnxRuntime, compile_in_openvino
@@ -138,7 +138,7 @@ def mmacs_to_exit(model: nn.Module, router: Router | None = None) -> list[float]
     Only convolutions and linear layers are counted. The branches of earlier exits are included, unless ``router`` has
     closed these exits.
     """
-    paths = (AllOutputs(PathToExit(model, index, router)) for index in range(len(model.exit_names)))
+    paths = (AllOutputs(model, index, router) for index in range(len(model.exit_names)))
     return [count_mmacs(path, example_input(model)) for path in paths]
 
 

@@ -318,7 +318,7 @@ def measure_costs(model: nn.Module, settings: EvaluationSettings, router: ExitRo
     """Measure the cost of one image up to each exit (with the router's confidences), in the detector without exits, and
     in the rivals. All are timed in turns. The MMACs of the rivals are in `Rival`."""
     example, exits = example_input(model), range(len(model.exit_names))
-    paths = [*(AllOutputs(PathToExit(model, index, router)) for index in exits), PlainPath(model)]
+    paths = [*(AllOutputs(model, index, router) for index in exits), PlainPath(model)]
     mmacs = [count_mmacs(path, example) for path in paths]
     networks = [*paths, *(rival.network for rival in rivals)]
     examples = [*[example] * len(paths), *(rival.example for rival in rivals)]

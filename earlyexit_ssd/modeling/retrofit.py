@@ -233,11 +233,6 @@ class Architecture:
                 )
         return architecture
 
-    @classmethod
-    def of_full_path(cls, values: dict) -> Architecture:
-        """Like :meth:`from_dict`, but with the default exits. The exits in ``values`` may be too old to build."""
-        return cls.from_dict({key: value for key, value in values.items() if key not in exit_keyword_names()})
-
     def build_detector(self) -> SSD:
         """Build the torchvision detector without exits, untrained."""
         settings = {name: getattr(self, name) for name in ("image_size", "width", "reduced_tail", *POST_PROCESSING)}
@@ -381,10 +376,12 @@ def load_full_path(
     content = read_weights(weights)
     state = find_detector(content, weights)
     full_path = {key: value for key, value in state.items() if not key.startswith(("branches.", "router."))}
-    if not isinstance(content.get("architecture"), dict):
+    stored = content.get("architecture")
+    if not isinstance(stored, dict):
         return full_path, None
-    try:
-        return full_path, Architecture.of_full_path(content["architecture"])
+    try:  # with the default exits, since the stored ones may be too old to build
+        without_exits = {key: value for key, value in stored.items() if key not in exit_keyword_names()}
+        return full_path, Architecture.from_dict(without_exits)
     except EarlyExitError as error:
         raise EarlyExitError(f"{weights}: {error}") from None
 

@@ -101,15 +101,11 @@ def earlyexit_ssdlite320_mobilenet_v3_large(
     if weights is not None:  # they fit any input size
         detector.load_state_dict(weights.get_state_dict(progress=progress, check_hash=True))
     elif not trained:
-        _initialise(detector.backbone)
+        # He et al. 2015, "Delving deep into rectifiers", equation 10. With torchvision's standard deviation of 0.03,
+        # activations vanish in eval mode and all scores are equal.
+        for module in detector.backbone.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
     model = EarlyExitSSDLite(detector, exits=exits, classes=classes, losses=losses, router=router)
     model.score_thresh = score_thresh
     return model
-
-
-def _initialise(backbone: nn.Module) -> None:
-    """Initialise an untrained trunk as in He et al. 2015, "Delving deep into rectifiers", equation 10. With
-    torchvision's standard deviation of 0.03, activations vanish in eval mode and all scores are equal."""
-    for module in backbone.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")

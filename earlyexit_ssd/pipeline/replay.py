@@ -43,7 +43,7 @@ from earlyexit_ssd.evaluation.matches import (
 from earlyexit_ssd.evaluation.outputs import Recording, record
 from earlyexit_ssd.files import make_folder
 from earlyexit_ssd.modeling import Architecture, EarlyExitSSDLite
-from earlyexit_ssd.modeling.detector import AllOutputs, PathToExit
+from earlyexit_ssd.modeling.detector import AllOutputs
 from earlyexit_ssd.modeling.outputs import ExitSignals
 from earlyexit_ssd.pipeline import build
 from earlyexit_ssd.pipeline.evaluate import check_rivals
@@ -350,7 +350,7 @@ def measure_cost_model(
     for opened in paths:
         thresholds = build.open_thresholds(opened + (True,) * (early_exits - len(opened)))
         path_router = ExitRouter(**{**router.to_dict(), "thresholds": thresholds}).to(example.device)
-        networks.append(AllOutputs(PathToExit(model, len(opened), path_router)))
+        networks.append(AllOutputs(model, len(opened), path_router))
     examples = [example] * len(paths)
     if plain is not None:
         networks.append(cost.PlainPath(plain))

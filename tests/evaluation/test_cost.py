@@ -34,7 +34,7 @@ from earlyexit_ssd.routing.policies import POLICIES, GainModel
 def test_an_exported_path_keeps_its_outputs_and_its_mode(small_model, capfd):
     """Heads of earlier branches and confidences are outputs, otherwise the export would drop them."""
     model = copy.deepcopy(small_model).train()
-    path, example = AllOutputs(PathToExit(model, 1, ExitRouter(2, thresholds=0.6))), example_input(model)
+    path, example = AllOutputs(model, 1, ExitRouter(2, thresholds=0.6)), example_input(model)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         network = in_runtime(path, example, "onnxruntime")
@@ -57,7 +57,7 @@ def test_a_path_to_an_empty_exit_computes_its_tap():
     glance, shallow, full = mmacs_to_exit(model, router)
     assert glance == pytest.approx(shallow * (64 / 96) ** 2, rel=0.05) and shallow < full
     for index in range(2):
-        network = in_runtime(AllOutputs(PathToExit(model, index, router)), example_input(model), "onnxruntime")
+        network = in_runtime(AllOutputs(model, index, router), example_input(model), "onnxruntime")
         assert network.input_shape == (1, 3, 96, 96)
 
 

@@ -275,7 +275,7 @@ def test_all_outputs_are_those_of_every_exit_on_the_path(evaluated):
     router = ExitRouter(2, policy="entropy", thresholds=0.5, temperatures=(1.0, 2.0))
     expected = [tensor for head in outputs.heads for tensor in head.values()]
     expected += [router.confidence(outputs.signals(index), index) for index in (0, 1)]
-    assert_equal(AllOutputs(PathToExit(model, 2, router))(batch), expected)
+    assert_equal(AllOutputs(model, 2, router)(batch), expected)
 
 
 # Fused for inference.
