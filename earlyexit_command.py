@@ -207,28 +207,38 @@ def calibrate_arguments(parser: argparse.ArgumentParser) -> None:
     delta = "failure probability of --risk, --ap-drop; CALIBRATION.DELTA by default"
     parser.add_argument("--delta", type=float, help=delta)
     parser.add_argument("--learned", action="store_true", help="learn thresholds by gradient descent, not by a search")
-    block = "for --risk and --ap-drop: consecutive frames that count as one photo, such as 25, or 5s with --fps"
+    add_block(parser, "for --risk and --ap-drop: ")
+
+
+def add_block(parser: argparse.ArgumentParser, condition: str = "") -> None:
+    block = f"{condition}consecutive frames that count as one photo, such as 25, or 5s with --fps"
     parser.add_argument("--block", metavar="SECONDS|N", help=block)
     parser.add_argument("--fps", type=float, help="frames per second, for --block in seconds")
+
+
+def block_of(args: argparse.Namespace) -> int | None:
+    """Return the number of photos of --block; None without it."""
+    from earlyexit_ssd.data.duplicates import parse_block
+    from earlyexit_ssd.errors import EarlyExitError
+
+    if args.fps is not None and args.block is None:
+        raise EarlyExitError("--fps is for --block in seconds, such as --block 5s")
+    return None if args.block is None else parse_block(args.block, args.fps)
 
 
 def calibrate(args: argparse.Namespace) -> None:
     """Calibrate the routing of a trained detector for a speed-up, a loss of AP50 or a risk; write a certificate."""
     from earlyexit_ssd.config import load_config
-    from earlyexit_ssd.data.duplicates import parse_block
     from earlyexit_ssd.errors import EarlyExitError
     from earlyexit_ssd.pipeline.calibrate import CalibrationTarget, calibrate
 
     cfg = load_config(args.config, args.overrides)
     out = Path(args.out or Path(cfg.OUTPUT_DIR) / "calibration")
     kind = next(kind for kind in ("speedup", "ap_drop", "risk") if getattr(args, kind) is not None)
-    if args.fps is not None and args.block is None:
-        raise EarlyExitError("--fps is for --block in seconds, such as --block 5s")
     if args.delta is not None and kind == "speedup":
         raise EarlyExitError("--delta is for --risk and --ap-drop; leave it out with --speedup")
-    block = None if args.block is None else parse_block(args.block, args.fps)
     delta = cfg.CALIBRATION.DELTA if args.delta is None else args.delta
-    target = CalibrationTarget(kind, getattr(args, kind), delta, block, args.learned)
+    target = CalibrationTarget(kind, getattr(args, kind), delta, block_of(args), args.learned)
     if calibrate(cfg, args.weights or Path(cfg.OUTPUT_DIR) / "model.pth", target, out):
         print((out / "calibration.txt").read_text(encoding="utf-8"))
         print(f"results: {out}/ (report.html, model.pth with this routing, certificate.json, calibration.txt)")
@@ -241,6 +251,7 @@ def optimize_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--coco-ap-drop", type=float, help="largest loss of AP (IoU 0.5 to 0.95); no limit by default")
     share = "share of bootstrap draws that may lose more; CALIBRATION.DELTA by default"
     parser.add_argument("--delta", type=float, help=share)
+    add_block(parser)
     wanted = parser.add_mutually_exclusive_group()
     wanted.add_argument("--speedup", type=float, help="smallest ratio of the original detector's time to the result's")
     wanted.add_argument("--ms", type=float, help="largest mean milliseconds per photo on this machine")
@@ -264,7 +275,7 @@ def optimize(args: argparse.Namespace) -> None:
     cfg = load_config(args.config, [*args.overrides, "EVAL.RUNTIME", runtime])
     out = Path(args.out or Path(cfg.OUTPUT_DIR) / "optimize")
     delta = cfg.CALIBRATION.DELTA if args.delta is None else args.delta
-    limits = {"ap_drop": args.ap_drop, "coco_ap_drop": args.coco_ap_drop, "delta": delta}
+    limits = {"ap_drop": args.ap_drop, "coco_ap_drop": args.coco_ap_drop, "delta": delta, "block": block_of(args)}
     tried = {"train": args.train, "int8": args.int8}
     goal = Goal(**limits, speedup=args.speedup, ms=args.ms, minutes=args.budget_minutes, **tried)
     outcome = optimize(cfg, goal, out, args.weights)

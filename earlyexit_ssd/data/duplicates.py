@@ -65,6 +65,15 @@ def block_of_each(paths: Sequence[Path], photos: int) -> np.ndarray:
     return blocks
 
 
+def blocks_of(dataset: DetectionDataset, photos: int | None) -> np.ndarray | None:
+    """Return the number of the block of each photo by increasing image id, int64 [n]; None if ``photos`` is None. See
+    `block_of_each`."""
+    if photos is None:
+        return None
+    records = sorted(dataset.records, key=lambda record: record.image_id)
+    return block_of_each([record.path for record in records], photos)
+
+
 @dataclass(frozen=True)
 class Duplicates:
     """Number of duplicate photos that were left out."""
@@ -88,7 +97,7 @@ def distinct(dataset: DetectionDataset, near: bool = True) -> tuple[DetectionDat
     near_sha256 = tuple(digests[index] for index in near_duplicates)
     duplicates = Duplicates(len(digests) - len(first), len(near_duplicates), near_sha256)
     if duplicates.near:
-        advice = "for frames of a video, calibrate on blocks (--block) instead"
+        advice = "for frames of a video, use blocks (--block) instead"
         logger.warning("%d of %d photos are near-duplicates and left out; %s", duplicates.near, len(first), advice)
     if duplicates.equal:
         logger.warning("%d of %d photos are duplicates and left out", duplicates.equal, len(digests))

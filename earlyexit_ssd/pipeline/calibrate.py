@@ -37,7 +37,7 @@ from earlyexit_ssd.calibration.thresholds import (
 )
 from earlyexit_ssd.config import CLOSED
 from earlyexit_ssd.console import progress
-from earlyexit_ssd.data.duplicates import block_of_each
+from earlyexit_ssd.data.duplicates import blocks_of
 from earlyexit_ssd.drift import DriftReference
 from earlyexit_ssd.engine.processes import is_main
 from earlyexit_ssd.errors import EarlyExitError
@@ -317,10 +317,7 @@ def calibrate(
     trained = trained_temperatures(cfg, recorded.info, model.num_early_exits)
     # the router must not be fitted on the photos that test a risk, so temperatures fitted on them are only reported
     temperatures = trained if target.kind == "risk" else replay.temperatures_of(fitted, model.exit_names)
-    blocks = None
-    if target.block is not None:
-        records = sorted(recorded.sets["CALIB"].records, key=lambda record: record.image_id)
-        blocks = block_of_each([record.path for record in records], target.block)
+    blocks = blocks_of(recorded.sets["CALIB"], target.block)
     router, confidences = replay.fit_router(
         cfg, cfg.ROUTING.POLICY, temperatures, calib, train, cross_fit=target.kind != "risk", groups=blocks
     )

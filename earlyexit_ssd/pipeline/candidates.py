@@ -55,6 +55,7 @@ class Goal:
     train: bool = False  # also try trained nets: fine-tuned nets, and nets of the joint phase if it is configured
     coco_ap_drop: float | None = None  # as ``ap_drop``, for COCO's AP (IoU 0.5 to 0.95); None: not limited
     int8: bool = False  # also try the chosen candidate in 8 bits
+    block: int | None = None  # consecutive photos of a folder that count as one draw; None: 1
 
     def __post_init__(self) -> None:
         _ = self.budget  # raises if ap_drop or delta is out of range
@@ -72,7 +73,7 @@ class Goal:
     @property
     def budget(self) -> CalibrationTarget:
         """The accuracy budget as the target of a threshold search."""
-        return CalibrationTarget("ap_drop", self.ap_drop, self.delta)
+        return CalibrationTarget("ap_drop", self.ap_drop, self.delta, self.block)
 
     def target(self, base_ms: float) -> CalibrationTarget:
         """Return the target of a threshold search: the wanted speed if it is above the base detector's, otherwise the

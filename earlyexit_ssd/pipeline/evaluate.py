@@ -23,7 +23,7 @@ from earlyexit_ssd.calibration.certificate import Certificate
 from earlyexit_ssd.config import CLOSED, PHASE_SECTIONS, get_cfg
 from earlyexit_ssd.data import DetectionDataset, load_dataset, to_coco
 from earlyexit_ssd.data.dataset import photo_hashes
-from earlyexit_ssd.data.duplicates import block_of_each
+from earlyexit_ssd.data.duplicates import blocks_of
 from earlyexit_ssd.drift import WINDOW, DriftRecord
 from earlyexit_ssd.engine import read_log
 from earlyexit_ssd.engine.processes import is_main
@@ -193,7 +193,11 @@ def _short(path: str) -> str:
 
 @build.shares_processes("out_dir")
 def evaluate_model(
-    cfg: CfgNode, weights: str | os.PathLike[str], out_dir: str | os.PathLike[str], compare: bool = True
+    cfg: CfgNode,
+    weights: str | os.PathLike[str],
+    out_dir: str | os.PathLike[str],
+    compare: bool = True,
+    block: int | None = None,
 ) -> Results | None:
     """Evaluate on DATA.TEST and write metrics.json, table, photos.csv, charts, pictures and report.html to ``out_dir``.
 
@@ -201,6 +205,7 @@ def evaluate_model(
         cfg: configuration; its DATA.CLASSES are replaced by the classes of the weights.
         weights: a model of this project, or a checkpoint that ``cfg`` describes, see `open_model`.
         compare: whether to warn if the model of ``weights`` differs from that in ``cfg``.
+        block: number of consecutive photos of a folder that the bootstrap draws together; None: the certificate's.
 
     Returns:
         The content of metrics.json as `Results`, a dataclass of `evaluation.results`; None on processes other than the
@@ -240,10 +245,7 @@ def evaluate_model(
         weights_sha256=sha256(weights),
     )
     settings, ground_truth = build.build_evaluation(cfg), to_coco(dataset)
-    blocks = None
-    if certificate and certificate.target.block:
-        records = sorted(dataset.records, key=lambda record: record.image_id)
-        blocks = block_of_each([record.path for record in records], certificate.target.block)
+    blocks = blocks_of(dataset, block or (certificate.target.block if certificate else None))
     evaluation = evaluate_exits(model, collected, ground_truth, router, settings, context, rivals, certificate, blocks)
     results, chosen = evaluation.results, evaluation.chosen.tolist()
     if certificate is not None:

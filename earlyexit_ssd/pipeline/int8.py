@@ -24,6 +24,7 @@ import torch
 from earlyexit_ssd.config import CLOSED, get_cfg
 from earlyexit_ssd.console import progress
 from earlyexit_ssd.data.dataset import DetectionDataset, load_dataset, read_dataset, to_coco
+from earlyexit_ssd.data.duplicates import blocks_of
 from earlyexit_ssd.data.records import canonical
 from earlyexit_ssd.deploy import Predictor
 from earlyexit_ssd.deploy.benchmark import Ratio, ratio
@@ -123,6 +124,7 @@ def export_int8(
     reference: DetectionsById | None = None,
     delta: float = DELTA,
     coco_ap_drop: float | None = None,
+    block: int | None = None,
 ) -> Int8Figures:
     """Write a detector in 8 bits, if it is faster than in 32 bits and loses little AP50.
 
@@ -140,6 +142,7 @@ def export_int8(
         reference: detections with which those in 8 bits are compared; None: the detections in 32 bits.
         delta: share of the bootstrap draws that may lose more than ``ap_drop``.
         coco_ap_drop: as ``ap_drop``, for COCO's AP (IoU 0.5 to 0.95); None: not limited.
+        block: number of consecutive photos of a folder that the bootstrap draws together; None: 1.
 
     Raises:
         EarlyExitError: the runtime or, for OpenVINO, NNCF is missing, the photos show no object, or the file in 8 bits
@@ -172,7 +175,8 @@ def export_int8(
             export.write_segments(model, quantised, trial, file_format)
             thresholds = _thresholds(model, confidences, _confidences(trial, runtime, photos))
             predictors = Predictor(float_path, runtime), Predictor(trial, runtime, thresholds=thresholds)
-            figures = _compare(*predictors, reference, dataset, layers, delta, with_ap=coco_ap_drop is not None)
+            blocks, with_ap = blocks_of(dataset, block), coco_ap_drop is not None
+            figures = _compare(*predictors, reference, dataset, layers, delta, with_ap, blocks)
             figures = dataclasses.replace(figures, path=path)
             logger.info("%s", figures)
             speed = figures.speed  # more layers in 32 bits would not make it faster
@@ -365,6 +369,7 @@ def _compare(
     layers: FloatLayers,
     delta: float,
     with_ap: bool,
+    blocks: np.ndarray | None,
 ) -> Int8Figures:
     """Compare the detections of ``quantised`` with ``reference``, and its time with that of ``unquantised``."""
     detections, template = detect(quantised, dataset), to_coco(dataset)
@@ -372,7 +377,7 @@ def _compare(
     matches = exit_matches(truth, [reference, detections], IOU)
     choices = [np.full(matches.photos, index) for index in range(2)]  # the reference, then 8 bits, for all photos
     before, after = (ap_of_choice(matches, choice) for choice in choices)
-    reference_draws, draws = bootstrap_choices(matches, choices, ap50_only=not with_ap)
+    reference_draws, draws = bootstrap_choices(matches, choices, ap50_only=not with_ap, blocks=blocks)
 
     def loss_bound(figure: str) -> float:
         lost = getattr(reference_draws, figure) - getattr(draws, figure)

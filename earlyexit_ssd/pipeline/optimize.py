@@ -33,6 +33,7 @@ from earlyexit_ssd.config import CLOSED
 from earlyexit_ssd.console import progress
 from earlyexit_ssd.data import class_names, load_dataset
 from earlyexit_ssd.data.dataset import fingerprint, to_coco
+from earlyexit_ssd.data.duplicates import blocks_of
 from earlyexit_ssd.deploy import Predictor
 from earlyexit_ssd.errors import ConfigError, EarlyExitError, import_package
 from earlyexit_ssd.evaluation.cost import ONNX_RUNTIME, OPENVINO, PlainPath, example_input, time_in_runtime
@@ -226,6 +227,7 @@ class CandidateSearch:
     Attributes:
         model, architecture, info: the given detector, with its exits.
         plan, candidates: the `Plan`, and its candidates in the order in which they are tried.
+        blocks: number of the block of each calib photo, int [n]; None: every photo is a block.
         base: the base detector's recorded outputs on the calib split.
         reference: the base detector's detections, which losses are measured against.
         key: hash of the weights, photos and settings that determine the figures of the candidates.
@@ -251,7 +253,14 @@ class CandidateSearch:
         self.plan = Plan(cfg, goal, self.architecture)
         if self.plan.trains_jointly:  # raises if the folder holds a training with other settings
             RunFolder(out / "joint").require_free(self._joint_cfg, resume=True)
-        self.sets, self.duplicates = replay.disjoint_sets(cfg, ("CALIB", "TEST"))
+        # frames within a block may look alike
+        splits = replay.disjoint_sets(cfg, ("CALIB", "TEST"), include_near_duplicates=goal.block is None)
+        self.sets, self.duplicates = splits
+        for name in ("TEST", "CALIB"):
+            self.blocks = blocks_of(self.sets[name], goal.block)
+            if self.blocks is not None and not self.blocks.any():
+                photos = f"all {len(self.blocks)} photos of DATA.{name} are in one block"
+                raise EarlyExitError(f"--block {goal.block}: {photos}; use shorter blocks, or more photos")
         self._replays: dict[tuple[Candidate, str], replay.Replay] = {}
         self.base = self._replay(Candidate("", self.architecture.image_size, OWN_HEAD), "CALIB")
         self.reference = self.base.detections[-1]
@@ -300,10 +309,12 @@ class CandidateSearch:
         cfg, model = self.cfg, recorded.model
         train = self._fitting_photos(candidate) if POLICIES.find(policy).needs_training_photos else None
         temperatures = replay.temperatures_of(replay.fit_temperatures(cfg, calib), model.exit_names)
-        router, confidences = replay.fit_router(cfg, policy, temperatures, calib, train)
+        router, confidences = replay.fit_router(cfg, policy, temperatures, calib, train, groups=self.blocks)
         costs = replay.measure_cost_model(cfg, model, router, self.model)
         target = self.goal.target(self.base_ms or costs.plain)
-        search = ThresholdSearch(cfg, target, router, confidences, calib, None, costs, baseline=self.reference)
+        search = ThresholdSearch(
+            cfg, target, router, confidences, calib, None, costs, self.blocks, baseline=self.reference
+        )
         try:
             found = search.run()
         except EarlyExitError:  # the wanted speed is impossible even if every photo leaves at the first exit
@@ -321,7 +332,8 @@ class CandidateSearch:
         before, after = (ap_of_choice(matches, choice, ap50_only=True).AP50 for choice in choices)
 
         def loss_bound(figure: str) -> float:
-            base, routed = bootstrap_choices(matches, choices, seed=self.cfg.SEED, ap50_only=figure == "AP50")
+            draws = {"seed": self.cfg.SEED, "ap50_only": figure == "AP50", "blocks": self.blocks}
+            base, routed = bootstrap_choices(matches, choices, **draws)
             return float(np.nanquantile(getattr(base, figure) - getattr(routed, figure), 1 - self.goal.delta))
 
         bound, ap_bound = found.measured.AP50_lost_bound, None
@@ -529,7 +541,7 @@ def _evaluate(search: CandidateSearch) -> Results:
     # the base detector is the first rival, since `TestFigures.of` takes the first of this name
     rivals = (str(out / BASE_FILE), *search.cfg.EVAL.RIVALS.FULL_PATHS)
     cfg = build.with_values(search.cfg, {"EVAL.RIVALS.FULL_PATHS": rivals})
-    return evaluate_model(cfg, out / "model.pth", out / "test", compare=False)
+    return evaluate_model(cfg, out / "model.pth", out / "test", compare=False, block=search.goal.block)
 
 
 def _choose_8_bits(
@@ -563,7 +575,7 @@ def _in_8_bits(search: CandidateSearch, chosen: Candidate) -> Candidate | None:
         model, file_format = open_any(search.out / "model.pth"), FORMAT_OF_RUNTIME[search.cfg.EVAL.RUNTIME]
         path = search.out / f"detector{SUFFIXES[file_format]}"
         range_photos = [record.path for record in search.sets["TRAIN"].records]
-        limits = (goal.ap_drop, range_photos, search.reference, goal.delta, goal.coco_ap_drop)
+        limits = (goal.ap_drop, range_photos, search.reference, goal.delta, goal.coco_ap_drop, goal.block)
         figures = export_int8(model, path, file_format, search.sets["CALIB"], *limits)
     except EarlyExitError as reason:
         logger.info("no candidate in 8 bits: %s", reason)
@@ -594,7 +606,8 @@ def _test_in_8_bits(search: CandidateSearch, test: TestFigures, speed: float) ->
     matches = exit_matches(to_coco(dataset), [base, quantised], cfg.EVAL.IOU)
     choices = [np.full(matches.photos, index) for index in range(2)]
     figures = ap_of_choice(matches, choices[1])
-    base_draws, quantised_draws = bootstrap_choices(matches, choices, seed=cfg.SEED)
+    blocks = blocks_of(dataset, search.goal.block)
+    base_draws, quantised_draws = bootstrap_choices(matches, choices, seed=cfg.SEED, blocks=blocks)
     return dataclasses.replace(
         test,
         AP=figures.AP,

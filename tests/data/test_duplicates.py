@@ -2,13 +2,14 @@
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from earlyexit_ssd.data import DetectionDataset, Record
-from earlyexit_ssd.data.duplicates import PerceptualHashes, block_of_each, distinct, parse_block
+from earlyexit_ssd.data.duplicates import PerceptualHashes, block_of_each, blocks_of, distinct, parse_block
 from earlyexit_ssd.errors import DataError, EarlyExitError
 
 
@@ -112,4 +113,6 @@ def test_blocks_are_consecutive_photos_of_a_folder():
     names = ["cam/f10.jpg", "cam/f9.jpg", "cam/f8.jpg", "door/f1.jpg", "cam/f11.jpg", "cam/f100.jpg"]
     assert block_of_each([Path(name) for name in names], 2).tolist() == [1, 0, 0, 3, 1, 2]
     assert block_of_each([], 2).tolist() == []
+    dataset = SimpleNamespace(records=[SimpleNamespace(image_id=9 - i, path=Path(f"{i}.jpg")) for i in range(4)])
+    assert blocks_of(dataset, 3).tolist() == [1, 0, 0, 0] and blocks_of(dataset, None) is None
     assert block_of_each([Path("²5.jpg"), Path("1.jpg")], 1).tolist() == [1, 0], "² is a digit, but no number"

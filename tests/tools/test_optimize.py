@@ -119,7 +119,7 @@ def test_fine_tuned_models_are_candidates_and_are_trained_once(trained, tmp_path
 
 def test_joint_phase_is_a_candidate(trained, tmp_path, monkeypatch, detects, chosen_only):
     monkeypatch.setattr("earlyexit_ssd.pipeline.optimize.fine_tune", lambda *_: None)
-    monkeypatch.setattr("earlyexit_ssd.pipeline.candidates.FINE_TUNED_SHARES", (1.0,))
+    monkeypatch.setattr("earlyexit_ssd.pipeline.candidates.SHARES", (1.0,))
     monkeypatch.setattr("earlyexit_ssd.pipeline.optimize.choose_candidate", lambda measured, goal: measured[-1])
     out, trainings = tmp_path / "joint", []
 
@@ -183,6 +183,22 @@ def test_the_configuration_has_the_defaults(trained, tmp_path, monkeypatch, word
 
 def fail(*_):
     raise EarlyExitError("enough")
+
+
+def test_photos_of_a_block_are_drawn_together(trained, tmp_path, monkeypatch, capsys):
+    assert optimize.main(command(trained, tmp_path, "--block", "500")) == 2
+    error = capsys.readouterr().err
+    assert "--block 500: all" in error and "photos of DATA.TEST are in one block; use shorter blocks" in error
+    blocks = []
+
+    def stop(search, *_):
+        blocks.append((search.blocks, search.goal.budget.block))
+        raise EarlyExitError("enough")
+
+    monkeypatch.setattr("earlyexit_ssd.pipeline.optimize._measure_candidates", stop)
+    assert optimize.main(command(trained, tmp_path, "--block", "1s", "--fps", "2")) == 2
+    ((numbers, length),) = blocks
+    assert length == 2 and numbers.tolist() == [photo // 2 for photo in range(len(numbers))]
 
 
 def test_8_bits_need_a_runtime_that_has_them(trained, tmp_path, capsys):
