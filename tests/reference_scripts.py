@@ -1,7 +1,5 @@
 """Training and evaluation of a model as in torchvision's reference detection scripts, written anew."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 from collections.abc import Iterator, Mapping

@@ -1,7 +1,5 @@
 """P-values and upper bounds for the mean of a loss."""
 
-from __future__ import annotations
-
 import math
 from functools import partial
 

@@ -1,7 +1,5 @@
 """The drift monitor: its rate of false alarms, and the changes that it must detect."""
 
-from __future__ import annotations
-
 import json
 import logging
 from concurrent.futures import ThreadPoolExecutor

@@ -1,7 +1,5 @@
 """Error messages are one line under 300 characters. Also: values in messages, missing packages, unknown keywords."""
 
-from __future__ import annotations
-
 import pickle
 import sys
 

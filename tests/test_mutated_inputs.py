@@ -4,8 +4,6 @@
 a function of the kind reads the copy.
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import functools

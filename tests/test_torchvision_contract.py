@@ -3,8 +3,6 @@
 No wheel has the scripts. docs/torchvision_contract.md describes how the original scripts were run.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

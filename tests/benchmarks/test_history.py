@@ -97,6 +97,5 @@ def test_tiny_reproduction_trains_all_attempts_once(tmp_path, capsys, monkeypatc
     assert [trial["matching"] for trial in trials] == ["random", "iou", "random", "iou", "iou"]
     assert all(sum(attempt["shares"]) == pytest.approx(1) for trial in trials for attempt in trial["attempts"])
     assert all(trial["photos"] == 12 and len(trial["exits"]) == 3 for trial in trials)
-    (weights,) = (tmp_path / "out" / "rendered").glob("light_1_random_0.pth")
-    before = weights.stat().st_mtime_ns
-    assert run.main(arguments) == 0 and weights.stat().st_mtime_ns == before
+    monkeypatch.setattr(run, "train_heads", None)  # nothing is trained again
+    assert run.main(["--parts", "branches", *arguments]) == 0

@@ -375,16 +375,6 @@ def test_unknown_policy_is_an_error(trained, capsys):
         assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("empty", "first"), [((False, False), 10.0), ((True, False), 22.0), ((True, True), 10.0)], ids=str
-)
-def test_budgets_begin_at_the_first_exit_with_a_branch(empty, first):
-    """They end at the full path with all exits closed, which costs 40."""
-    paths = {(): 10.0, (True,): 22.0, (False,): 20.0, (True, True): 45.0, (False, False): 40.0}
-    budgets = Study(None, None, CostModel("mmacs", paths, 2, 40.0, {}), (), empty, 0).budgets()
-    assert budgets == pytest.approx(np.linspace(first, 40, 7)[1:-1])
-
-
 def test_empty_exits_have_policies_that_need_no_logits(
     trained, tiny, tmp_path, capsys, short_study, without_evaluation
 ):

@@ -1,7 +1,5 @@
 """Certificates: their file, the model that they are for, and invalid content."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Risk control: the cheapest thresholds with an expected loss within a limit."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 

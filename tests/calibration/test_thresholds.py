@@ -1,7 +1,5 @@
 """Thresholds from a grid and by gradient descent; temperatures."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

@@ -1,7 +1,5 @@
 """Fixtures that write tiny data sets."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Data sets by name, and the folders in which they are searched."""
 
-from __future__ import annotations
-
 import shutil
 from copy import copy
 from pathlib import Path

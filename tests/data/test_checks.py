@@ -1,7 +1,5 @@
 """Checks and repairs of boxes, flags, class names and photo files, in every mode."""
 
-from __future__ import annotations
-
 import dataclasses
 import logging
 import math

@@ -1,7 +1,5 @@
 """The reader of COCO files, and its errors for broken records."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

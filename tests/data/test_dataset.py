@@ -1,7 +1,5 @@
 """The data set, its loader, the checks between splits, and load_dataset as a whole."""
 
-from __future__ import annotations
-
 import dataclasses
 import logging
 import os

@@ -1,7 +1,5 @@
 """Reading of photos: colour modes, EXIF rotation and broken files."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Selection of classes and photos from one or several data sets."""
 
-from __future__ import annotations
-
 import dataclasses
 import logging
 from pathlib import Path

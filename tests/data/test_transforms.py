@@ -1,7 +1,5 @@
 """Seeds and augmentations."""
 
-from __future__ import annotations
-
 import os
 import pickle
 

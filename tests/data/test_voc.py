@@ -1,7 +1,5 @@
 """The readers of VOC devkits and XML folders."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

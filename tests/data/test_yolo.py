@@ -1,7 +1,5 @@
 """The reader of YOLO data sets."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,6 @@
 """A small routed detector, and its exported files."""
 
-from __future__ import annotations
-
+import copy
 import shutil
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from torch import nn
 
 from earlyexit_ssd import EarlyExitSSDLite, ExitRouter
 from earlyexit_ssd.modeling.ssdlite import earlyexit_ssdlite320_mobilenet_v3_large
-from earlyexit_ssd.pipeline.export import export_detector
+from earlyexit_ssd.pipeline import export
 from tests.deploy.fakes import fake_video  # noqa: F401 - a fixture
 
 
@@ -85,13 +84,17 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def onnx_file(model, folder, made_once) -> Path:
-    made = made_once("exported_once", lambda where: export_detector(model, where / "detector.onnx"))
-    shutil.copytree(made, folder, dirs_exist_ok=True)
+    def make(where: Path) -> None:
+        segments = export.build_segments(model)  # once for both formats
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(export, "build_segments", lambda _: copy.deepcopy(segments))
+            for name, file_format in (("detector.onnx", "onnx"), ("staged", "staged")):
+                export.export_detector(model, where / name, file_format)
+
+    shutil.copytree(made_once("exported_once", make), folder, dirs_exist_ok=True)
     return folder / "detector.onnx"
 
 
 @pytest.fixture(scope="session")
-def staged_folder(model, folder, made_once) -> Path:
-    made = made_once("staged_once", lambda where: export_detector(model, where / "staged", "staged"))
-    shutil.copytree(made, folder, dirs_exist_ok=True)
-    return folder / "staged"
+def staged_folder(onnx_file) -> Path:
+    return onnx_file.with_name("staged")

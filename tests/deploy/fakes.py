@@ -1,7 +1,5 @@
 """Detectors without a file, and videos without a decoder. PyTorch is not imported, since new processes import this."""
 
-from __future__ import annotations
-
 import functools
 import os
 import time

@@ -1,7 +1,5 @@
 """The temporal exit on drawn scenes, whose correct detections are known."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import re

@@ -1,7 +1,5 @@
 """Each check reports the records with its own defect, and no sound records."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 

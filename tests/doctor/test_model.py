@@ -1,7 +1,5 @@
 """Each check reports the outputs with its own defect, and no sound outputs."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import pytest

@@ -1,7 +1,5 @@
 """A toy problem: fit a line. Batches depend on (epoch, batch) only."""
 
-from __future__ import annotations
-
 import torch
 from torch import nn
 

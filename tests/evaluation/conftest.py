@@ -1,7 +1,5 @@
 """Small ground truths and detections."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 from collections.abc import Callable

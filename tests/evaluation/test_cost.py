@@ -1,7 +1,5 @@
 """Exported networks, MMACs, and order and statistics of timing."""
 
-from __future__ import annotations
-
 import copy
 import warnings
 
@@ -12,6 +10,7 @@ from torch import nn
 
 from earlyexit_ssd.config import CLOSED, load_config
 from earlyexit_ssd.errors import ConfigError, EarlyExitError
+from earlyexit_ssd.evaluation import cost
 from earlyexit_ssd.evaluation.cost import (
     RUNTIME_TITLES,
     OnnxNetwork,
@@ -29,6 +28,7 @@ from earlyexit_ssd.modeling.detector import AllOutputs, PathToExit
 from earlyexit_ssd.modeling.outputs import ExitSignals
 from earlyexit_ssd.routing import ExitRouter
 from earlyexit_ssd.routing.policies import POLICIES, GainModel
+from tests.tools.conftest import QuickCounter
 
 
 def test_an_exported_path_keeps_its_outputs_and_its_mode(small_model, capfd):
@@ -130,6 +130,17 @@ def test_only_convolutions_and_linear_layers_are_counted():
     # 2 x 2 outputs x 8 channels x 3 x 3 x 3, and 32 x 5
     assert count_mmacs(module, torch.zeros(1, 3, 4, 4)) * 1e6 == pytest.approx(4 * 8 * 27 + 160)
     assert module.training and not module[1].num_batches_tracked  # counted in eval mode
+
+
+def test_the_counter_of_other_tests_has_the_same_counts(small_model, monkeypatch):
+    linear = nn.Sequential(nn.Linear(7, 5), nn.Linear(5, 3, bias=False))
+
+    def counts():
+        return [*mmacs_to_exit(small_model), count_mmacs(linear, torch.zeros(2, 7))]
+
+    expected = counts()
+    monkeypatch.setattr(cost, "FlopCounterMode", QuickCounter)
+    assert counts() == expected
 
 
 def test_plain_path_is_the_full_path_without_branches(small_model):

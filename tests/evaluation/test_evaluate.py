@@ -1,7 +1,5 @@
 """Evaluation of small detectors: confidences, intervals, rivals, and all keys and figures of metrics.json."""
 
-from __future__ import annotations
-
 import copy
 import json
 from dataclasses import replace

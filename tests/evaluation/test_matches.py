@@ -1,7 +1,5 @@
 """AP, counts and losses compared with hand-written values and with pycocotools."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 from types import SimpleNamespace

@@ -1,7 +1,5 @@
 """Inputs, outputs and MMACs of detectors from ONNX files, compared with hand-written values."""
 
-from __future__ import annotations
-
 import math
 
 import onnx

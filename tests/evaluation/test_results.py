@@ -1,7 +1,5 @@
 """Results and their JSON: stored results of every version are read without loss."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Small models of 96 px and a quarter of the width."""
 
-from __future__ import annotations
-
 from functools import partial
 
 import pytest

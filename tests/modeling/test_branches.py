@@ -1,7 +1,5 @@
 """The description of exits, and the branches of every kind."""
 
-from __future__ import annotations
-
 from copy import copy
 
 import numpy as np

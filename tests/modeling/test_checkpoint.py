@@ -1,7 +1,5 @@
 """Model files, and the weights shipped with the package."""
 
-from __future__ import annotations
-
 import copy
 import json
 import pickle

@@ -1,7 +1,5 @@
 """The walk from exit to exit, the detector, paths to one exit, and the losses of one phase."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest

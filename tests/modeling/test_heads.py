@@ -1,7 +1,5 @@
 """Heads: folded, cut, compact and factorised."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import pytest

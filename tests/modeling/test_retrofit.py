@@ -1,7 +1,5 @@
 """Checkpoints of other programs, changed classes and input sizes."""
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import os

@@ -1,7 +1,5 @@
 """torchvision's SSD300 with early exits and random weights."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 
 import pytest

@@ -1,7 +1,5 @@
 """The backbone in segments, small copies of images, and eval mode."""
 
-from __future__ import annotations
-
 import contextlib
 from itertools import pairwise
 

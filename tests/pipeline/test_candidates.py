@@ -1,7 +1,5 @@
 """Which candidates are tried, what they are called, and which one is chosen."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 

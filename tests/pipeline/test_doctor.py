@@ -1,7 +1,5 @@
 """The jobs of the doctor, and the hook that checks a model during its training."""
 
-from __future__ import annotations
-
 import json
 import logging
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Certificates, drift and rivals of an evaluation, and the command on its report page."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 
 import pytest

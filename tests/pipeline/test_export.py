@@ -61,7 +61,7 @@ def node_kinds(graph) -> set[str]:
         {"exit_layers": (8,), "glances": ((32, 12), (64, 8))},
     ],
 )
-def test_empty_exits_and_glances_detect_nothing(tmp_path, paths, exits):
+def test_empty_exits_and_glances_detect_nothing(tmp_path, paths, traced_once, exits):
     model = with_tap_router(**exits)
     last = model.num_early_exits
     exported = export_detector(model, tmp_path / "detector.onnx", photos=paths)
@@ -194,7 +194,7 @@ def test_a_folder_of_staged_files_replaces_an_earlier_one_and_nothing_else(
     assert {path.name for path in tmp_path.iterdir()} == {"mine", "staged"}
 
 
-@pytest.mark.parametrize("exits", [None, {"glances": ((32, 12),)}, {}])
+@pytest.mark.parametrize("exits", [None, {"glances": ((32, 12), (64, 8))}, {}])
 def test_exits_of_an_openvino_file(tmp_path, paths, model, traced_once, exits):
     pytest.importorskip("openvino")
     model = model if exits is None else with_tap_router(exit_layers=(8,), **exits)

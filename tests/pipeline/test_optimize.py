@@ -1,7 +1,5 @@
 """Messages of a search, and the verdict on the chosen candidate."""
 
-from __future__ import annotations
-
 import dataclasses
 from types import SimpleNamespace
 from unittest.mock import Mock, patch

@@ -1,7 +1,5 @@
 """The phases of a training, their gates, the unchanged full path, and fine-tuning at smaller inputs."""
 
-from __future__ import annotations
-
 import copy
 from types import SimpleNamespace
 from unittest.mock import MagicMock

@@ -1,7 +1,5 @@
 """Recorded splits: the inputs of fitted policies, and the costs of a photo."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Which trainings need labels, the check of the runtime, and the report page of a training."""
 
-from __future__ import annotations
-
 import importlib
 import json
 from unittest.mock import Mock

@@ -1,7 +1,5 @@
 """The content of a metrics.json with invented figures."""
 
-from __future__ import annotations
-
 import pytest
 
 

@@ -1,7 +1,5 @@
 """The charts, their labels, and photos with their boxes."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 

@@ -1,7 +1,5 @@
 """Tables of figures and verdicts, and the files of a calibration and an evaluation."""
 
-from __future__ import annotations
-
 import json
 from types import SimpleNamespace
 

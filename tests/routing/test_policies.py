@@ -1,7 +1,5 @@
 """Confidences against tensors written by hand."""
 
-from __future__ import annotations
-
 import json
 import math
 from copy import copy

@@ -1,7 +1,5 @@
 """The router: thresholds, temperatures and settings."""
 
-from __future__ import annotations
-
 import math
 from copy import copy
 

@@ -1,7 +1,6 @@
 """A training of seconds: 40 rendered photos, 64 px, a quarter of the width."""
 
-from __future__ import annotations
-
+import gc
 import importlib
 import json
 import multiprocessing
@@ -18,7 +17,9 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from earlyexit_ssd.evaluation import cost
 from earlyexit_ssd.evaluation.matches import bootstrap_choices
 from earlyexit_ssd.evaluation.metrics import EvaluationSettings
 from earlyexit_ssd.files import write_text
@@ -61,19 +62,39 @@ def plain_figure(**settings: object) -> Figure:
     return Figure(**{**settings, "layout": None, "dpi": 64})
 
 
+class QuickCounter(TorchDispatchMode):
+    """The counts of PyTorch's FlopCounterMode without those of each module, which take twice the time of the rest."""
+
+    def __init__(self, display: bool) -> None:
+        super().__init__()
+        self.counts = dict.fromkeys(cost.COUNTED, 0)
+
+    def __torch_dispatch__(self, operator, types, arguments=(), keywords=None):
+        output, kind = operator(*arguments, **(keywords or {})), operator.overloadpacket
+        if kind in self.counts:
+            weights = arguments[1][0] if kind == torch.ops.aten.convolution else arguments[-1][:, 0]
+            self.counts[kind] += 2 * output.numel() * weights.numel()
+        return output
+
+    def get_flop_counts(self) -> dict:
+        return {"Global": self.counts}
+
+
 QUICK = [
     (pictures, "Figure", plain_figure),
     (pictures, "place_labels", lambda *_: None),
+    (cost, "FlopCounterMode", QuickCounter),
+    (importlib.import_module("earlyexit_ssd.pipeline.evaluate"), "ATTENTION_PHOTOS", 1),
     (policies, "FIT_STEPS", 60),  # instead of 600
     (bootstrap_choices, "__defaults__", (20, 0)),  # draws (instead of 200), and seed
     (EvaluationSettings.__init__, "__defaults__", (*EvaluationSettings.__init__.__defaults__[:-2], 20, 0)),
 ]
-"""What is replaced in tests: object, name, value. The training of `trained` has complete charts, the first two."""
+"""What is replaced in tests: object, name, value. The training of `trained` is without the first four."""
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """Faster charts, fits and bootstraps."""
+    """Faster charts, counts, fits and bootstraps."""
     for replaced in QUICK:
         monkeypatch.setattr(*replaced)
 
@@ -89,7 +110,7 @@ def trained(tmp_path_factory, made_once, data_root) -> tuple[Path, list[str]]:
     def train(root: Path) -> None:
         write_text(root / "tiny.yaml", TINY)
         with pytest.MonkeyPatch.context() as patch:
-            for replaced in QUICK[2:]:
+            for replaced in QUICK[4:]:
                 patch.setattr(*replaced)
             assert train_net.main([*arguments(root), "--force"]) == 0
 
@@ -125,6 +146,7 @@ def start_training(
 
 
 def _train(tool: str, arguments: list[str], stderr: str | Path, environment: dict[str, str]) -> None:
+    gc.freeze()  # the modules of the process that this one was forked from
     os.environ.update(environment)
     for replaced in QUICK:
         setattr(*replaced)

@@ -1,12 +1,11 @@
 import json
 
 import pytest
-import torch
 
 from earlyexit_ssd import EarlyExitSSDLite
 from earlyexit_ssd.config import load_config
 from earlyexit_ssd.errors import EarlyExitError
-from earlyexit_ssd.evaluation.cost import Timing
+from earlyexit_ssd.evaluation.cost import Timing, count_mmacs
 from earlyexit_ssd.files import write_text
 from earlyexit_ssd.modeling import load_model
 from earlyexit_ssd.pipeline.optimize import CandidateSearch, Goal
@@ -22,19 +21,8 @@ def command(trained, out, *flags):
 
 
 def by_operations(networks, examples, runtime, runs, threads):
-    """Timing that does not depend on the load of the machine: 1 ms per million multiplications of convolutions."""
-    milliseconds = []
-
-    def count(module, inputs, output):
-        if isinstance(module, torch.nn.Conv2d):
-            milliseconds[-1] += output.numel() * module.weight[0].numel() / 1e6
-
-    for network, example in zip(networks, examples, strict=True):
-        milliseconds.append(0.1)
-        hook = torch.nn.modules.module.register_module_forward_hook(count)
-        with torch.inference_mode():
-            network(example)
-        hook.remove()
+    """Timing that does not depend on the load of the machine: 1 ms per million multiplications."""
+    milliseconds = [0.1 + count_mmacs(*given) for given in zip(networks, examples, strict=True)]
     return [Timing(ms, [ms, ms]) for ms in milliseconds]
 
 

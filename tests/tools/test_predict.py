@@ -3,6 +3,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from earlyexit_ssd.pipeline.export import export_detector
+from tests.deploy.conftest import build_model
 from tests.tools.conftest import ROOT, run_command
 from tools import predict
 
@@ -25,9 +27,17 @@ def test_shipped_weights_on_a_folder(photos, tmp_path, capsys):
 
 
 def test_script_runs_alone(photos, tmp_path):
-    command = [str(ROOT / "tools" / "predict.py"), str(photos / "grey.png"), "--all-exits"]
+    """With an exported detector, since importing PyTorch takes seconds."""
+    exported = export_detector(build_model(exit_layers=()), tmp_path / "detector.onnx").path
+    command = [str(ROOT / "tools" / "predict.py"), str(photos / "grey.png"), "--weights", str(exported)]
     result = run_command([*command, "--out", str(tmp_path / "out")])
     assert "grey.png: " in result.stdout
+    assert Image.open(tmp_path / "out" / "grey.png").size == (120, 90)
+
+
+def test_default_weights_and_all_exits(photos, tmp_path, capsys):
+    assert predict.main([str(photos / "grey.png"), "--all-exits", "--out", str(tmp_path / "out")]) == 0
+    assert "grey.png: " in capsys.readouterr().out
     assert Image.open(tmp_path / "out" / "grey.png").width == 3 * 328
 
 

@@ -145,35 +145,25 @@ def without_time(lines):
     return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
 
 
-def test_signal_saves_the_state(tiny, tmp_path):
-    process = start_training(tiny("run", "--force", "BASELINE.EPOCHS", "500"), stderr=tmp_path / "stderr")
-    path = tmp_path / "run" / "baseline" / "log.jsonl"
+def test_folder_in_use_is_an_error_and_a_signal_saves_the_state(tiny, tmp_path, capsys, without_evaluation):
+    """The other run has just started, or is in the middle."""
+    endless = ("--force", "BASELINE.EPOCHS", "500")
+    process = start_training(tiny("run", *endless), stderr=tmp_path / "stderr")
     deadline = time.monotonic() + 100
-    while time.monotonic() < deadline and not (path.is_file() and path.stat().st_size > 500):
-        time.sleep(0.05)
+    for flags, name in (((), ".lock"), (("--resume",), "baseline/last.pth")):
+        path = tmp_path / "run" / name
+        while time.monotonic() < deadline and not (path.is_file() and path.read_bytes()):
+            time.sleep(0.05)
+        assert train_net.main(tiny("run", *endless, *flags)) == 2
+        assert f"{tmp_path / 'run'} is in use by process {process.pid}; wait" in capsys.readouterr().err
     os.kill(process.pid, signal.SIGTERM)
     process.join()
     assert process.exitcode == 130
     error = (tmp_path / "stderr").read_text()
     assert "SIGTERM: saved step" in error and "--resume" in error
     assert torch.load(tmp_path / "run" / "baseline" / "last.pth", weights_only=True)["step"] > 0
-
-
-@pytest.mark.parametrize("flags", [(), ("--resume",)])
-def test_folder_in_use_is_an_error(tiny, tmp_path, flags, capsys, without_evaluation):
-    """The other run has just started, or is in the middle."""
-    process = start_training(tiny("run", "--force", "BASELINE.EPOCHS", "500"))
-    path = tmp_path / "run" / ("baseline/last.pth" if flags else ".lock")
-    deadline = time.monotonic() + 100
-    while time.monotonic() < deadline and not (path.is_file() and path.read_bytes()):
-        time.sleep(0.05)
-    assert train_net.main(tiny("run", "--force", *flags, "BASELINE.EPOCHS", "500")) == 2
-    assert f"{tmp_path / 'run'} is in use by process {process.pid}; wait" in capsys.readouterr().err
-    process.kill()
-    process.join()
     assert train_net.main(tiny("run", "--force", "--resume", "BASELINE.EPOCHS", "1", *ONLY_BASELINE)) == 0
-    steps = [entry["step"] for entry in log(tmp_path / "run", "baseline")]
-    assert steps == list(range(1, 7))
+    assert [entry["step"] for entry in log(tmp_path / "run", "baseline")] == list(range(1, 7))
 
 
 def test_run_of_an_older_version_resumes(tiny, failed, tmp_path, without_evaluation):

@@ -14,14 +14,15 @@ from tests.tools.conftest import log, run_in_two_processes, run_with_torchrun
 from tools import eval_exits, train_net
 
 
-def test_whole_training(tiny, tmp_path, capsys):
+def test_whole_training_and_its_curves(tiny, tmp_path, capsys):
+    exits = ("EXITS.LAYERS", "[12, 14]", "EXITS.CHANNELS", "0", "EXITS.DEPTH", "[2]")
     whole = ("PHASES", "[baseline, exits, joint]", "EVAL.PICTURES", "2", "EVAL.RIVALS.ENABLED", "true")
-    assert train_net.main(tiny("run", "--force", *whole)) == 0
-    folder = tmp_path / "run"
-    names = {path.name for path in folder.iterdir()}
-    assert names >= {"config.yaml", "run.json", "table.txt", "detections.png", "model.pth", "report.html"}
+    assert train_net.main(tiny("run", "--force", *whole, *exits)) == 0
+    folder, names = tmp_path / "run", ["exit12", "exit14", "full"]
+    files = {path.name for path in folder.iterdir()}
+    assert files >= {"config.yaml", "run.json", "table.txt", "detections.png", "curves.png", "model.pth", "report.html"}
     metrics = json.loads((folder / "metrics.json").read_text())
-    assert [entry["name"] for entry in metrics["exits"]] == ["exit8", "exit12", "full"]
+    assert [entry["name"] for entry in metrics["exits"]] == names
     assert sum(metrics["routed"]["exit_share"].values()) == pytest.approx(1)
     (finding,) = metrics["verdict"]["findings"]  # the only one
     assert finding["veto"] and "the full path does not detect" in finding["line"] and "--force" in finding["line"]
@@ -29,8 +30,21 @@ def test_whole_training(tiny, tmp_path, capsys):
     assert run["seed"] == 0
     assert run["torch"] == torch.__version__
     assert "verdict" in capsys.readouterr().out
+    photos = (folder / "photos.csv").read_text().splitlines()
+    assert photos[0] == "file,exit,confidence,objects,found,lost,added" and len(photos) == 1 + 8
+    ends = [line for line in log(folder, "baseline") if "AP50/full" in line]
+    assert [line["epoch"] for line in ends] == [1.0, 2.0] and not any("AP50/exit12" in line for line in ends)
+    *_, last = log(folder, "exits")
+    assert {key for key in last if "/" in key and not key.startswith("loss/")} == {
+        *(f"{kind}/{name}" for kind in ("AP", "AP50", "share") for name in names),
+        *(f"{kind}/{name}" for kind in ("confidence", "temperature") for name in names[:-1]),
+    }
+    assert sum(last[f"share/{name}"] for name in names) == pytest.approx(1.0)
+    router = torch.load(folder / "exits" / "model.pth", weights_only=True)["info"]["router"]
+    assert [last["temperature/exit12"], last["temperature/exit14"]] == router["temperatures"]
+    assert "loss/exit12_temperature" in last
     # The weights have a forced gate, so a later evaluation reports it too.
-    assert eval_exits.main([*tiny("run"), "--out", str(tmp_path / "again")]) == 0
+    assert eval_exits.main([*tiny("run", *exits), "--out", str(tmp_path / "again")]) == 0
     again = json.loads((tmp_path / "again" / "metrics.json").read_text())
     assert again["context"]["forced"]
     assert [entry["AP50"] for entry in again["exits"]] == [entry["AP50"] for entry in metrics["exits"]]
@@ -123,28 +137,6 @@ def test_exits_train_on_photos_without_boxes(tiny, trained, data_root, tmp_path,
     entries = log(tmp_path / "teacher", "exits")
     assert "loss/exit8_distillation" in entries[0] and "loss/exit8_classification" not in entries[0]
     assert entries[-1]["loss/exit8_distillation"] < entries[0]["loss/exit8_distillation"]
-
-
-def test_exit_after_layer_14_and_training_curves(tiny, tmp_path):
-    more = ("EXITS.LAYERS", "[12, 14]", "EXITS.CHANNELS", "0", "EXITS.DEPTH", "[2]")
-    assert train_net.main(tiny("run", "--force", *more)) == 0
-    run = tmp_path / "run"
-    names = ["exit12", "exit14", "full"]
-    assert [exit["name"] for exit in json.loads((run / "metrics.json").read_text())["exits"]] == names
-    ends = [line for line in log(run, "baseline") if "AP50/full" in line]
-    assert [line["epoch"] for line in ends] == [1.0, 2.0] and not any("AP50/exit12" in line for line in ends)
-    *_, last = log(run, "exits")
-    assert {key for key in last if "/" in key and not key.startswith("loss/")} == {
-        *(f"{kind}/{name}" for kind in ("AP", "AP50", "share") for name in names),
-        *(f"{kind}/{name}" for kind in ("confidence", "temperature") for name in names[:-1]),
-    }
-    assert sum(last[f"share/{name}"] for name in names) == pytest.approx(1.0)
-    router = torch.load(run / "model.pth", weights_only=True)["info"]["router"]
-    assert [last["temperature/exit12"], last["temperature/exit14"]] == router["temperatures"]
-    assert "loss/exit12_temperature" in last
-    assert (run / "curves.png").is_file()
-    photos = (run / "photos.csv").read_text().splitlines()
-    assert photos[0] == "file,exit,confidence,objects,found,lost,added" and len(photos) == 1 + 8
 
 
 def test_mixed_precision_trains_every_phase(tiny, tmp_path, without_evaluation):
