@@ -1,6 +1,7 @@
 """A small routed detector, and its exported files."""
 
 import copy
+import functools
 import shutil
 from pathlib import Path
 
@@ -85,9 +86,10 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def onnx_file(model, folder, made_once) -> Path:
     def make(where: Path) -> None:
-        segments = export.build_segments(model)  # once for both formats
+        trace = functools.cache(export.build_segments)  # one trace for both formats
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(export, "build_segments", lambda _: copy.deepcopy(segments))
+            patch.setattr(export, "exportable", functools.cache(export.exportable))
+            patch.setattr(export, "build_segments", lambda model: copy.deepcopy(trace(model)))
             for name, file_format in (("detector.onnx", "onnx"), ("staged", "staged")):
                 export.export_detector(model, where / name, file_format)
 
