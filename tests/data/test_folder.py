@@ -85,7 +85,10 @@ def test_unlabelled_photos_load_only_if_labels_are_optional(folder, tmp_path, ca
     for names in ("mine", ("theirs", "mine")):
         with pytest.raises(DataError, match="'mine' is a folder of photos without labels.*LOSS.SUPERVISION teacher"):
             load_dataset(cfg, names, train=True)
-    with pytest.raises(DataError, match="'mine' is a folder .*; use data sets with boxes$"):
+    with pytest.raises(
+        DataError,
+        match="'mine' is a folder .*; use data sets with boxes, such as those of `earlyexit predict --save labels`$",
+    ):
         load_dataset(cfg, "mine")  # every detection would count as a false positive
 
 

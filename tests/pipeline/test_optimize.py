@@ -106,12 +106,12 @@ def test_a_detector_of_one_size_is_not_fine_tuned_at_the_sizes_of_glances(tmp_pa
 def test_8_bits_are_a_candidate_unless_they_are_refused(tmp_path, monkeypatch, caplog, runtime, file_format, name):
     sets = {"CALIB": "calib", "TRAIN": SimpleNamespace(records=[SimpleNamespace(path="train.jpg")])}
     search = SimpleNamespace(
-        goal=Goal(ap_drop=0.02, delta=0.1, coco_ap_drop=0.03), out=tmp_path, sets=sets, reference="base"
+        goal=Goal(ap_drop=0.02, delta=0.1, coco_ap_drop=0.03, block=5), out=tmp_path, sets=sets, reference="base"
     )
     search.cfg = SimpleNamespace(EVAL=SimpleNamespace(RUNTIME=runtime))
 
     def quantised(*arguments):
-        assert arguments == ("model", tmp_path / name, file_format, "calib", 0.02, ["train.jpg"], "base", 0.1, 0.03)
+        assert arguments == ("model", tmp_path / name, file_format, "calib", 0.02, ["train.jpg"], "base", 0.1, 0.03, 5)
         aps, speed = ((0.5, 0.4), (0.7, 0.69)), Ratio(1.25, 1.2, 1.3)
         return Int8Figures(tmp_path, 1, FloatLayers(3, False), 9, True, *aps, 0.015, 0.02, 0.1, 20, 19, speed, runtime)
 
@@ -212,14 +212,15 @@ def test_a_choice_whose_exits_close_when_it_is_measured_again_is_not_shipped():
 def test_wanted_milliseconds_are_compared_with_the_first_of_the_base_detector(monkeypatch):
     """The machine is faster than when the base detector was measured. Candidates have milliseconds of that time."""
     monkeypatch.setattr(optimize.replay, "fit_temperatures", lambda *_: [])
-    monkeypatch.setattr(optimize.replay, "fit_router", lambda *_: (None, None))
+    monkeypatch.setattr(optimize.replay, "fit_router", lambda *_, groups: (groups, None))
     monkeypatch.setattr(optimize.replay, "measure_cost_model", lambda *_: CostModel("ms", {(): 7.6}, 0, 7.6, {}))
     monkeypatch.setattr(optimize, "ThresholdSearch", search := Mock(side_effect=KeyError))
     recorded = SimpleNamespace(model=Mock(exit_names=("exit8", "full")))
-    given = SimpleNamespace(cfg=None, model=None, goal=Goal(ms=4.0), base_ms=8.0, reference=None)
+    given = SimpleNamespace(cfg=None, model=None, goal=Goal(ms=4.0), base_ms=8.0, reference=None, blocks="blocks")
     with pytest.raises(KeyError):
         CandidateSearch._measure_routed(given, FAST, recorded, None, "ambiguous_mass")
     assert search.call_args.args[1].value == 2.0
+    assert search.call_args.args[2] == search.call_args.args[7] == "blocks"
 
 
 def test_milliseconds_of_candidates_are_those_of_the_base_detector_by_their_speedup():
@@ -321,11 +322,12 @@ def test_the_written_model_has_the_temperatures_of_the_training(monkeypatch, tmp
 def test_the_base_detector_is_the_first_rival_from_a_file(monkeypatch, tmp_path):
     """`TestFigures.of` finds it by its name, and the file of another search has the same name."""
     monkeypatch.setattr(optimize, "save_model", lambda *_: None)
-    monkeypatch.setattr(optimize, "evaluate_model", lambda cfg, *_, **__: cfg.EVAL.RIVALS.FULL_PATHS)
+    monkeypatch.setattr(optimize, "evaluate_model", lambda cfg, *_, block, **__: (*cfg.EVAL.RIVALS.FULL_PATHS, block))
     architecture = Architecture(**SMALL)
     cfg = load_config(None, ["EVAL.RIVALS.FULL_PATHS", "[other/base.pth]"])
     search = SimpleNamespace(cfg=cfg, out=tmp_path, architecture=architecture, full_path=architecture.build_detector)
-    assert _evaluate(search) == (str(tmp_path / "base.pth"), "other/base.pth")
+    search.goal = Goal(block=5)
+    assert _evaluate(search) == (str(tmp_path / "base.pth"), "other/base.pth", 5)
 
 
 @pytest.mark.parametrize(("runtime", "name"), [("onnxruntime", "nano"), ("openvino", "nano (in ONNX Runtime)")])
