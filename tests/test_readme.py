@@ -28,7 +28,7 @@ from earlyexit_ssd.routing.policies import POLICIES, get_policy
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 EXTENDING = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
-CHOOSING = (ROOT / "docs" / "choosing.md").read_text(encoding="utf-8")
+MEASURED = (ROOT / "docs" / "measurements.md").read_text(encoding="utf-8")
 ROW = re.compile(r"^\| \[[^\]]+\]\((?:docs/)?results/(?P<run>\w+)/metrics\.json\) \| (?P<figures>.+) \|$", re.M)
 RESULTS = sorted(ROOT.glob("docs/results/*/metrics.json"))
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "benchmarks" / "README.md"]
@@ -70,7 +70,7 @@ def times(test: SimpleNamespace) -> str:
 
 
 def test_results_tables_match_metrics_json():
-    rows = list(ROW.finditer(CHOOSING))
+    rows = list(ROW.finditer(MEASURED))
     assert len(rows) == 5
     for row in rows:
         assert row["figures"] == cells(row["run"]), row.group()
@@ -213,7 +213,7 @@ def test_tables_of_rivals_match_metrics_json(run):
         "".format(**row)
         for row in sorted(rows, key=lambda row: row["mmacs"])
     ]
-    assert "\n".join(lines) in CHOOSING, "\n".join(lines)
+    assert "\n".join(lines) in MEASURED, "\n".join(lines)
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.parent.name)
@@ -319,7 +319,7 @@ SEARCH = re.compile(r"^\| \[[^\]]+\]\((?P<file>results/[\w/]+\.json)\) \| (?P<fi
 
 
 def test_table_of_searches_matches_the_results():
-    rows = list(SEARCH.finditer(CHOOSING))
+    rows = list(SEARCH.finditer(MEASURED))
     assert len(rows) >= 5
     for row in rows:
         found = json.loads((ROOT / "docs" / row["file"]).read_text(encoding="utf-8"))
