@@ -182,8 +182,7 @@ class ThresholdSearch:
         if certified.step == 0:  # the step with all exits closed is the cheapest that passed
             fix = "fit the policy on more training photos" if all(self.calib.empty) else "train them longer"
             advice = f"the exits are not accurate enough: allow a larger risk, or {fix}"
-            no_loss = np.zeros(1)
-            fewest = photos_needed(no_loss, target.value, target.delta, BOUNDS[settings.BOUND]) or MAX_PHOTOS
+            fewest = fewest_draws(target, settings.BOUND)
             if certified.passed:
                 advice = "thresholds within the risk do not save cost: try another policy, cheaper branches, more risk"
             elif self.draws < fewest:
@@ -281,6 +280,12 @@ def draws_needed(target: CalibrationTarget) -> int:
     return math.ceil(math.log(target.delta) / math.log1p(-min(max(target.value, SMALLEST_DROP), 0.99)))
 
 
+def fewest_draws(target: CalibrationTarget, bound: str) -> int:
+    """Return the smallest number of calibration photos, or blocks of them, with which a risk can be certified: the
+    number that is enough if no photo has a loss. ``bound`` is a name in `BOUNDS`."""
+    return photos_needed(np.zeros(1), target.value, target.delta, BOUNDS[bound]) or MAX_PHOTOS
+
+
 @shares_processes("out_dir")
 def calibrate(
     cfg: CfgNode, weights: str | os.PathLike[str], target: CalibrationTarget, out_dir: str | os.PathLike[str]
@@ -310,6 +315,10 @@ def calibrate(
     uses_train = target.kind == "risk" or POLICIES.find(cfg.ROUTING.POLICY).needs_training_photos
     _require_labels(cfg, target, recorded, ("CALIB", "TRAIN") if uses_train else ("CALIB",))
     replay.require_deciding(cfg.ROUTING.POLICY, model.empty, weights)
+    blocks = blocks_of(recorded.sets["CALIB"], target.block)
+    _warn_of_few_draws(
+        target, cfg.CALIBRATION.BOUND, len(recorded.sets["CALIB"]) if blocks is None else blocks.max() + 1
+    )
     calib, train = recorded.replay("CALIB"), recorded.replay("TRAIN") if uses_train else None
     if not is_main():
         return None
@@ -317,7 +326,6 @@ def calibrate(
     trained = trained_temperatures(cfg, recorded.info, model.num_early_exits)
     # the router must not be fitted on the photos that test a risk, so temperatures fitted on them are only reported
     temperatures = trained if target.kind == "risk" else replay.temperatures_of(fitted, model.exit_names)
-    blocks = blocks_of(recorded.sets["CALIB"], target.block)
     router, confidences = replay.fit_router(
         cfg, cfg.ROUTING.POLICY, temperatures, calib, train, cross_fit=target.kind != "risk", groups=blocks
     )
@@ -333,6 +341,14 @@ def calibrate(
         photos, command = _page_photos(recorded, search, chosen), calibrate_command(sys.argv, weights)
         write_page(out / PAGE, calibration_page(certificate, fitted, chosen.curve, photos, command))
     return certificate
+
+
+def _warn_of_few_draws(target: CalibrationTarget, bound: str, draws: int) -> None:
+    """Warn before the photos are recorded if a risk cannot be certified on so few of them."""
+    if target.kind == "risk" and draws < (fewest := fewest_draws(target, bound)):
+        name = "photos" if target.block is None else f"blocks of {target.block} photos"
+        text = "all exits will stay closed: a risk of %g needs at least %d calibration %s, but there are %d"
+        logger.warning(text, target.value, fewest, name, draws)
 
 
 def _warn_if_objects_are_lost(certificate: Certificate) -> None:

@@ -90,6 +90,19 @@ def test_closed_exits_of_a_risk_are_explained(monkeypatch, caplog, draws, needed
     assert advice in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("draws", "block", "warning"),
+    [
+        (78, None, "a risk of 0.05 needs at least 79 calibration photos, but there are 78"),
+        (4, 25, "a risk of 0.05 needs at least 79 calibration blocks of 25 photos, but there are 4"),
+        (79, None, None),
+    ],
+)
+def test_too_few_photos_for_a_risk_warn_before_the_photos_are_recorded(caplog, draws, block, warning):
+    calibrate._warn_of_few_draws(calibrate.CalibrationTarget("risk", 0.05, block=block), "betting", draws)
+    assert (f"all exits will stay closed: {warning}" in caplog.text) if warning else not caplog.records
+
+
 @pytest.mark.parametrize(("objects", "kept", "warns"), [(20, 0, True), (20, 9, True), (20, 10, False), (0, 0, False)])
 def test_a_routing_that_loses_most_objects_warns(caplog, objects, kept, warns):
     measured = SimpleNamespace(agreement={"objects": objects, "kept": kept})
