@@ -10,7 +10,7 @@ RUNTIME = ["numpy", "onnxruntime", "pillow", "tqdm"]
 setup(
     name="earlyexit_ssd",
     version="0.1.0",
-    description="Faster torchvision SSDLite detectors on CPUs: early exits, a search for what to ship, files without PyTorch",
+    description="Faster torchvision SSDLite detectors on CPUs: early exits, and a search for what to ship",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="BSD-3-Clause",

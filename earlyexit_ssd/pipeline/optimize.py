@@ -46,7 +46,7 @@ from earlyexit_ssd.modeling.checkpoint import ModelInfo, weights_hash
 from earlyexit_ssd.modeling.heads import find_competing_rows, slice_rows
 from earlyexit_ssd.modeling.retrofit import UNFOLDED, resize_detector
 from earlyexit_ssd.pipeline import build, replay
-from earlyexit_ssd.pipeline.calibrate import FoundThresholds, ThresholdSearch, certificate_of
+from earlyexit_ssd.pipeline.calibrate import FoundThresholds, ThresholdSearch, certificate_of, draws_needed
 from earlyexit_ssd.pipeline.candidates import (
     BASE_FILE,
     COMPACT,
@@ -128,6 +128,8 @@ def optimize(
     _warn_if_busy()
     stop_at = np.inf if goal.minutes is None else time.monotonic() + 60 * goal.minutes
     search = CandidateSearch(cfg, weights, goal, out)
+    if search.few_draws:
+        logger.warning("%s", search.few_draws)
     (measured, untried), rivals = _measure_candidates(search, stop_at), search.rivals()
     measured, best = _choose(search, measured)
     chosen = None if best is None else best.candidate
@@ -157,6 +159,8 @@ def optimize(
             summary += f" A rival is better on the test photos{better.removeprefix(SHIP_INSTEAD)}. Look at it first."
     if untried:
         summary += f" The search stopped after {goal.minutes:g} minutes: {untried} candidates were not tried."
+    if search.few_draws:
+        summary += f" The choice is uncertain: {search.few_draws}."
     candidates = (*measured, *rivals, *([int8] if int8 else []))
     outcome = Outcome(measured[0], chosen, candidates, test, ship, summary, untried)
     content = outcome.to_json()
@@ -279,6 +283,16 @@ class CandidateSearch:
         photos = self.reference.values()
         empty = sum(not (detections["scores"] >= self.cfg.EVAL.SCORE).any() for detections in photos)
         return empty > GLANCE_COST * len(photos)
+
+    @property
+    def few_draws(self) -> str:
+        """What the calib split lacks for the budget; empty if it has enough photos, or blocks of photos."""
+        draws = len(self.base) if self.blocks is None else int(self.blocks.max()) + 1
+        unit = "photos" if self.blocks is None else f"blocks of {self.goal.block} photos"
+        needed, score = draws_needed(self.goal.budget), self.cfg.EVAL.SCORE
+        objects = sum(int((detections["scores"] >= score).sum()) for detections in self.reference.values())
+        found = f"the calib split has only {draws} {unit}, where your detector finds {objects} objects"
+        return "" if draws >= needed else f"{found}; a budget of {self.goal.ap_drop:g} needs at least {needed}"
 
     # Measurement.
 

@@ -54,7 +54,7 @@ def test_stopped_search_resumes_and_writes_its_results(trained, tmp_path, capsys
     chosen = found["chosen"]
     with_open_exits = [item for item in found["candidates"][1:] if not item["exits"] or min(item["thresholds"]) < 2]
     assert chosen["speedup"] == max(item["speedup"] for item in with_open_exits if item["holds"])
-    assert found["test"]["photos"] == 8
+    assert found["test"]["photos"] == 8 and "The choice is uncertain" not in found["summary"]
     printed = capsys.readouterr().out
     assert f"run it: earlyexit predict --weights '{out}/detector.onnx' PHOTO" in printed
     assert found["summary"] in printed and found["summary"] == (out / "summary.txt").read_text().strip()
@@ -137,6 +137,8 @@ def test_original_detector_is_kept_if_no_candidate_holds(trained, tmp_path, caps
     assert "ship the detector as it is" in printed and "(report.html, summary.txt, optimize.json)" in printed
     found = json.loads((out / "optimize.json").read_text())
     assert found["ship"] is False and found["base"]["AP_lost_bound"] == 0
+    assert "The choice is uncertain: the calib split has only 8 photos, where your detector finds" in found["summary"]
+    assert found["summary"].endswith("objects; a budget of 0.01 needs at least 299.")
     assert not (out / "model.pth").exists() and not (out / "detector.xml").exists()
     assert (out / "former_model.pth").read_text() == "earlier"
 
@@ -181,6 +183,7 @@ def test_photos_of_a_block_are_drawn_together(trained, tmp_path, monkeypatch, ca
 
     def stop(search, *_):
         blocks.append((search.blocks, search.goal.budget.block))
+        assert search.few_draws.startswith("the calib split has only 4 blocks of 2 photos, ")
         raise EarlyExitError("enough")
 
     monkeypatch.setattr("earlyexit_ssd.pipeline.optimize._measure_candidates", stop)
