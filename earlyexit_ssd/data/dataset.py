@@ -297,14 +297,16 @@ def build_loader(
     """Return a loader of batches ``(list of images, list of targets)`` for process ``rank``.
 
     Call ``loader.sampler.set_epoch`` before each epoch. See `EpochSampler` for the photos of each process. In training,
-    ``batch_size`` is the sum over all processes. With 0 ``workers``, photos are loaded in this process. Raise DataError
-    if the data set is too small, or (in training) batches cannot be split evenly.
+    ``batch_size`` is the sum over all processes. With 0 ``workers``, photos are loaded in this process. At most one per
+    core is started. Raise DataError if the data set is too small, or (in training) batches cannot be split evenly.
     """
     parts = world_size if train else 1  # processes that share a batch
     if batch_size < 1 or batch_size % parts:
         raise DataError(f"batch size is {batch_size}, expected a multiple of {parts}, the number of processes")
     if len(dataset) < parts:
         raise DataError(f"the data set has {len(dataset)} photos, expected at least one per process ({parts})")
+    # on fewer cores PyTorch would warn
+    workers = min(workers, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     if workers:
         cv2.setNumThreads(0)  # forked workers would wait for ever for OpenCV's threads of this process
     return DataLoader(

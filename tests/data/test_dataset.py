@@ -360,6 +360,16 @@ def test_views_do_not_depend_on_the_number_of_workers(photo_file):
     assert all(same(view, again) for view, again in zip(*views, strict=True))
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system cannot limit a process to some cores")
+def test_there_are_at_most_as_many_workers_as_cores():
+    cores = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, [min(cores)])
+        assert build_loader(Numbers(range(2)), 1, workers=2, train=False, seed=0).num_workers == 1
+    finally:
+        os.sched_setaffinity(0, cores)
+
+
 def test_workers_do_not_get_signals_to_the_process_group():
     iterator = iter(build_loader(Numbers(range(2)), 1, workers=1, train=False, seed=0))
     next(iterator)
