@@ -320,7 +320,7 @@ def predict_arguments(parser: argparse.ArgumentParser) -> None:
 def predict(args: argparse.Namespace) -> None:
     """Detect in photos, videos and cameras; print the detections, the exit and the milliseconds."""
     from earlyexit_ssd.console import write_line
-    from earlyexit_ssd.deploy.predict import annotate, is_exported, open_predictor, predict
+    from earlyexit_ssd.deploy.predict import TABLES, annotate, is_exported, open_predictor, predict
     from earlyexit_ssd.deploy.sources import find_sources
     from earlyexit_ssd.deploy.stream import load_stream_rule
     from earlyexit_ssd.errors import DataError, EarlyExitError, shown
@@ -365,6 +365,9 @@ def predict(args: argparse.Namespace) -> None:
             write_line(f"error: {answer}")
         else:
             print(answer)
+    tables = [TABLES[name] for name in map(str.strip, settings["save"]) if name in TABLES]
+    if tables:
+        print(f"results: {args.out}/ ({', '.join(tables)})")
     if failed:
         raise EarlyExitError(f"{failed} of the photos, frames or sources could not be used, see above")
 
@@ -483,10 +486,10 @@ def benchmark(args: argparse.Namespace) -> None:
     photos = [source.name for source in find_sources(args.photos) if source.kind == "photo"]
     if args.most is not None and len(photos) > args.most:
         photos = sorted(random.Random(0).sample(photos, args.most))
-    unreadable = [photo for photo in photos if isinstance(next(read_frames(Source(photo, "photo"))), DataError)]
-    for photo in unreadable:
-        write_line(f"{photo}: not a readable photo, left out")
-        photos.remove(photo)
+    for photo in list(photos):
+        if isinstance(problem := next(read_frames(Source(photo, "photo"))), DataError):
+            write_line(f"left out: {problem}")
+            photos.remove(photo)
     require_not_input(args.out, [*args.detectors, *photos])
     threads = args.threads or sorted({1, os.cpu_count() or 1})
     make_folder(Path(args.out).parent)

@@ -26,11 +26,12 @@ def photo_folder(tmp_path_factory):
 def test_figures_are_written_and_printed(tmp_path, onnx_file, staged_folder, photo_folder, capsys):  # noqa: F811
     out = tmp_path / "new" / "figures.json"
     (tmp_path / "broken.jpg").write_bytes(b"no photo")
-    mixed = [*sorted(photo_folder.iterdir())[:5], tmp_path / "broken.jpg"]
+    mixed = [*sorted(photo_folder.iterdir())[:5], tmp_path / "broken.jpg", tmp_path / "none"]
     paths = [onnx_file, staged_folder, "--photos", *mixed, "--out", out]
     assert main([*map(str, paths), *QUICK]) == 0
     figures, (printed, errors) = json.loads(out.read_text()), capsys.readouterr()
-    assert "broken.jpg: not a readable photo, left out" in errors
+    assert f"left out: {tmp_path / 'broken.jpg'}: not a readable photo" in errors
+    assert f"left out: {tmp_path / 'none'}: no such photo" in errors
     assert figures["settings"]["photos"] == 5 and figures["machine"]["versions"]["torch"]
     first, second = figures["rows"][:2]
     assert (first["name"], second["name"], second["runtime"]) == ("detector.onnx", "staged", "ONNX Runtime")

@@ -30,8 +30,8 @@ def test_script_runs_alone(photos, tmp_path):
     """With an exported detector, since importing PyTorch takes seconds."""
     exported = export_detector(build_model(exit_layers=()), tmp_path / "detector.onnx").path
     command = [str(ROOT / "tools" / "predict.py"), str(photos / "grey.png"), "--weights", str(exported)]
-    result = run_command([*command, "--out", str(tmp_path / "out")])
-    assert "grey.png: " in result.stdout
+    result = run_command([*command, "--out", str(tmp_path / "out"), "--save", "counts, pictures"])
+    assert "grey.png: " in result.stdout and f"results: {tmp_path / 'out'}/ (counts.csv)" in result.stdout
     assert Image.open(tmp_path / "out" / "grey.png").size == (120, 90)
 
 
