@@ -288,11 +288,11 @@ class CandidateSearch:
     def few_draws(self) -> str:
         """What the calib split lacks for the budget; empty if it has enough photos, or blocks of photos."""
         draws = len(self.base) if self.blocks is None else int(self.blocks.max()) + 1
-        unit = "photos" if self.blocks is None else f"blocks of {self.goal.block} photos"
+        unit, size = ("photos", "") if self.blocks is None else ("blocks", f" of {self.goal.block} photos")
         needed, score = draws_needed(self.goal.budget), self.cfg.EVAL.SCORE
         objects = sum(int((detections["scores"] >= score).sum()) for detections in self.reference.values())
-        found = f"the calib split has only {draws} {unit}, where your detector finds {objects} objects"
-        return "" if draws >= needed else f"{found}; a budget of {self.goal.ap_drop:g} needs at least {needed}"
+        found = f"the calib split has only {draws} {unit}{size}, where your detector finds {objects} objects"
+        return "" if draws >= needed else f"{found}; a budget of {self.goal.ap_drop:g} needs at least {needed} {unit}"
 
     # Measurement.
 
@@ -634,9 +634,8 @@ def _test_in_8_bits(search: CandidateSearch, test: TestFigures, speed: float) ->
 
 def _summary(chosen: Candidate, test: TestFigures, ship: bool, goal: Goal) -> str:
     """Return the verdict, the test figures, and what the budget was compared with."""
-    low, high = test.AP50_lost_interval
-    both = test.AP50_base - test.AP50, test.AP_base - test.AP
-    lost, ap_lost = (round(value, 3) + 0.0 for value in both)  # no -0.000
+    values = *test.AP50_lost_interval, test.AP50_base - test.AP50, test.AP_base - test.AP
+    low, high, lost, ap_lost = (round(value, 3) + 0.0 for value in values)  # no -0.000
     losses = f"{lost:.3f} AP50 lost [{low:.3f}, {high:.3f}], {ap_lost:.3f} AP lost"
     times = f"{test.ms:.1f} ms against {test.ms_base:.1f}, {test.runtime}, threads: {test.threads}"
     objects = f"{test.objects_found} objects found where your detector finds {test.objects_found_base}"
@@ -652,7 +651,7 @@ def _summary(chosen: Candidate, test: TestFigures, ship: bool, goal: Goal) -> st
     )
     if ship:
         verdict = "ship it."
-        if high > goal.ap_drop:
+        if test.AP50_lost_interval[1] > goal.ap_drop:
             compared += ". The interval includes losses above the budget: more test photos would tell"
     elif not test.base_detects:
         verdict = f"do not ship it: your detector itself does not detect (AP50 {test.AP50_base:.3f})."

@@ -72,6 +72,8 @@ def test_the_verdict_compares_the_loss_on_the_test_photos():
     assert "interval includes losses above the budget" in summary and " AP lost" in summary
     narrow = dataclasses.replace(figures, AP50_lost_interval=[0.001, 0.009])
     assert "interval includes losses above the budget" not in _summary(FAST, narrow, True, Goal())
+    same = dataclasses.replace(figures, AP50_lost_interval=[-1e-5, -1e-9])
+    assert " AP50 lost [0.000, 0.000]," in _summary(FAST, same, True, Goal())
 
 
 def test_a_cut_head_has_background_and_the_wanted_classes_only():

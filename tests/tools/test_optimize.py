@@ -184,6 +184,7 @@ def test_photos_of_a_block_are_drawn_together(trained, tmp_path, monkeypatch, ca
     def stop(search, *_):
         blocks.append((search.blocks, search.goal.budget.block))
         assert search.few_draws.startswith("the calib split has only 4 blocks of 2 photos, ")
+        assert search.few_draws.endswith(" needs at least 299 blocks")
         raise EarlyExitError("enough")
 
     monkeypatch.setattr("earlyexit_ssd.pipeline.optimize._measure_candidates", stop)
