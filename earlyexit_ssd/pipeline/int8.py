@@ -120,7 +120,6 @@ def export_int8(
     file_format: export.Format,
     dataset: DetectionDataset,
     ap_drop: float,
-    ranges: Sequence[str | os.PathLike[str]] = (),
     reference: DetectionsById | None = None,
     delta: float = DELTA,
     coco_ap_drop: float | None = None,
@@ -135,10 +134,9 @@ def export_int8(
 
     Args:
         model, path, file_format: see `export_detector`.
-        dataset: photos like those of use, with or without labels.
+        dataset: photos like those of use, with or without labels. The ranges of activations are measured on at most
+            `RANGE_PHOTOS` of them.
         ap_drop: largest AP50 that may be lost, in a share 1 - ``delta`` of the bootstrap draws.
-        ranges: paths of the photos on which the ranges of activations are measured, empty for those of ``dataset``. At
-            most `RANGE_PHOTOS` are used.
         reference: detections with which those in 8 bits are compared; None: the detections in 32 bits.
         delta: share of the bootstrap draws that may lose more than ``ap_drop``.
         coco_ap_drop: as ``ap_drop``, for COCO's AP (IoU 0.5 to 0.95); None: not limited.
@@ -164,7 +162,7 @@ def export_int8(
             )
         segments = export.build_segments(model)
         inputs: dict[str, list[dict[str, np.ndarray]]] = {part.name: [] for part in segments if part.of_photo}
-        for photo in map(read_image, _sample(ranges or photos)):
+        for photo in map(read_image, _sample(photos)):
             for segment in segments:
                 if segment.of_photo:
                     inputs[segment.name].append(export.photo_inputs(model, segment, photo))

@@ -588,8 +588,7 @@ def _in_8_bits(search: CandidateSearch, chosen: Candidate) -> Candidate | None:
     try:
         model, file_format = open_any(search.out / "model.pth"), FORMAT_OF_RUNTIME[search.cfg.EVAL.RUNTIME]
         path = search.out / f"detector{SUFFIXES[file_format]}"
-        range_photos = [record.path for record in search.sets["TRAIN"].records]
-        limits = (goal.ap_drop, range_photos, search.reference, goal.delta, goal.coco_ap_drop, goal.block)
+        limits = (goal.ap_drop, search.reference, goal.delta, goal.coco_ap_drop, goal.block)
         figures = export_int8(model, path, file_format, search.sets["CALIB"], *limits)
     except EarlyExitError as reason:
         logger.info("no candidate in 8 bits: %s", reason)

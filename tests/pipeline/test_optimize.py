@@ -106,14 +106,12 @@ def test_a_detector_of_one_size_is_not_fine_tuned_at_the_sizes_of_glances(tmp_pa
     [("onnxruntime", "onnx", "detector.onnx"), ("openvino", "openvino", "detector.xml")],
 )
 def test_8_bits_are_a_candidate_unless_they_are_refused(tmp_path, monkeypatch, caplog, runtime, file_format, name):
-    sets = {"CALIB": "calib", "TRAIN": SimpleNamespace(records=[SimpleNamespace(path="train.jpg")])}
-    search = SimpleNamespace(
-        goal=Goal(ap_drop=0.02, delta=0.1, coco_ap_drop=0.03, block=5), out=tmp_path, sets=sets, reference="base"
-    )
+    goal = Goal(ap_drop=0.02, delta=0.1, coco_ap_drop=0.03, block=5)
+    search = SimpleNamespace(goal=goal, out=tmp_path, sets={"CALIB": "calib"}, reference="base")
     search.cfg = SimpleNamespace(EVAL=SimpleNamespace(RUNTIME=runtime))
 
     def quantised(*arguments):
-        assert arguments == ("model", tmp_path / name, file_format, "calib", 0.02, ["train.jpg"], "base", 0.1, 0.03, 5)
+        assert arguments == ("model", tmp_path / name, file_format, "calib", 0.02, "base", 0.1, 0.03, 5)
         aps, speed = ((0.5, 0.4), (0.7, 0.69)), Ratio(1.25, 1.2, 1.3)
         return Int8Figures(tmp_path, 1, FloatLayers(3, False), 9, True, *aps, 0.015, 0.02, 0.1, 20, 19, speed, runtime)
 
