@@ -283,9 +283,14 @@ def optimize(args: argparse.Namespace) -> None:
     files = "report.html, summary.txt, optimize.json" + (", model.pth, test/" if outcome.chosen else "")
     print(f"\nresults: {out}/ ({files})")
     if outcome.chosen is not None:
-        openvino = cfg.EVAL.RUNTIME == "openvino"
-        file, option = ("detector.xml", " --runtime openvino") if openvino else ("detector.onnx", "")
-        print(f"run it: earlyexit predict --weights {quote(f'{out}/{file}')}{option} PHOTO")
+        file = "detector.xml" if cfg.EVAL.RUNTIME == "openvino" else "detector.onnx"
+        print("run it:" if outcome.ship else "try it, but do not ship it:", predict_line(f"{out}/{file}"))
+
+
+def predict_line(file: str) -> str:
+    """Return the command that runs an exported detector."""
+    option = " --runtime openvino" if file.endswith(".xml") else ""
+    return f"earlyexit predict --weights {quote(file)}{option} PHOTO"
 
 
 def predict_arguments(parser: argparse.ArgumentParser) -> None:
@@ -445,8 +450,7 @@ def export(args: argparse.Namespace) -> None:
         if args.photos and not photos:
             raise EarlyExitError(f"--photos {' '.join(args.photos)[:80]} has no photo; name photos or their folder")
         print(export_detector(model, args.out, args.format, photos))
-    runtime = ", 'openvino'" if args.format == "openvino" else ""
-    print(f"run it: from earlyexit_ssd.deploy import Predictor; Predictor({args.out!r}{runtime})(photo)")
+    print("run it:", predict_line(args.out))
 
 
 def benchmark_arguments(parser: argparse.ArgumentParser) -> None:

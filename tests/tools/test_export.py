@@ -1,6 +1,7 @@
 """``tools/export.py``: from a model file to a file that runs without PyTorch."""
 
 import functools
+from shlex import quote
 
 import numpy as np
 import pytest
@@ -20,7 +21,9 @@ def test_exported_file_runs_without_pytorch(tmp_path, capsys):
         out = str(tmp_path / f"{name}.onnx")
         assert export.main([str(tmp_path / f"{name}.pth"), "--out", out, "--full"]) == 0
         printed = capsys.readouterr()
-        assert "detections in 8 photos are the model's" in printed.out and f"Predictor({out!r})(photo)" in printed.out
+        assert (
+            "detections in 8 photos are the model's" in printed.out and f"--weights {quote(out)} PHOTO" in printed.out
+        )
         assert "exits; those of" not in printed.err
         assert Predictor(out)(np.zeros((20, 30, 3), np.uint8)).exit_name == "full"
 

@@ -56,7 +56,8 @@ def test_stopped_search_resumes_and_writes_its_results(trained, tmp_path, capsys
     assert chosen["speedup"] == max(item["speedup"] for item in with_open_exits if item["holds"])
     assert found["test"]["photos"] == 8 and "The choice is uncertain" not in found["summary"]
     printed = capsys.readouterr().out
-    assert f"run it: earlyexit predict --weights '{out}/detector.onnx' PHOTO" in printed
+    words = "run it: " if found["ship"] else "try it, but do not ship it: "
+    assert f"{words}earlyexit predict --weights '{out}/detector.onnx' PHOTO" in printed
     assert found["summary"] in printed and found["summary"] == (out / "summary.txt").read_text().strip()
     assert not (out / "detector.xml").exists() and (out / "detector.onnx").is_file()
     assert (out / "candidates.png").stat().st_size > 0
@@ -138,7 +139,7 @@ def test_original_detector_is_kept_if_no_candidate_holds(trained, tmp_path, caps
     found = json.loads((out / "optimize.json").read_text())
     assert found["ship"] is False and found["base"]["AP_lost_bound"] == 0
     assert "The choice is uncertain: the calib split has only 8 photos, where your detector finds" in found["summary"]
-    assert found["summary"].endswith("objects; a budget of 0.01 needs at least 299.")
+    assert found["summary"].endswith("objects; a budget of 0.01 needs at least 299 photos.")
     assert not (out / "model.pth").exists() and not (out / "detector.xml").exists()
     assert (out / "former_model.pth").read_text() == "earlier"
 
