@@ -70,9 +70,8 @@ class DriftReference:
         if len(names) < 2 or len(set(names)) < len(names):
             raise EarlyExitError(f"exit_names {names}: expected early exits and the full path, no name twice")
         if len(counts) != len(names) or sum(counts) != self.photos:
-            raise EarlyExitError(
-                f"exit_counts {counts}: expected one for each of {len(names)} exits, with the sum {self.photos}"
-            )
+            expected = f"expected one for each of {len(names)} exits, with the sum {self.photos}"
+            raise EarlyExitError(f"exit_counts {counts}: {expected}")
         if len(self.confidences) != len(names) - 1:
             message = f"confidences has {len(self.confidences)} lists"
             raise EarlyExitError(f"{message}, expected one for each of {len(names) - 1} early exits")

@@ -138,9 +138,8 @@ def opencv() -> ModuleType:
     try:
         import cv2
     except ImportError:
-        raise EarlyExitError(
-            "videos and cameras need OpenCV, which is not installed: pip install opencv-python-headless"
-        ) from None
+        fix = "pip install opencv-python-headless"
+        raise EarlyExitError(f"videos and cameras need OpenCV, which is not installed: {fix}") from None
     return cv2
 
 

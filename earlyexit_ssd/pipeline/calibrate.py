@@ -203,11 +203,9 @@ class ThresholdSearch:
         ap50 = self.calib.ap50_of(grid.choices, "thresholds")
         best = best_within(mean_costs, -ap50, self.costs.plain / self.target.value)
         if best is None:
-            raise EarlyExitError(
-                f"a speed-up of {self.target.value:g} is out of reach: the cheapest thresholds give "
-                f"{self.costs.plain / mean_costs.min():.2f}; choose a smaller one, or train a shallower exit "
-                "(EXITS.LAYERS)"
-            )
+            cheapest = f"the cheapest thresholds give {self.costs.plain / mean_costs.min():.2f}"
+            fix = "choose a smaller one, or train a shallower exit (EXITS.LAYERS)"
+            raise EarlyExitError(f"a speed-up of {self.target.value:g} is out of reach: {cheapest}; {fix}")
         lost = ap50[closed] - ap50
         curve = _curve(grid, mean_costs, lost, pareto_path(lost, mean_costs), {})
         return FoundThresholds(tuple(grid.thresholds[best].tolist()), grid.choices[best], Measured(), curve)
@@ -369,9 +367,8 @@ def _require_labels(
             continue
         photos = f"DATA.{name} ({', '.join(cfg.DATA[name]):.100}) has unlabelled photos"
         if cfg.CALIBRATION.REFERENCE == "labels":
-            raise EarlyExitError(
-                f"CALIBRATION.REFERENCE is labels, but {photos}; set it to full, or name data sets with boxes"
-            )
+            fix = "set it to full, or name data sets with boxes"
+            raise EarlyExitError(f"CALIBRATION.REFERENCE is labels, but {photos}; {fix}")
         if target.kind == "ap_drop" and name == "CALIB":
             raise EarlyExitError(f"--ap-drop needs boxes, but {photos}; use --risk or --speedup, which need none")
 

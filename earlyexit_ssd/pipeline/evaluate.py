@@ -163,10 +163,9 @@ def _single_exit(path: str) -> EarlyExitSSDLite:
     model, _, _ = load_model(path)
     if model.empty != (False,):
         exits = ", ".join(model.exit_names[:-1]) or "none"
-        raise EarlyExitError(
-            f"{path}: EVAL.RIVALS.SINGLE_EXITS takes models with one early exit and its branch, but it has {exits};"
-            " train a model with one exit (EXITS.LAYERS)"
-        )
+        expected = "EVAL.RIVALS.SINGLE_EXITS takes models with one early exit and its branch"
+        fix = "train a model with one exit (EXITS.LAYERS)"
+        raise EarlyExitError(f"{path}: {expected}, but it has {exits}; {fix}")
     model.router = ExitRouter(1, thresholds=0.0)
     return model
 

@@ -139,9 +139,8 @@ class RivalFile(Contestant):
 
     def __post_init__(self) -> None:
         if self.file_format not in FORMATS:
-            raise EarlyExitError(
-                f"{self.path}: format {shown(self.file_format)}: expected one of compile, {', '.join(FORMATS)}"
-            )
+            expected = f"expected one of compile, {', '.join(FORMATS)}"
+            raise EarlyExitError(f"{self.path}: format {shown(self.file_format)}: {expected}")
 
     def open(self, threads: int, score: float) -> Detect:
         """Open the file, see `Contestant`. ``score`` is ignored, since the format has its own minimum score."""

@@ -167,10 +167,8 @@ def check_settings(cfg: CfgNode, device: torch.device) -> None:
     if cfg.ROUTING.HYBRID:
         raise ConfigError("ROUTING.HYBRID is true: calibration does not support hybrid routing; set it to false")
     if cfg.ROUTING.CERTIFICATE:
-        raise ConfigError(
-            f"ROUTING.CERTIFICATE is {cfg.ROUTING.CERTIFICATE}, but this command calibrates anew; set it to '' "
-            "(tools/eval_exits.py uses a certificate)"
-        )
+        fix = "this command calibrates anew; set it to '' (tools/eval_exits.py uses a certificate)"
+        raise ConfigError(f"ROUTING.CERTIFICATE is {cfg.ROUTING.CERTIFICATE}, but {fix}")
     check_rivals(cfg, device)
 
 
@@ -292,10 +290,8 @@ def require_deciding(policy: str, empty: Sequence[bool], source: str | os.PathLi
     logits only."""
     if all(empty) and not reads_taps(policy):
         usable = " or ".join(filter(reads_taps, POLICIES))
-        raise EarlyExitError(
-            f"policy '{policy}' reads logits, but all exits of {source} are empty and have none; "
-            f"use {usable} (ROUTING.POLICY)"
-        )
+        exits = f"all exits of {source} are empty and have none"
+        raise EarlyExitError(f"policy '{policy}' reads logits, but {exits}; use {usable} (ROUTING.POLICY)")
 
 
 @dataclass(frozen=True)
