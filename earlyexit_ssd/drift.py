@@ -56,8 +56,7 @@ def nearest_sample(values: np.ndarray, quantiles: np.ndarray, count: int) -> np.
 
 @dataclass(frozen=True)
 class DriftReference:
-    """Exits and confidences of the calibration photos, as the certificate stores them. Impossible values raise
-    EarlyExitError."""
+    """Exits and confidences of the calibration photos in a certificate. Impossible values raise EarlyExitError."""
 
     photos: Annotated[int, 1, 2**63]
     exit_names: tuple[str, ...]  # shallow to deep, the full path last

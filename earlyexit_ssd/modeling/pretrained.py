@@ -181,8 +181,7 @@ def class_names_of_head(outputs: int, classes: Sequence[str] | None = None) -> t
 
 
 def make_router(model: EarlyExitDetector, settings: RouterSettings) -> Router:
-    """Build a router from a file's settings and run it on a blank photo. Raise an EarlyExitError if they do not fit the
-    model."""
+    """Build a router and run it on a blank photo. Raise an EarlyExitError if its settings do not fit the model."""
     device = next(model.parameters()).device
     try:
         routing = importlib.import_module("earlyexit_ssd.routing")  # it imports modeling

@@ -287,8 +287,7 @@ def require_policy(cfg: CfgNode) -> None:
 
 def open_router(cfg: CfgNode, model: EarlyExitSSDLite, info: ModelInfo, weights: str | os.PathLike[str]) -> ExitRouter:
     """Return the router of the first of these: ROUTING.CERTIFICATE, the certificate in ``info``, the ROUTING section.
-    ``model`` and ``info`` are from the file ``weights``. Raise the errors of `Certificate.router_for` and
-    `build_router`."""
+    ``model`` and ``info`` are from the file ``weights``. Errors: see `Certificate.router_for`, `build_router`."""
     if cfg.ROUTING.CERTIFICATE:
         return load_certificate(cfg.ROUTING.CERTIFICATE).router_for(model)
     if info.get("certificate"):

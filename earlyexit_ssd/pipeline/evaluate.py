@@ -353,8 +353,7 @@ def attention_of(
 
 def calibrate_command(arguments: Sequence[str], weights: Any) -> str:
     """Return a command that calibrates ``weights``, with ``{target}`` in place of ``--ap-drop`` and the like.
-    Configuration file and keys are those of ``arguments``, a command line. Without ``--config``, as in a notebook, the
-    result is empty."""
+    Configuration file and keys are those of ``arguments``, a command line. Without ``--config`` it is empty."""
     if "--config" not in arguments[:-1]:
         return ""
     config = arguments[list(arguments).index("--config") + 1]

@@ -131,8 +131,7 @@ def exportable_path(path: str | os.PathLike[str], file_format: Format) -> Path:
 
 
 def exportable(model: EarlyExitDetector) -> EarlyExitDetector:
-    """Return a copy of the model on the CPU, without exits if it has no router. Raise EarlyExitError for a hybrid
-    router."""
+    """Copy the model to the CPU, without exits if it has no router. Raise EarlyExitError for a hybrid router."""
     if getattr(model.router, "hybrid", False):
         fix = "calibrate and export with ROUTING.HYBRID false"
         raise EarlyExitError(f"a hybrid router cannot be exported, since all its photos run the whole trunk; {fix}")
@@ -381,8 +380,7 @@ def _compare_heads(
 def _compare(
     model: EarlyExitDetector, predictor: Predictor, photos: Iterable[tuple[str, np.ndarray]]
 ) -> tuple[int, int]:
-    """Compare the file with the model. Return the numbers of the model's detections, and of photos that differ only by
-    rounding."""
+    """Compare the file with the model. Return its number of detections, and of photos that differ only by rounding."""
     detections = borderline = 0
     for name, photo in photos:
         (expected,) = model([as_tensor(photo)])

@@ -73,8 +73,7 @@ class TorchPredictor:
         return detection_grid([Example(pixels, None, by_exit, routed)], self.exit_names, self.classes, score)
 
     def note_calibration_photos(self, photos: Iterable[str | os.PathLike[str]]) -> None:
-        """Log a warning if the model's routing was calibrated on some of the photos. Figures on these photos are too
-        good."""
+        """Warn if the model's routing was calibrated on some of the photos, since figures on these are too good."""
         certificate = getattr(self.model.router, "certificate", None)
         try:
             if certificate is not None:

@@ -96,8 +96,7 @@ class Replay(Recording):
         return losses_against_full(self.ground_truth, self.detections, self.score, self.iou)
 
     def agreement(self, choice: np.ndarray, reference: DetectionsById | None = None) -> Agreement:
-        """Return the agreement with ``reference`` (None: the full path) if the photos leave at the exits ``choice``
-        [n]."""
+        """Return the agreement with ``reference`` (None: the full path) if photos leave at the exits ``choice`` [n]."""
         reference = self.detections[-1] if reference is None else reference
         pairs = zip(self.image_ids, choice.tolist(), strict=True)
         routed = {image_id: self.detections[index][image_id] for image_id, index in pairs}
@@ -161,8 +160,7 @@ def open_model_on_splits(cfg: CfgNode, weights: str | os.PathLike[str], out: Pat
 
 
 def check_settings(cfg: CfgNode, device: torch.device) -> None:
-    """Raise EarlyExitError if the configured routing is unknown or cannot be calibrated, or `check_rivals` finds a file
-    or package missing."""
+    """Raise EarlyExitError if the routing is unknown or cannot be calibrated, or `check_rivals` misses anything."""
     build.require_policy(cfg)
     if cfg.ROUTING.HYBRID:
         raise ConfigError("ROUTING.HYBRID is true: calibration does not support hybrid routing; set it to false")

@@ -186,8 +186,7 @@ def _run_phase(run: Run, name: str, force: bool) -> None:
 
 
 def write_training_page(folder: Path, cfg: CfgNode) -> None:
-    """Write the report page of a training that is not evaluated yet into its ``folder``, once there is a log entry or a
-    gate."""
+    """Write the report page of an unevaluated training into its ``folder``, once there is a log entry or a gate."""
     with never_failing(folder / PAGE):
         section, gates = read_training(folder, cfg.ROUTING.TEMPERATURE_BOUNDS)
         if section is not None:

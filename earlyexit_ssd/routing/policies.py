@@ -126,8 +126,7 @@ def register_policy(name: str, boxes: int | None = None) -> Callable[[Registered
 
 
 def get_policy(name: str, parameters: Any = None) -> Policy:
-    """Return the policy ``name``, with ``parameters`` if it is fitted. Raise an EarlyExitError for an unknown name or
-    wrong parameters."""
+    """Return the policy ``name``, with ``parameters`` if fitted. Raise an EarlyExitError if one of them is wrong."""
     policy = POLICIES.find(name)
     if not is_fitted(name):
         if parameters is not None:
