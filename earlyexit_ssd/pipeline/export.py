@@ -131,10 +131,13 @@ def exportable_path(path: str | os.PathLike[str], file_format: Format) -> Path:
 
 
 def exportable(model: EarlyExitDetector) -> EarlyExitDetector:
-    """Copy the model to the CPU, without exits if it has no router. Raise EarlyExitError for a hybrid router."""
+    """Return a copy of the model on the CPU, without exits if it has no router. Raise EarlyExitError for a hybrid
+    router."""
     if getattr(model.router, "hybrid", False):
-        fix = "calibrate and export with ROUTING.HYBRID false"
-        raise EarlyExitError(f"a hybrid router cannot be exported, since all its photos run the whole trunk; {fix}")
+        raise EarlyExitError(
+            "a hybrid router cannot be exported, since all its photos run the whole trunk; calibrate and export with "
+            "ROUTING.HYBRID false"
+        )
     model = copy.deepcopy(model).cpu().eval()
     if model.router is not None:
         return model
@@ -372,15 +375,17 @@ def _compare_heads(
                 expected = heads[segment.index][key].numpy()
                 difference = np.abs(outputs[key] - expected).max()
                 if not difference <= MAX_HEAD_DIFFERENCE * max(1.0, np.abs(expected).max()):  # also true for NaN
-                    differ = f"{key} of {segment.name} differ by {difference:.2g} from the model's"
-                    expected = f"expected {MAX_HEAD_DIFFERENCE:g}; nothing was written"
-                    raise EarlyExitError(f"{name}: {differ}, {expected}")
+                    raise EarlyExitError(
+                        f"{name}: {key} of {segment.name} differ by {difference:.2g} from the model's, expected "
+                        f"{MAX_HEAD_DIFFERENCE:g}; nothing was written"
+                    )
 
 
 def _compare(
     model: EarlyExitDetector, predictor: Predictor, photos: Iterable[tuple[str, np.ndarray]]
 ) -> tuple[int, int]:
-    """Compare the file with the model. Return its number of detections, and of photos that differ only by rounding."""
+    """Compare the file with the model. Return the numbers of the model's detections, and of photos that differ only by
+    rounding."""
     detections = borderline = 0
     for name, photo in photos:
         (expected,) = model([as_tensor(photo)])
@@ -402,9 +407,10 @@ def _is_same(model: EarlyExitDetector, photo: np.ndarray, expected: dict[str, Te
         threshold = float(model.router.thresholds[left])
         if abs(confidence - threshold) <= NEAR_THRESHOLD:
             return False
-        exits = f"the file leaves at {found.exit_name}, the model at {model.exit_names[index]}"
-        reason = f"confidence {confidence:.6f} at {model.exit_names[left]}, threshold {threshold:.6f}"
-        raise EarlyExitError(f"{exits} ({reason})")
+        raise EarlyExitError(
+            f"the file leaves at {found.exit_name}, the model at {model.exit_names[index]} (confidence "
+            f"{confidence:.6f} at {model.exit_names[left]}, threshold {threshold:.6f})"
+        )
     of_model = [expected[key].numpy() for key in ("boxes", "labels", "scores")]
     of_file = [found.boxes, found.labels, found.scores]
     unpaired = _unpaired(of_model, of_file)
@@ -414,8 +420,10 @@ def _is_same(model: EarlyExitDetector, photo: np.ndarray, expected: dict[str, Te
     if not len(unexplained):
         return False
     box, label, score = (values[unexplained[0]] for values in unpaired)
-    example = f"{model.classes[label - 1]} {score:.4f} at {[round(float(value), 1) for value in box]}"
-    raise EarlyExitError(f"{len(unexplained)} detections at {found.exit_name} are not the model's: {example}")
+    raise EarlyExitError(
+        f"{len(unexplained)} detections at {found.exit_name} are not the model's: {model.classes[label - 1]} "
+        f"{score:.4f} at {[round(float(value), 1) for value in box]}"
+    )
 
 
 Arrays = Sequence[np.ndarray]  # boxes [n, 4], labels [n] and scores [n]
