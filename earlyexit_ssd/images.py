@@ -1,7 +1,5 @@
 """Read photos as 8-bit RGB arrays, in the rotation that the boxes refer to, and draw boxes on photos."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import os

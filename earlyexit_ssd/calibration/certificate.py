@@ -1,7 +1,5 @@
 """The certificate: a JSON file with the result of a calibration, its guarantee, and the hash of the weights."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json

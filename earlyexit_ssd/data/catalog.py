@@ -1,7 +1,5 @@
 """Data sets by name: the entries of DATA.DATASETS, and a catalog of registered data sets."""
 
-from __future__ import annotations
-
 import functools
 import os
 import shutil

@@ -1,7 +1,5 @@
 """Augmentation presets with albumentations, reproducible from a seed."""
 
-from __future__ import annotations
-
 import random
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Read photos, folders, patterns, videos, cameras and network streams, one frame at a time."""
 
-from __future__ import annotations
-
 import glob
 import itertools
 import logging

@@ -1,7 +1,5 @@
 """Rivals from ONNX files (EVAL.RIVALS.ONNX): preparation of the photo, decoding of the outputs, and MMACs."""
 
-from __future__ import annotations
-
 import logging
 import math
 import os

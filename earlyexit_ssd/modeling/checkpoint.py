@@ -1,7 +1,5 @@
 """Model files: the weights, the architecture that rebuilds the model, and results of the training."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import os

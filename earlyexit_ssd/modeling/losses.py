@@ -1,7 +1,5 @@
 """Training targets and losses. Default boxes are assigned to objects once per batch, since all exits share them."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Annotated

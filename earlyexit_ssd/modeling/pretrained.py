@@ -1,7 +1,5 @@
 """Load a trained model with its routing by name or path, and save it."""
 
-from __future__ import annotations
-
 import importlib
 import inspect
 import logging

@@ -4,8 +4,6 @@
 convolution (the *expansion*) is the finest feature map of the head.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass

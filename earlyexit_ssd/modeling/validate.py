@@ -1,7 +1,5 @@
 """Checks of the model's inputs and parts. Errors name the image or target, the value and what was expected."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from numbers import Real
 

@@ -4,8 +4,6 @@ The network runs once over each split, and the search uses the stored outputs. `
 splits. For each split it has a `Replay`: the outputs, with the labels.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import hashlib

@@ -1,7 +1,5 @@
 """Evaluate a trained model on the TEST split, compare it with rivals, and write the report page."""
 
-from __future__ import annotations
-
 import itertools
 import logging
 import os

@@ -1,7 +1,5 @@
 """The phases of a training run: each trains the run's model and returns a gate. Also fine-tuning, without a gate."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import hashlib

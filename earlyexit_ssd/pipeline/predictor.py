@@ -1,7 +1,5 @@
 """PyTorch models and ONNX files of other projects, with the interface of exported detectors."""
 
-from __future__ import annotations
-
 import hashlib
 import logging
 import math

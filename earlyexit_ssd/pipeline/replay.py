@@ -1,7 +1,5 @@
 """Evaluate any routing on a split from the recorded outputs of all exits, without running the network again."""
 
-from __future__ import annotations
-
 import functools
 import itertools
 import logging

@@ -1,7 +1,5 @@
 """Train a detector with exits on photos with boxes. All inputs are checked before the training starts."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import logging

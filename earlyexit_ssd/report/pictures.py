@@ -1,7 +1,5 @@
 """The pictures that jobs write: charts, and photos with their boxes."""
 
-from __future__ import annotations
-
 import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Texts and tables of the results of a calibration or an evaluation, and the files that hold them."""
 
-from __future__ import annotations
-
 import csv
 import io
 from collections.abc import Callable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """The router, which decides at each exit which images leave."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
