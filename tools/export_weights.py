@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import io
 import re
 import sys
 from pathlib import Path
@@ -30,6 +29,7 @@ def export_weights(source: str | Path, name: str, folder: Path, cfg, recipe: str
     from earlyexit_ssd.errors import EarlyExitError
     from earlyexit_ssd.files import write_bytes, write_json
     from earlyexit_ssd.modeling import load_model
+    from earlyexit_ssd.modeling.checkpoint import half_file
     from earlyexit_ssd.modeling.retrofit import read_weights
     from earlyexit_ssd.pipeline.build import build_router
 
@@ -61,39 +61,6 @@ def export_weights(source: str | Path, name: str, folder: Path, cfg, recipe: str
     write_bytes(path, content)
     write_json(path.with_suffix(".json"), description)
     return path
-
-
-def half_file(content) -> bytes:
-    """Return the bytes of a model file in half precision. Equal ``content`` (of `read_weights`) gives equal bytes."""
-    import torch
-
-    buffer = io.BytesIO()  # with a path, torch.save would write the path's name into the file
-    torch.save({**content, "model": half_state(content["model"])}, buffer)
-    return buffer.getvalue()
-
-
-def half_state(state: dict) -> dict:
-    """Return a copy of a state dict with floating-point tensors rounded to fp16. Raise an EarlyExitError for a value
-    that is not finite in fp16.
-
-    Tensors of one type are views into one buffer, since ``torch.save`` adds 200 bytes per buffer. A BatchNorm variance
-    below fp16's smallest number (6e-8) becomes 0, which hardly changes the output, since BatchNorm adds 1e-3 to it.
-    """
-    import torch
-
-    from earlyexit_ssd.errors import EarlyExitError
-
-    half = {name: value.half() if value.is_floating_point() else value for name, value in state.items()}
-    views = dict.fromkeys(state)
-    for dtype in {value.dtype: None for value in half.values()}:
-        group = {name: value.detach().cpu() for name, value in half.items() if value.dtype == dtype}
-        buffer = torch.cat([value.flatten() for value in group.values()])
-        parts = buffer.split([value.numel() for value in group.values()])
-        for (name, value), part in zip(group.items(), parts, strict=True):
-            if not part.isfinite().all():
-                raise EarlyExitError(f"{name} has a value above fp16's largest (65504), or NaN; train the model again")
-            views[name] = part.view(value.shape)
-    return views
 
 
 def measured(result: str | Path, routing, digest: str) -> tuple[str, dict]:

@@ -12,8 +12,9 @@ from earlyexit_ssd import EarlyExitSSDLite, EarlyExitSSDLite_Weights, ExitRouter
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.modeling import Architecture, Exit, load_model, save_model
 from earlyexit_ssd.modeling import checkpoint as weights
-from earlyexit_ssd.modeling.checkpoint import find_weights, read_description, weights_path
-from tests.modeling.conftest import SMALL
+from earlyexit_ssd.modeling.checkpoint import find_weights, half_file, half_state, read_description, weights_path
+from earlyexit_ssd.modeling.retrofit import read_weights
+from tests.modeling.conftest import SMALL, assert_equal
 
 KEY = "head.regression_head.module_list.0.1.bias"
 VARIANCE = "backbone.features.0.0.1.running_var"
@@ -117,6 +118,44 @@ def test_branches_of_older_versions_are_refused(tmp_path, content):
     torch.save({**content, "architecture": described, "model": state}, tmp_path / "old.pth")
     with pytest.raises(EarlyExitError, match=r"old.pth does not fit .*cascade.* train the exits again"):
         load_model(tmp_path / "old.pth")
+
+
+# Half precision.
+
+
+def test_half_precision_rounds_values_and_keeps_the_order():
+    state = {
+        "a.weight": torch.tensor([[1.0, 1 + 2**-11], [-3.5, 1e-9]]),  # 1 + 2^-11 is between two fp16 numbers
+        "a.num_batches_tracked": torch.tensor(70000),
+        "b.running_var": torch.tensor([1e-30, 22.5]),
+    }
+    half = half_state(state)
+    assert list(half) == list(state)
+    expected = {
+        "a.weight": torch.tensor([[1.0, 1.0], [-3.5, 0.0]], dtype=torch.float16),
+        "a.num_batches_tracked": torch.tensor(70000),
+        "b.running_var": torch.tensor([0.0, 22.5], dtype=torch.float16),
+    }
+    assert_equal(half, expected)
+    assert half["a.weight"].untyped_storage().data_ptr() == half["b.running_var"].untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize("value", [70000.0, float("nan"), float("-inf")])
+def test_values_outside_fp16_are_refused(value):
+    with pytest.raises(EarlyExitError, match=r"^head\.bias has a value above fp16's largest"):
+        half_state({"fine": torch.ones(2), "head.bias": torch.tensor([0.0, value])})
+
+
+def test_half_file_is_reproducible_and_loads_as_fp32(tmp_path, model):
+    save_model(tmp_path / "model.pth", model, Architecture(**SMALL), {"phase": "exits"})
+    content = half_file(read_weights(tmp_path / "model.pth"))
+    assert content == half_file(read_weights(tmp_path / "model.pth"))
+    assert len(content) < 0.55 * (tmp_path / "model.pth").stat().st_size
+    (tmp_path / "half.pth").write_bytes(content)
+    loaded, architecture, info = load_model(tmp_path / "half.pth")
+    assert (architecture, info) == (Architecture(**SMALL), {"phase": "exits"})
+    rounded = {key: value.half().to(value.dtype) for key, value in model.state_dict().items()}
+    assert_equal(dict(loaded.state_dict()), rounded)
 
 
 # The weights shipped with the package.

@@ -10,9 +10,8 @@ from earlyexit_ssd import EarlyExitSSDLite, ExitRouter
 from earlyexit_ssd.config import get_cfg
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.files import sha256, write_json
-from earlyexit_ssd.modeling import Architecture, load_model, save_model
-from earlyexit_ssd.modeling.retrofit import read_weights
-from tests.modeling.conftest import SMALL, assert_equal, small_model
+from earlyexit_ssd.modeling import Architecture, save_model
+from tests.modeling.conftest import SMALL, small_model
 from tools import eval_exits, export_weights
 
 ship, same_model = export_weights.export_weights, functools.cache(small_model)
@@ -82,41 +81,6 @@ def test_too_large(tmp_path, monkeypatch):
     with pytest.raises(EarlyExitError, match=r"toy\.pth: \d+ bytes, at most 1000 are shipped; reduce EXITS\.COPY"):
         ship(run_file(tmp_path / "model.pth"), "toy", tmp_path / "w", get_cfg(), "")
     assert not (tmp_path / "w").exists()
-
-
-def test_half_precision_rounds_values_and_keeps_the_order():
-    state = {
-        "a.weight": torch.tensor([[1.0, 1 + 2**-11], [-3.5, 1e-9]]),  # 1 + 2^-11 is between two fp16 numbers
-        "a.num_batches_tracked": torch.tensor(70000),
-        "b.running_var": torch.tensor([1e-30, 22.5]),
-    }
-    half = export_weights.half_state(state)
-    assert list(half) == list(state)
-    expected = {
-        "a.weight": torch.tensor([[1.0, 1.0], [-3.5, 0.0]], dtype=torch.float16),
-        "a.num_batches_tracked": torch.tensor(70000),
-        "b.running_var": torch.tensor([0.0, 22.5], dtype=torch.float16),
-    }
-    assert_equal(half, expected)
-    assert half["a.weight"].untyped_storage().data_ptr() == half["b.running_var"].untyped_storage().data_ptr()
-
-
-@pytest.mark.parametrize("value", [70000.0, float("nan"), float("-inf")])
-def test_values_outside_fp16_are_refused(value):
-    with pytest.raises(EarlyExitError, match=r"^head\.bias has a value above fp16's largest"):
-        export_weights.half_state({"fine": torch.ones(2), "head.bias": torch.tensor([0.0, value])})
-
-
-def test_half_file_is_reproducible_and_loads_as_fp32(tmp_path):
-    save_model(tmp_path / "model.pth", same_model(), Architecture(**SMALL), {"phase": "exits"})
-    content = export_weights.half_file(read_weights(tmp_path / "model.pth"))
-    assert content == export_weights.half_file(read_weights(tmp_path / "model.pth"))
-    assert len(content) < 0.55 * (tmp_path / "model.pth").stat().st_size
-    (tmp_path / "half.pth").write_bytes(content)
-    loaded, architecture, info = load_model(tmp_path / "half.pth")
-    assert (architecture, info) == (Architecture(**SMALL), {"phase": "exits"})
-    rounded = {key: value.half().to(value.dtype) for key, value in same_model().state_dict().items()}
-    assert_equal(dict(loaded.state_dict()), rounded)
 
 
 @pytest.mark.parametrize("name", ["Toy", "../toy", "", "1st", "a/b"])
