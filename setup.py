@@ -25,7 +25,7 @@ setup(
         "torch",
         "torchvision>=0.21,<0.30",
         "numpy",
-        "onnx",
+        "onnx>=1.21",  # refuses external weights outside the folder of a file
         "onnxruntime",
         "scipy",
         "pillow>=10.1",

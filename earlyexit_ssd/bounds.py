@@ -8,8 +8,6 @@ Losses are [n] in [0, 1], one per photo. epsilon, the largest acceptable mean lo
 photos, p-values and bounds are 1.
 """
 
-from __future__ import annotations
-
 import bisect
 import math
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """What commands print: progress bars, log lines above them, and errors in one line, with exit codes."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import io

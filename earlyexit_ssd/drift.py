@@ -56,8 +56,7 @@ def nearest_sample(values: np.ndarray, quantiles: np.ndarray, count: int) -> np.
 
 @dataclass(frozen=True)
 class DriftReference:
-    """Exits and confidences of the calibration photos, as the certificate stores them. Impossible values raise
-    EarlyExitError."""
+    """Exits and confidences of the calibration photos in a certificate. Impossible values raise EarlyExitError."""
 
     photos: Annotated[int, 1, 2**63]
     exit_names: tuple[str, ...]  # shallow to deep, the full path last
@@ -70,9 +69,8 @@ class DriftReference:
         if len(names) < 2 or len(set(names)) < len(names):
             raise EarlyExitError(f"exit_names {names}: expected early exits and the full path, no name twice")
         if len(counts) != len(names) or sum(counts) != self.photos:
-            raise EarlyExitError(
-                f"exit_counts {counts}: expected one for each of {len(names)} exits, with the sum {self.photos}"
-            )
+            expected = f"expected one for each of {len(names)} exits, with the sum {self.photos}"
+            raise EarlyExitError(f"exit_counts {counts}: {expected}")
         if len(self.confidences) != len(names) - 1:
             message = f"confidences has {len(self.confidences)} lists"
             raise EarlyExitError(f"{message}, expected one for each of {len(names) - 1} early exits")

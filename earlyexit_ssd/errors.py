@@ -1,7 +1,5 @@
 """Errors that a user can act on: one line with the file, the record, the value, what was expected and the fix."""
 
-from __future__ import annotations
-
 import difflib
 import functools
 import importlib

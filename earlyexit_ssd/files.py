@@ -3,8 +3,6 @@
 A file is written under a temporary name and then renamed. Every failure to write raises `CannotWrite`.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import functools

@@ -1,7 +1,5 @@
 """Read photos as 8-bit RGB arrays, in the rotation that the boxes refer to, and draw boxes on photos."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import os
@@ -50,8 +48,7 @@ def read_image(path: PathLike, annotated_size: Size | None = None) -> np.ndarray
 
 
 def read_thumbnail(path: PathLike, annotated_size: Size | None, side: int) -> Image.Image:
-    """Return the photo as :func:`read_image` does, shrunk so that its longer side has at most ``side`` pixels. Errors
-    are the same."""
+    """Return the photo as :func:`read_image` does, shrunk so that its longer side has at most ``side`` pixels."""
     with open_photo(path) as image:
         orientation = orientation_of(image, annotated_size)
         image.draft("RGB", (side, side))  # a large JPEG is decoded at a fraction of its size

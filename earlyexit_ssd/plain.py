@@ -4,8 +4,6 @@ Expected types are dataclasses, ``TypedDict``, ``tuple[int, ...]``, ``float | No
 ``Annotated[float, 0, 1]`` for a number with its lower and upper bound.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import json

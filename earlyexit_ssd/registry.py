@@ -1,7 +1,5 @@
 """Registries of extensions: policies, branches, detectors, data formats, metrics and data sets by name."""
 
-from __future__ import annotations
-
 from typing import TypeVar
 
 from earlyexit_ssd.errors import EarlyExitError, shown, suggest

@@ -1,7 +1,5 @@
 """Run exported graphs in ONNX Runtime or OpenVINO on the CPU, without PyTorch."""
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import sys

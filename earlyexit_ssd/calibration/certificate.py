@@ -1,7 +1,5 @@
 """The certificate: a JSON file with the result of a calibration, its guarantee, and the hash of the weights."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json
@@ -109,10 +107,8 @@ class Certificate:
         """Build the router for ``model``. Raise an EarlyExitError if the model's weights or exits are not the
         calibrated ones, or if it is fused."""
         if model.fused:
-            raise EarlyExitError(
-                "the model is fused, so its weights differ from the certificate's; set the certificate's router first, "
-                "then fuse the model (fusing keeps the router)"
-            )
+            fix = "set the certificate's router first, then fuse the model (fusing keeps the router)"
+            raise EarlyExitError(f"the model is fused, so its weights differ from the certificate's; {fix}")
         digest = weights_hash(model)
         if digest != self.weights_sha256:
             hashes = f"the certificate is for weights {self.weights_sha256:.12}, the model has {digest:.12}"
@@ -179,10 +175,8 @@ def _require_consistent(certificate: Certificate) -> None:
         raise EarlyExitError(f"the key '{missing[0]}' is missing")
     exits, thresholds, names = router["num_exits"], len(router["thresholds"]), len(certificate.drift.exit_names)
     if thresholds not in (1, exits) or names != exits + 1:
-        raise EarlyExitError(
-            f"router has {exits} exits and {thresholds} thresholds, drift has {names} exit_names, expected one "
-            "threshold per exit, and the exits and 'full' as exit_names"
-        )
+        found = f"router has {exits} exits and {thresholds} thresholds, drift has {names} exit_names"
+        raise EarlyExitError(f"{found}, expected one threshold per exit, and the exits and 'full' as exit_names")
 
 
 def _checksum(content: dict) -> str:

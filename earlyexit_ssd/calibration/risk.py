@@ -4,8 +4,6 @@ The *risk* of thresholds is the expected loss of a photo. ``confidences`` are on
 [n, exits] have the full path last.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ computed, so all deeper exits cost less. In all functions ``confidences`` are on
 [n, exits] and ``costs`` [exits] have the full path last.
 """
 
-from __future__ import annotations
-
 import itertools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence

@@ -1,7 +1,5 @@
 """Tables of rules for the values of a configuration, and their check."""
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Callable, Sequence

@@ -4,8 +4,6 @@ The loader of fvcore's `CfgNode` is not used: it expands every YAML alias, refus
 float, and converts text such as "3" to a number.
 """
 
-from __future__ import annotations
-
 import functools
 import os
 from collections.abc import Mapping, Sequence

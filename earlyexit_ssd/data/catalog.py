@@ -1,7 +1,5 @@
 """Data sets by name: the entries of DATA.DATASETS, and a catalog of registered data sets."""
 
-from __future__ import annotations
-
 import functools
 import os
 import shutil
@@ -131,8 +129,7 @@ def _load_voc(year: str, split: str, root: Path, data: CfgNode, problems: Proble
 def download_voc(root: Path, year: str, split: str) -> None:
     """Download a VOC devkit with torchvision and unpack it in ``root``. Raise DataError if the download fails.
 
-    The devkit is unpacked in another folder and then moved, with the lists of photos last, so a devkit with lists
-    is complete.
+    The devkit is unpacked elsewhere and then moved, with the lists of photos last, so a devkit with lists is complete.
     """
     from torchvision.datasets import VOCDetection
 

@@ -1,7 +1,5 @@
 """Checks and repairs of boxes and photo files, the same for all annotation formats."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import math

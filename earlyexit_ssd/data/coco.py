@@ -1,7 +1,5 @@
 """Reader of COCO detection files (JSON)."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

@@ -44,10 +44,8 @@ def parse_block(text: str, fps: float | None = None) -> int:
             raise EarlyExitError(f"{value}, a number of photos, but --fps needs seconds such as 5s; remove --fps")
         return int(match[1])
     if fps is None:
-        raise EarlyExitError(
-            f"{value}, in seconds, but the frame rate is unknown; give --fps, the photos of a folder per second "
-            "(5 for every fifth frame of a video with 25 per second), or a number of photos"
-        )
+        fix = "give --fps, the photos of a folder per second (5 for every fifth frame of a video with 25 per second)"
+        raise EarlyExitError(f"{value}, in seconds, but the frame rate is unknown; {fix}, or a number of photos")
     if not 0 < fps < float("inf"):
         raise EarlyExitError(f"fps is {fps:g}, expected photos per second, above 0, such as 5")
     return max(1, round(float(match[1]) * fps))

@@ -1,7 +1,5 @@
 """Reader of a folder of photos without annotations, and the paths and lists of photos that other readers use."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

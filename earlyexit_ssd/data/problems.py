@@ -1,7 +1,5 @@
 """Problems of photos and annotations: their kinds, their repairs, and one warning per kind."""
 
-from __future__ import annotations
-
 import logging
 from collections import Counter
 from collections.abc import Iterable

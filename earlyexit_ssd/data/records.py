@@ -148,11 +148,9 @@ def _check_classes(raws: Sequence[RawDataset], classes: Sequence[str], train: bo
     may_be_missing = any(raw.open_classes and not (train and raw.labelled) for raw in raws)
     for name in classes:
         if canonical(name) not in available_canonical and not may_be_missing:
-            names, listed = ", ".join(raw.name for raw in raws), ", ".join(available[:20]) or "none"
-            hint = suggest(name, available)
-            raise DataError(
-                f"DATA.CLASSES or the model has {name!r}, which is not a class of {names}{hint}; classes: {listed}"
-            )
+            hint, listed = suggest(name, available), ", ".join(available[:20]) or "none"
+            unknown = f"{name!r}, which is not a class of {', '.join(raw.name for raw in raws)}{hint}"
+            raise DataError(f"DATA.CLASSES or the model has {unknown}; classes: {listed}")
     for raw in (raw for raw in raws if raw.labelled):
         labels = {(a.label, a.ignore) for record in raw.records for a in record.annotations}
         present = {(canonical(raw.classes[i - 1]), flag) for i, flag in labels if 1 <= i <= len(raw.classes)}

@@ -5,8 +5,6 @@ cabinets, boards on legs, plants, lamps and crates have similar parts and colour
 right, y away from the camera, z up.
 """
 
-from __future__ import annotations
-
 import math
 import os
 import shutil

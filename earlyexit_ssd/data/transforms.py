@@ -1,7 +1,5 @@
 """Augmentation presets with albumentations, reproducible from a seed."""
 
-from __future__ import annotations
-
 import random
 from typing import Any
 
@@ -15,8 +13,7 @@ Window = tuple[int, int, int, int]  # of whole pixels; the transforms state its 
 
 
 def mixed_seed(*numbers: int) -> int:
-    """Return a seed in [0, 2**63) from non-negative integers such as (seed, epoch, index), the same in every version of
-    NumPy."""
+    """Return a seed in [0, 2**63) from non-negative integers such as (seed, epoch, index), the same in every NumPy."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 
@@ -75,8 +72,7 @@ class RandomIoUCrop(A.DualTransform):
 
 
 def centres_inside(boxes: np.ndarray, windows: np.ndarray) -> np.ndarray:
-    """Return whether each box [N, 4] has its centre inside each window [M, 4] (both xyxy), bool [M, N]. Centres on the
-    border are outside."""
+    """Return whether each box [N, 4] has its centre inside, not on the border of, each window [M, 4], bool [M, N]."""
     centres = (boxes[:, :2] + boxes[:, 2:]) / 2
     return ((windows[:, None, :2] < centres) & (centres < windows[:, None, 2:])).all(axis=2)
 

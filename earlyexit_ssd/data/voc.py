@@ -1,7 +1,5 @@
 """Readers of PASCAL VOC annotations: one XML file per photo, with 1-based boxes."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import os

@@ -1,7 +1,5 @@
 """Reader of YOLO data sets: a data.yaml, and a text file with normalized boxes for each photo."""
 
-from __future__ import annotations
-
 import math
 import os
 from collections.abc import Mapping

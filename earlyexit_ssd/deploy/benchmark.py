@@ -166,10 +166,8 @@ def benchmark(
     if not 0 <= score <= 1:
         raise EarlyExitError(f"score {score}: expected a number in [0, 1]")
     if not contestants or len(photos) < min(batches):
-        raise EarlyExitError(
-            f"{len(photos)} photos and {len(contestants)} detectors: expected at least one detector, and at least "
-            f"{min(batches)} readable photos (no videos)"
-        )
+        expected = f"expected at least one detector, and at least {min(batches)} readable photos (no videos)"
+        raise EarlyExitError(f"{len(photos)} photos and {len(contestants)} detectors: {expected}")
     rows = []
     for thread_count in threads:
         with ExitStack() as stack:
@@ -312,9 +310,8 @@ class _Worker(ProcessPoolExecutor):
         try:
             return self.submit(job, *arguments).result()
         except BrokenProcessPool:
-            raise EarlyExitError(
-                f"{self.contestant.name}: its process died, maybe out of memory; time fewer detectors at once"
-            ) from None
+            fix = "maybe out of memory; time fewer detectors at once"
+            raise EarlyExitError(f"{self.contestant.name}: its process died, {fix}") from None
 
 
 _detect: Detect  # set by `_open` in the process of a detector

@@ -374,7 +374,5 @@ def _show(picture: Image.Image, wait: int) -> bool:
         cv2.imshow("earlyexit predict", np.asarray(picture)[..., ::-1])
         return cv2.waitKey(wait) & 0xFF in (ord("q"), 27)
     except cv2.error:
-        raise EarlyExitError(
-            "this OpenCV cannot open windows; remove --show, or replace it: pip uninstall opencv-python-headless, pip "
-            "install opencv-python"
-        ) from None
+        fix = "replace it: pip uninstall opencv-python-headless, pip install opencv-python"
+        raise EarlyExitError(f"this OpenCV cannot open windows; remove --show, or {fix}") from None

@@ -116,10 +116,8 @@ class Predictor:
         if not path.exists():
             raise EarlyExitError(f"{path}: no such file; write it with earlyexit export")
         if path.suffix == ".xml" and runtime != "openvino":
-            raise EarlyExitError(
-                f"{path}: an OpenVINO model does not run in {runtime}; add --runtime openvino to the command, or "
-                "runtime='openvino' in Python"
-            )
+            fix = "add --runtime openvino to the command, or runtime='openvino' in Python"
+            raise EarlyExitError(f"{path}: an OpenVINO model does not run in {runtime}; {fix}")
         load = OpenVino if runtime == "openvino" else OnnxRuntime
         self._network = _Staged(path, load, threads) if path.is_dir() else load(path, threads=threads)
         # OpenVINO reads the defaults of an ONNX file as constants, so the file has no inputs for thresholds then
@@ -177,9 +175,8 @@ class Predictor:
         """Detect in photos of any sizes, one after another, since each leaves at its own exit. The EarlyExitError for
         an invalid photo has its index."""
         if isinstance(images, np.ndarray) and images.ndim < 4:
-            raise EarlyExitError(
-                f"images {list(images.shape)}: expected a list of photos; call predictor(image) for one"
-            )
+            expected = "expected a list of photos; call predictor(image) for one"
+            raise EarlyExitError(f"images {list(images.shape)}: {expected}")
         return [self._detect_and_record(image, f"image {index}") for index, image in enumerate(images)]
 
     def drift(self) -> Drift | None:
@@ -242,10 +239,9 @@ class Predictor:
         lowered = np.flatnonzero(values < stored)
         if self._fixed_score_thresh and len(lowered):
             index = lowered[0]
-            raise EarlyExitError(
-                f"{self.path}: score_thresh of {shown(self.classes[index])} is {values[index]:g}, but OpenVINO cannot "
-                f"lower the {stored[index]:g} in an ONNX file; export with --format openvino"
-            )
+            value = f"score_thresh of {shown(self.classes[index])} is {values[index]:g}"
+            fix = f"OpenVINO cannot lower the {stored[index]:g} in an ONNX file; export with --format openvino"
+            raise EarlyExitError(f"{self.path}: {value}, but {fix}")
         values.flags.writeable = False
         self._score_thresh = values
 
@@ -271,15 +267,12 @@ class Predictor:
             value = CLOSED if value == CLOSED else _number_in_0_1(f"threshold of {name}", value)
             stored = self._threshold_of[name]
             if stored is None and value < CLOSED:
-                raise EarlyExitError(
-                    f"{self.path}: {name} was closed when the file was written; export the model with {name} open"
-                )
+                fix = f"export the model with {name} open"
+                raise EarlyExitError(f"{self.path}: {name} was closed when the file was written; {fix}")
             if stored is not None and value != stored:
                 if self._fixed_thresholds:
-                    raise EarlyExitError(
-                        f"{self.path}: OpenVINO cannot change the threshold of {name} in an ONNX file; export with "
-                        "--format openvino"
-                    )
+                    problem = f"OpenVINO cannot change the threshold of {name} in an ONNX file"
+                    raise EarlyExitError(f"{self.path}: {problem}; export with --format openvino")
                 threshold_of[name] = value
         if threshold_of != self._threshold_of:
             self._drift_record = None  # the certificate is for the stored thresholds
@@ -324,9 +317,8 @@ def _as_uint8(image: Array, name: str) -> Array:
     low, high = float(image.min()), float(image.max())
     limit = 1.0 if image.dtype.kind == "f" else 255.0
     if not (low >= 0 and high <= limit):  # also true for NaN
-        raise EarlyExitError(
-            f"{name}: {image.dtype} values from {low:g} to {high:g}, expected uint8, or floats in [0, 1] without NaN"
-        )
+        expected = "expected uint8, or floats in [0, 1] without NaN"
+        raise EarlyExitError(f"{name}: {image.dtype} values from {low:g} to {high:g}, {expected}")
     return np.rint(image.astype(np.float32) * 255).astype(np.uint8) if limit == 1 else image.astype(np.uint8)
 
 
@@ -352,10 +344,8 @@ class _Staged:
                 raise ValueError("a file outside the folder")
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             reason = f"{type(error).__name__}: {error}"
-            raise EarlyExitError(
-                f"{folder}: its {MANIFEST} cannot be used ({reason}); write the folder with earlyexit export --format "
-                "staged"
-            ) from None
+            fix = "write the folder with earlyexit export --format staged"
+            raise EarlyExitError(f"{folder}: its {MANIFEST} cannot be used ({reason}); {fix}") from None
         *self._networks, self._postprocess = [load(folder / file, threads=threads) for file in files]
         self.inputs = ["thresholds", *self._postprocess.inputs]
 

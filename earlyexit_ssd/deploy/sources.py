@@ -1,7 +1,5 @@
 """Read photos, folders, patterns, videos, cameras and network streams, one frame at a time."""
 
-from __future__ import annotations
-
 import glob
 import itertools
 import logging
@@ -138,9 +136,8 @@ def opencv() -> ModuleType:
     try:
         import cv2
     except ImportError:
-        raise EarlyExitError(
-            "videos and cameras need OpenCV, which is not installed: pip install opencv-python-headless"
-        ) from None
+        fix = "pip install opencv-python-headless"
+        raise EarlyExitError(f"videos and cameras need OpenCV, which is not installed: {fix}") from None
     return cv2
 
 

@@ -191,27 +191,21 @@ class TemporalExit:
     def __init__(
         self, detector: Callable[[np.ndarray], Detections], rule: StreamRule, score: float | None = None
     ) -> None:
-        classes = tuple(getattr(detector, "classes", rule.classes))
+        classes, fix = tuple(getattr(detector, "classes", rule.classes)), "calibrate a rule for this detector"
         if classes != rule.classes:
-            raise EarlyExitError(
-                f"the stream rule is for the classes {shorten(', '.join(rule.classes), 80)}, the detector has "
-                f"{shorten(', '.join(classes), 80)}; calibrate a rule for this detector"
-            )
+            own, others = (shorten(", ".join(names), 80) for names in (rule.classes, classes))
+            raise EarlyExitError(f"the stream rule is for the classes {own}, the detector has {others}; {fix}")
         if rule.detector is not None and (digest := getattr(detector, "digest", rule.detector)) != rule.detector:
-            raise EarlyExitError(
-                f"the stream rule is for the detector with the SHA-256 {rule.detector:.12}, this one has {digest:.12}; "
-                "calibrate a rule for this detector"
-            )
+            hashes = f"the detector with the SHA-256 {rule.detector:.12}, this one has {digest:.12}"
+            raise EarlyExitError(f"the stream rule is for {hashes}; {fix}")
         if score is not None and score != rule.score:
-            raise EarlyExitError(
-                f"the stream rule is for a score threshold of {rule.score:g}, not {score:g}; calibrate a rule for it"
-            )
+            scores = f"a score threshold of {rule.score:g}, not {score:g}"
+            raise EarlyExitError(f"the stream rule is for {scores}; calibrate a rule for it")
         stored = getattr(detector, "stored_score_thresh", None)
         if stored is not None and (detector.score_thresh > np.maximum(stored, rule.score)).any():
-            raise EarlyExitError(
-                f"the stream rule is for a score threshold of {rule.score:g}, score_thresh of the detector is up to "
-                f"{detector.score_thresh.max():g}; lower it to {rule.score - CLOSE_MARGIN:g}"
-            )
+            highest = f"score_thresh of the detector is up to {detector.score_thresh.max():g}"
+            lower = f"{highest}; lower it to {rule.score - CLOSE_MARGIN:g}"
+            raise EarlyExitError(f"the stream rule is for a score threshold of {rule.score:g}, {lower}")
         self.detector, self.rule, self._warned = detector, rule, False
         self.reset()
 

@@ -1,7 +1,5 @@
 """Checks of the splits TRAIN, CALIB and TEST."""
 
-from __future__ import annotations
-
 import functools
 from collections import Counter
 from collections.abc import Sequence

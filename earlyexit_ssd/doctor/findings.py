@@ -4,8 +4,6 @@ A check measures one figure per subject, such as an exit or a split. It leaves o
 decorator `check` adds thresholds, the meaning of a bad figure, and advice.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Callable, Mapping

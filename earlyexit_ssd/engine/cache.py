@@ -3,8 +3,6 @@
 The trunk is frozen, so the taps are computed once per photo and view. A *view* is one random augmentation of a photo.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Communication between the processes of torchrun, which share a batch or the photos."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 from collections.abc import Iterator

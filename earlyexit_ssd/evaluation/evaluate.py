@@ -1,7 +1,5 @@
 """Evaluate a detector with exits: every exit, the routed detector, and rivals that could be shipped instead of it."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

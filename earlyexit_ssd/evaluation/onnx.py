@@ -1,13 +1,10 @@
 """Rivals from ONNX files (EVAL.RIVALS.ONNX): preparation of the photo, decoding of the outputs, and MMACs."""
 
-from __future__ import annotations
-
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -270,56 +267,21 @@ def _count_node(node: Any, data: Shape, weights: Shape, output: Shape) -> int:
 def read_onnx(path: str | os.PathLike[str], constants: Mapping[str, tuple[float, ...]]) -> bytes:
     """Return the content of an ONNX file with all weights inside. Raise an EarlyExitError if it cannot be read.
 
-    ``constants`` are the values [1, n] of further inputs, which become constants. External weights must be in the
-    file's folder, because a file of somebody else may name any file of this machine.
+    ``constants`` are the values [1, n] of further inputs, which become constants. The package onnx refuses external
+    weights outside the file's folder, because a file of somebody else may name any file of this machine.
     """
-    onnx, folder = import_package("onnx"), Path(path).parent
+    onnx = import_package("onnx")
     try:
         model = onnx.load_model_from_string(read_bytes(path))
-        for tensor in _tensors(model, onnx.TensorProto):
-            if tensor.external_data or tensor.data_location == tensor.EXTERNAL:
-                locations = [entry.value for entry in tensor.external_data if entry.key == "location"]
-                if len(locations) != 1 or not _is_file_in(locations[0], folder):
-                    problem = f"{path}: tensor {shown(tensor.name)} has its data in {shown(locations)}"
-                    fix = "expected a file in the same folder; export it with the weights inside"
-                    raise EarlyExitError(f"{problem}, {fix}")
-                entries = {entry.key: entry.value for entry in tensor.external_data}
-                with (folder / locations[0]).open("rb") as file:
-                    file.seek(int(entries.get("offset", 0)))
-                    tensor.raw_data = file.read(int(entries.get("length", -1)))
-                tensor.data_location = tensor.DEFAULT
-                del tensor.external_data[:]
+        onnx.load_external_data_for_model(model, os.path.dirname(os.path.abspath(path)))
         for name in constants.keys() & {value.name for value in model.graph.input}:
             dims = (1, len(constants[name]))
             model.graph.initializer.append(onnx.helper.make_tensor(name, onnx.TensorProto.FLOAT, dims, constants[name]))
         return model.SerializeToString()
-    except EarlyExitError:
-        raise
     except OSError as error:
         raise EarlyExitError(f"{path}: cannot be read as an ONNX file ({error.strerror or error})") from None
     except Exception as error:  # a damaged or foreign file may raise any exception
         raise EarlyExitError(f"{path}: ONNX Runtime cannot load it ({error})") from None
-
-
-def _tensors(message: Any, tensor_type: type) -> Iterator[Any]:
-    """Yield every tensor in a protobuf message: weights and constants, also in functions and loop bodies."""
-    if isinstance(message, tensor_type):
-        yield message
-        return
-    for descriptor, value in message.ListFields():
-        if descriptor.message_type is not None:
-            # the values of a repeated field, or a single value
-            for part in value if isinstance(value, Sequence) or hasattr(value, "add") else (value,):
-                yield from _tensors(part, tensor_type)
-
-
-def _is_file_in(location: str | bytes, folder: Path) -> bool:
-    """Return whether ``location`` is a file in ``folder``, after links are followed. Windows paths and bytes are not
-    accepted."""
-    if not isinstance(location, str) or not location or set(location) & set("\0\\:") or os.path.isabs(location):
-        return False
-    path = (folder / location).resolve()
-    return path.is_relative_to(folder.resolve()) and path.is_file()
 
 
 class OnnxDetector(nn.Module):

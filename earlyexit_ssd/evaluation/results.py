@@ -123,8 +123,7 @@ class DetectorResult(JsonDataclass):
 
 @dataclass(frozen=True)
 class ExitResult(DetectorResult):
-    """Results of one exit. Only early exits have ``empty`` and ``AP50_below_full_interval``. Only the full path has
-    ``found``."""
+    """Results of one exit. Early exits have ``empty`` and ``AP50_below_full_interval``, the full path has ``found``."""
 
     name: str
     layer: int | None = None
@@ -273,8 +272,7 @@ class TableRow:
 
 
 def table_rows(results: Results) -> list[TableRow]:
-    """Return the rows of the exits, the row ``routed``, the row ``without exits``, which has the full path's figures,
-    and the rows of the rivals."""
+    """Return the rows of the exits, ``routed``, ``without exits`` (with the full path's figures), and of the rivals."""
     routed, plain, rows = results.routed, results.without_exits, []
     for exit_ in results.exits:
         parts = exit_.name, "exit", exit_.figures, exit_.mmacs, exit_.ms, exit_.ms_interval, exit_.layer

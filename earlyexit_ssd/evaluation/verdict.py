@@ -4,8 +4,6 @@ A rule is a function that yields findings from the results. A finding with ``vet
 docs/metrics.md lists every finding and its condition.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator
 
 from earlyexit_ssd.config import CLOSED

@@ -477,10 +477,8 @@ class CopiedBranch(Branch):
     def __init__(self, place: Place, *, channels: int, depth: int, copy: float, head_rank: int) -> None:
         super().__init__()
         if not hasattr(place.backbone, "features") or len(place.backbone.features) != 2:
-            raise EarlyExitError(
-                "a copied branch needs the layers of torchvision's SSDLite with a MobileNetV3, but this detector has "
-                "others; use branch='light' (EXITS.BRANCH light)"
-            )
+            needed = "a copied branch needs the layers of torchvision's SSDLite with a MobileNetV3"
+            raise EarlyExitError(f"{needed}, but this detector has others; use branch='light' (EXITS.BRANCH light)")
         # Residual blocks up to the tap are not copied. With `channels` they are, since older model files have them.
         c4, tail = (len(part) - 1 for part in place.backbone.features)  # index of C4, layers after it
         blocks = depth if channels else min(depth, c4 + tail - 1 - place.layer)

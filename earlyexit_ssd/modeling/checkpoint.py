@@ -1,7 +1,5 @@
 """Model files: the weights, the architecture that rebuilds the model, and results of the training."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import io
@@ -89,10 +87,9 @@ def load_model(
     if not isinstance(file_format, str) or file_format != FORMAT:
         if describe is not None and "format" not in content:
             return _load_foreign(path, content, describe)
-        raise EarlyExitError(
-            f"{path}: expected a model of format {FORMAT}, got {shown(file_format)}; for a torchvision checkpoint set "
-            "MODEL.WEIGHTS of a training, or call EarlyExitSSDLite.from_pretrained(path).save(new_path)"
-        )
+        fix = "for a torchvision checkpoint set MODEL.WEIGHTS of a training, or call"
+        fix += " EarlyExitSSDLite.from_pretrained(path).save(new_path)"
+        raise EarlyExitError(f"{path}: expected a model of format {FORMAT}, got {shown(file_format)}; {fix}")
     for key in ("architecture", "model", "info"):
         if not isinstance(content.get(key), dict):
             raise EarlyExitError(f"{path}: the file lacks '{key}'; write it again")
@@ -125,10 +122,9 @@ def _load_foreign(
         raise EarlyExitError(f"{path}: {error}") from None
     expected = tuple(early_exit.name for early_exit in model.exits if not early_exit.empty)
     if exits and exits != expected:
-        raise EarlyExitError(
-            f"{path}: its exits are {', '.join(exits)}, expected {', '.join(expected) or 'none'}; set EXITS.LAYERS (in "
-            f"Python exit_layers) to {[int(name[4:]) for name in exits]}"
-        )
+        fix = f"set EXITS.LAYERS (in Python exit_layers) to {[int(name[4:]) for name in exits]}"
+        names = f"{', '.join(exits)}, expected {', '.join(expected) or 'none'}"
+        raise EarlyExitError(f"{path}: its exits are {names}; {fix}")
     temperatures = state.get("router.temperatures")
     weights = {key: value for key, value in state.items() if not key.startswith("router.")}
     if exits:
@@ -211,10 +207,9 @@ class ShippedWeights(WeightsEnum):
             raise EarlyExitError(f"{self.path}: the weights {self.name.lower()} are missing; {fix}")
         digest = sha256(self.path)
         if digest != self.meta["sha256"]:
-            raise EarlyExitError(
-                f"{self.path}: damaged ({self.path.stat().st_size} bytes with sha256 {digest[:8]}, expected "
-                f"{self.meta['bytes']} with {self.meta['sha256'][:8]}); {fix}"
-            )
+            actual = f"{self.path.stat().st_size} bytes with sha256 {digest[:8]}"
+            expected = f"expected {self.meta['bytes']} with {self.meta['sha256'][:8]}"
+            raise EarlyExitError(f"{self.path}: damaged ({actual}, {expected}); {fix}")
 
     def get_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Return the state dict of the model with its exits, in fp16. torchvision's download arguments are ignored."""
@@ -262,8 +257,6 @@ def weights_path(name_or_path: str | os.PathLike[str] | ShippedWeights) -> Path:
         return member.path
     if not Path(name_or_path).is_file():
         names = [name.lower() for name in EarlyExitSSDLite_Weights.__members__]
-        raise EarlyExitError(
-            f"weights '{name_or_path}': no such file, and not one of the shipped weights ({', '.join(names)})"
-            f"{suggest(str(name_or_path), names)}"
-        )
+        hint = f"({', '.join(names)}){suggest(str(name_or_path), names)}"
+        raise EarlyExitError(f"weights '{name_or_path}': no such file, and not one of the shipped weights {hint}")
     return Path(name_or_path)

@@ -319,10 +319,8 @@ class EarlyExitDetector(SSD):
         super().__init__(detector.backbone, detector.anchor_generator, size, num_classes, head=detector.head)
         self.classes = tuple(classes or default_classes(num_classes))
         if len(self.classes) != num_classes - 1:
-            raise EarlyExitError(
-                f"{len(self.classes)} class names for a head with {num_classes} outputs (one is background), expected "
-                f"{num_classes - 1}"
-            )
+            head = f"a head with {num_classes} outputs (one is background)"
+            raise EarlyExitError(f"{len(self.classes)} class names for {head}, expected {num_classes - 1}")
         for name in ("transform", "proposal_matcher", "neg_to_pos_ratio", *POST_PROCESSING):
             setattr(self, name, getattr(detector, name))
         self.exits = tuple(self.default_exits if exits is None else exits)

@@ -97,10 +97,9 @@ def plan_class_change(source: Sequence[str], wanted: Sequence[str]) -> ClassChan
     labels = {canonical(name): label for label, name in enumerate(source, start=1)}
     rows = tuple(labels.get(canonical(name)) for name in wanted)
     if all(row is None for row in rows):
-        raise EarlyExitError(
-            f"the checkpoint has none of the classes {', '.join(wanted)}{suggest(wanted[0], source)}; "
-            "train from ImageNet weights (MODEL.WEIGHTS_BACKBONE) or correct DATA.CLASSES"
-        )
+        fix = "train from ImageNet weights (MODEL.WEIGHTS_BACKBONE) or correct DATA.CLASSES"
+        names = f"{', '.join(wanted)}{suggest(wanted[0], source)}"
+        raise EarlyExitError(f"the checkpoint has none of the classes {names}; {fix}")
     unwanted = sum(name != "N/A" for name in source) - sum(row is not None for row in rows)
     return ClassChange(tuple(wanted), rows, unwanted)
 
@@ -222,11 +221,9 @@ def find_competing_rows(detector: SSD, wanted: Sequence[int], photos: Iterable[T
             logits = detector.head.classification_head(list(detector.backbone(batch.tensors).values()))
             logits_of_photos.append(logits[detects(logits, wanted)])  # those of all default boxes would fill the memory
     if not sum(map(len, logits_of_photos)):
-        raise EarlyExitError(
-            f"MODEL.FOLD 'compact' looks for the classes that compete, but none of {len(logits_of_photos)} photos "
-            f"(DATA.TRAIN) shows what could be a wanted class (score {LEAST_CUT_SCORE}); take other photos, or "
-            "MODEL.FOLD 'exact'"
-        )
+        found = f"none of {len(logits_of_photos)} photos (DATA.TRAIN) shows what could be a wanted class"
+        found += f" (score {LEAST_CUT_SCORE}); take other photos, or MODEL.FOLD 'exact'"
+        raise EarlyExitError(f"MODEL.FOLD 'compact' looks for the classes that compete, but {found}")
     logits = torch.cat(logits_of_photos)
     rows = competing_rows(logits, wanted, tolerance)
     difference = score_difference(logits.double().softmax(-1), wanted, rows)

@@ -1,7 +1,5 @@
 """Training targets and losses. Default boxes are assigned to objects once per batch, since all exits share them."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Annotated
@@ -38,8 +36,7 @@ def assign(
 ) -> Assignment:
     """Assign default boxes to objects (Liu et al. 2016, SSD, section 2.2, matching strategy).
 
-    With torchvision's ``SSDMatcher`` an object gets every default box with an IoU of at least 0.5, and always its best
-    default box.
+    With torchvision's ``SSDMatcher`` an object gets its best default box, and every one with an IoU of at least 0.5.
 
     Args:
         targets: per image ``boxes`` [n, 4] xyxy in network pixels and ``labels`` [n] in 1..K; n may be 0.

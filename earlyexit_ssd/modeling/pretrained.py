@@ -1,7 +1,5 @@
 """Load a trained model with its routing by name or path, and save it."""
 
-from __future__ import annotations
-
 import importlib
 import inspect
 import logging
@@ -76,14 +74,12 @@ class Pretrained(EarlyExitDetector):
         described = {**settings, "score_thresh": defaults["score_thresh"], "exits": exits}
         model, _ = cls.open_file(path, arguments["classes"], described)
         if arguments["trainable_backbone_layers"] is not None:
-            raise EarlyExitError(
-                f"{path}: trainable_backbone_layers need torchvision's weights; use model.freeze_full_path()"
-            )
+            fix = "use model.freeze_full_path()"
+            raise EarlyExitError(f"{path}: trainable_backbone_layers need torchvision's weights; {fix}")
         if arguments["num_classes"] not in (None, model.num_classes):
-            raise EarlyExitError(
-                f"{path} has {model.num_classes} outputs, num_classes is {arguments['num_classes']}; leave it out (a "
-                "training with MODEL.WEIGHTS and MODEL.FOLD changes classes)"
-            )
+            outputs = f"{model.num_classes} outputs, num_classes is {arguments['num_classes']}"
+            fix = "leave it out (a training with MODEL.WEIGHTS and MODEL.FOLD changes classes)"
+            raise EarlyExitError(f"{path} has {outputs}; {fix}")
         changed = {name: value for name, value in settings.items() if value != defaults.get(name, value)}
         changed |= {} if arguments["exits"] is None else exit_keywords(exits)
         built = {"image_size": model.transform.fixed_size[0], "width": model.width, **exit_keywords(model.exits)}
@@ -91,9 +87,8 @@ class Pretrained(EarlyExitDetector):
             if name in POST_PROCESSING:
                 setattr(model, name, value)
             elif value != built.get(name):
-                raise EarlyExitError(
-                    f"{path} was built with {name} {built.get(name)}, the argument is {value!s:.60}; leave it out"
-                )
+                values = f"{name} {built.get(name)}, the argument is {value!s:.60}"
+                raise EarlyExitError(f"{path} was built with {values}; leave it out")
         if arguments["losses"] is not None:
             validate.check_losses(arguments["losses"], model.num_early_exits)
             model.losses = arguments["losses"]
@@ -147,10 +142,8 @@ class Pretrained(EarlyExitDetector):
             EarlyExitError: the model was fused, its layers were replaced, or its router is not one of this project.
         """
         if self.router is not None and not hasattr(self.router, "to_dict"):
-            raise EarlyExitError(
-                f"{path}: its router, a {type(self.router).__name__}, cannot be saved; set model.router = None before "
-                "save, and assign it again after from_pretrained"
-            )
+            fix = "set model.router = None before save, and assign it again after from_pretrained"
+            raise EarlyExitError(f"{path}: its router, a {type(self.router).__name__}, cannot be saved; {fix}")
         info = {"router": None if self.router is None else self.router.to_dict(), "forced": self.forced}
         certificate = current_certificate(self.router)
         if certificate is not None and certificate.weights_sha256 == checkpoint.weights_hash(self):
@@ -177,10 +170,8 @@ def class_names_of_head(outputs: int, classes: Sequence[str] | None = None) -> t
                 outputs - 1,
             )
     if not isinstance(classes, list | tuple) or len(classes) != outputs - 1:
-        raise EarlyExitError(
-            f"its head has {outputs} outputs, so {outputs - 1} classes and background, but classes is {classes!r:.60}; "
-            "list one name for each label, in order"
-        )
+        head = f"its head has {outputs} outputs, so {outputs - 1} classes and background"
+        raise EarlyExitError(f"{head}, but classes is {classes!r:.60}; list one name for each label, in order")
     repeated = [name for index, name in enumerate(classes) if name in classes[:index] and name != "N/A"]
     if repeated:
         raise EarlyExitError(f"classes has {shown(repeated[0])} twice; give each label its own name")
@@ -188,8 +179,7 @@ def class_names_of_head(outputs: int, classes: Sequence[str] | None = None) -> t
 
 
 def make_router(model: EarlyExitDetector, settings: RouterSettings) -> Router:
-    """Build a router from a file's settings and run it on a blank photo. Raise an EarlyExitError if they do not fit the
-    model."""
+    """Build a router and run it on a blank photo. Raise an EarlyExitError if its settings do not fit the model."""
     device = next(model.parameters()).device
     try:
         routing = importlib.import_module("earlyexit_ssd.routing")  # it imports modeling

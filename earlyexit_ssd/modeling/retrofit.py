@@ -78,10 +78,8 @@ def find_detector(content: Content, path: str | os.PathLike[str]) -> dict[str, T
         detectors[name] = {key.removeprefix(prefix): tensors.pop(key) for key in keys}
     if not detectors:
         keys = ", ".join(str(key)[:40] for key in list(content)[:3]) or "none"
-        raise EarlyExitError(
-            f"{path}: expected a state dict of tensors of torchvision's SSDLite or SSD300 (keys such as "
-            f"backbone.features.0.0.0.weight), got keys {keys}"
-        )
+        expected = "torchvision's SSDLite or SSD300 (keys such as backbone.features.0.0.0.weight)"
+        raise EarlyExitError(f"{path}: expected a state dict of tensors of {expected}, got keys {keys}")
     names = [name for name in detectors if not _AVERAGE.search(name)] or list(detectors)
     names = [name for name in names if name in USUAL_KEYS] or names
     if len(names) > 1:
@@ -172,15 +170,12 @@ class Architecture:
         rows, classes = self.folded_rows, len(self.classes)
         fits = len(rows) == len(set(rows)) == classes and all(1 <= row < self.head_outputs for row in rows)
         if (rows or self.head_outputs) and not fits:
-            raise EarlyExitError(
-                f"folded_rows is {shown(rows)} with head_outputs {self.head_outputs}, expected a different row from 1 "
-                f"to head_outputs - 1 for each of {classes} classes, or () and 0"
-            )
+            expected = f"a different row from 1 to head_outputs - 1 for each of {classes} classes, or () and 0"
+            given = f"folded_rows is {shown(rows)} with head_outputs {self.head_outputs}"
+            raise EarlyExitError(f"{given}, expected {expected}")
         if self.competing and len(self.competing) != self.head_outputs - 1 - classes:
-            raise EarlyExitError(
-                f"competing has {len(self.competing)} names, expected none, or one for each of {self.head_outputs} "
-                f"head_outputs except background and the {classes} classes"
-            )
+            expected = f"one for each of {self.head_outputs} head_outputs except background and the {classes} classes"
+            raise EarlyExitError(f"competing has {len(self.competing)} names, expected none, or {expected}")
         if self.folded_branches and not rows:
             raise EarlyExitError("folded_branches is true without folded_rows, expected false: no head is folded")
 
@@ -227,10 +222,8 @@ class Architecture:
         for name in {**rebuilt, **present}:
             if rebuilt.get(name) != present.get(name):
                 difference = f"{name:.80} is {present.get(name)!s:.60}, expected {rebuilt.get(name)!s:.60}"
-                raise EarlyExitError(
-                    f"the model is not as it was built: {difference}; a model file cannot rebuild it: save its "
-                    "state_dict() instead"
-                )
+                fix = "a model file cannot rebuild it: save its state_dict() instead"
+                raise EarlyExitError(f"the model is not as it was built: {difference}; {fix}")
         return architecture
 
     def build_detector(self) -> SSD:
@@ -327,9 +320,8 @@ def retrofit(
     if source == architecture.classes:
         return detector, loaded, None
     if loaded.folded_rows:
-        raise EarlyExitError(
-            f"{weights}: its classes ({', '.join(source)}) were folded before; start from the checkpoint it came from"
-        )
+        fix = "start from the checkpoint it came from"
+        raise EarlyExitError(f"{weights}: its classes ({', '.join(source)}) were folded before; {fix}")
     change = heads.plan_class_change(source, architecture.classes)
     head, rows, competing = detector.head, change.rows, ()
     if fold != "rows" and None in rows:
@@ -368,10 +360,8 @@ def load_full_path(
         try:
             return enum[name].get_state_dict(progress=True, check_hash=True), None
         except OSError as error:
-            raise EarlyExitError(
-                f"torchvision's weights {weights} could not be downloaded ({error}); "
-                "download them elsewhere and set MODEL.WEIGHTS to the file's path"
-            ) from None
+            fix = "download them elsewhere and set MODEL.WEIGHTS to the file's path"
+            raise EarlyExitError(f"torchvision's weights {weights} could not be downloaded ({error}); {fix}") from None
     require_weights(weights, enum)
     content = read_weights(weights)
     state = find_detector(content, weights)
@@ -404,15 +394,12 @@ def read_weights(path: str | os.PathLike[str]) -> Content:
     except Exception as error:  # a damaged or foreign file may raise any exception
         refused = re.search(r"GLOBAL ([\w.]{1,60})", str(error))
         fix = "save model.state_dict() alone" if refused else "name a checkpoint or model.pth, or download it again"
-        raise EarlyExitError(
-            f"{path}: not a file of weights that can be read safely ({type(error).__name__}"
-            f"{f', it contains {refused[1]}' if refused else ''}); expected a file of torch.save with only tensors and "
-            f"plain types: {fix}"
-        ) from None
+        reason = type(error).__name__ + (f", it contains {refused[1]}" if refused else "")
+        expected = f"expected a file of torch.save with only tensors and plain types: {fix}"
+        raise EarlyExitError(f"{path}: not a file of weights that can be read safely ({reason}); {expected}") from None
     if not isinstance(content, dict):
-        raise EarlyExitError(
-            f"{path}: expected a dict of weights, got a {type(content).__name__}; save model.state_dict()"
-        )
+        kind = type(content).__name__
+        raise EarlyExitError(f"{path}: expected a dict of weights, got a {kind}; save model.state_dict()")
     try:
         require_bounded(content)
     except ValueError as error:

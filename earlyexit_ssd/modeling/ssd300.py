@@ -34,10 +34,8 @@ def vgg_trunk(backbone: nn.Module) -> Trunk:
         modules = [*backbone.features, *conv5[:-1], *conv5[-1]]
         scale = backbone.scale_weight.view(1, -1, 1, 1)
     except (AttributeError, TypeError, ValueError, IndexError):
-        raise EarlyExitError(
-            f"backbone is a {type(backbone).__name__}, expected torchvision's SSDFeatureExtractorVGG, since exits are "
-            "attached between its layers"
-        ) from None
+        expected = "torchvision's SSDFeatureExtractorVGG, since exits are attached between its layers"
+        raise EarlyExitError(f"backbone is a {type(backbone).__name__}, expected {expected}") from None
     ends = [0, *(index + 1 for index, module in enumerate(modules) if isinstance(module, nn.ReLU))]
     return Trunk(modules, extra, ends, ends[FINEST_LAYER] - 1, lambda finest: scale * F.normalize(finest))
 
@@ -75,10 +73,8 @@ class EarlyExitSSD300(Pretrained):
         """Build torchvision's detector without exits. ``reduced_tail``, an argument of SSDLite, is ignored. Raise an
         EarlyExitError for another input size or width."""
         if image_size != SIZE or width != 1.0:
-            raise EarlyExitError(
-                f"ssd300_vgg16 with image_size {image_size} and width {width:g}: it supports only {SIZE} and 1 (MODEL."
-                "IMAGE_SIZE, MODEL.WIDTH)"
-            )
+            given = f"ssd300_vgg16 with image_size {image_size} and width {width:g}"
+            raise EarlyExitError(f"{given}: it supports only {SIZE} and 1 (MODEL.IMAGE_SIZE, MODEL.WIDTH)")
         return ssd300_vgg16(weights=None, weights_backbone=weights_backbone, num_classes=num_classes, **post_processing)
 
 

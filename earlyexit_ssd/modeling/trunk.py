@@ -4,8 +4,6 @@
 convolution (the *expansion*) is the finest feature map of the head.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -55,9 +53,8 @@ def build_ssdlite(
         ValueError: ``weights_backbone`` with another width or with the reduced tail.
     """
     if weights_backbone is not None and (width != 1.0 or reduced_tail):
-        raise ValueError(
-            "ImageNet weights of the trunk need width=1.0 and reduced_tail=False; otherwise set weights_backbone=None"
-        )
+        fix = "otherwise set weights_backbone=None"
+        raise ValueError(f"ImageNet weights of the trunk need width=1.0 and reduced_tail=False; {fix}")
     trunk = mobilenet_v3_large(
         weights=weights_backbone, progress=progress, norm_layer=norm_layer, width_mult=width, reduced_tail=reduced_tail
     )
@@ -138,10 +135,9 @@ def ssdlite_trunk(backbone: nn.Module) -> Trunk:
         head_part, tail_part = backbone.features
         steps, extra = [*head_part, *tail_part], list(backbone.extra)
     except (AttributeError, TypeError, ValueError):
-        raise EarlyExitError(
-            f"backbone is a {type(backbone).__name__}, expected torchvision's SSDLiteFeatureExtractorMobileNet "
-            "(`features` in two parts, and `extra`), since exits are attached between its layers"
-        ) from None
+        expected = "torchvision's SSDLiteFeatureExtractorMobileNet (`features` in two parts, and `extra`)"
+        actual = f"backbone is a {type(backbone).__name__}"
+        raise EarlyExitError(f"{actual}, expected {expected}, since exits are attached between its layers") from None
     c4 = len(head_part) - 1
     return Trunk(steps, extra, [*range(1, c4 + 1), *range(c4 + 2, len(steps) + 1)], finest_step=c4)
 

@@ -1,7 +1,5 @@
 """Checks of the model's inputs and parts. Errors name the image or target, the value and what was expected."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from numbers import Real
 
@@ -34,10 +32,8 @@ def check_images(images: Sequence[Tensor]) -> None:
         if image.device.type == "cpu" and not is_traced():
             low, high = (float(value) for value in image.aminmax())
             if not (low >= -SLACK and high <= 1 + SLACK):
-                raise EarlyExitError(
-                    f"image {index}: values from {low:g} to {high:g}, expected [0, 1]; divide pixels by 255 and do not "
-                    "normalise them, since the model does it"
-                )
+                fix = "divide pixels by 255 and do not normalise them, since the model does it"
+                raise EarlyExitError(f"image {index}: values from {low:g} to {high:g}, expected [0, 1]; {fix}")
 
 
 def check_targets(
@@ -57,9 +53,8 @@ def check_targets(
 def _check_target(target: dict[str, Tensor], index: int, classes: Sequence[str]) -> dict[str, Tensor]:
     boxes, labels = (_tensor_of(target, key, index) for key in ("boxes", "labels"))
     if boxes.dim() != 2 or boxes.shape[1] != 4 or labels.dim() != 1 or len(boxes) != len(labels):
-        raise EarlyExitError(
-            f"target {index}: expected boxes [n, 4] and labels [n], got {list(boxes.shape)} and {list(labels.shape)}"
-        )
+        shapes = f"{list(boxes.shape)} and {list(labels.shape)}"
+        raise EarlyExitError(f"target {index}: expected boxes [n, 4] and labels [n], got {shapes}")
     if not (boxes.is_floating_point() or boxes.dtype in INTEGERS):
         raise EarlyExitError(f"target {index}: boxes are {boxes.dtype}, expected numbers such as torch.float32")
     if labels.dtype not in INTEGERS and len(labels):  # no labels: torch.zeros(0), which is float, is accepted
@@ -71,14 +66,11 @@ def _check_target(target: dict[str, Tensor], index: int, classes: Sequence[str])
     bad = ~((boxes[:, 2:] > boxes[:, :2]).all(1) & torch.isfinite(boxes).all(1))
     if bad.any():
         first = int(bad.nonzero()[0])
-        raise EarlyExitError(
-            f"target {index}, box {first}: {boxes[first].tolist()}, expected xyxy with positive width and height"
-        )
+        box = f"target {index}, box {first}: {boxes[first].tolist()}"
+        raise EarlyExitError(f"{box}, expected xyxy with positive width and height")
     if len(labels) and not (int(labels.min()) >= 1 and int(labels.max()) <= len(classes)):
-        raise EarlyExitError(
-            f"target {index}: labels {int(labels.min())}..{int(labels.max())}, "
-            f"expected 1..{len(classes)} (0 is background)"
-        )
+        found = f"labels {int(labels.min())}..{int(labels.max())}"
+        raise EarlyExitError(f"target {index}: {found}, expected 1..{len(classes)} (0 is background)")
     return {**target, "boxes": boxes, "labels": labels}
 
 
@@ -116,10 +108,9 @@ def check_head(head: nn.Module, num_classes: int) -> None:
     classification = getattr(head, "classification_head", None)
     outputs = num_outputs(classification) if hasattr(classification, "num_columns") else num_classes
     if outputs != num_classes:
-        raise EarlyExitError(
-            f"the head has {outputs} outputs, expected {num_classes} (background and the model's classes); build a new "
-            "model, EarlyExitSSDLite(detector, classes=...), so that the exits fit too"
-        )
+        expected = f"expected {num_classes} (background and the model's classes)"
+        fix = "build a new model, EarlyExitSSDLite(detector, classes=...), so that the exits fit too"
+        raise EarlyExitError(f"the head has {outputs} outputs, {expected}; {fix}")
 
 
 def is_traced() -> bool:
@@ -134,10 +125,9 @@ def is_traced() -> bool:
 def check_not_traced(router: object) -> None:
     """Raise an EarlyExitError while a model with a router is traced: all photos would take the sample photo's exit."""
     if router is not None and is_traced():
-        raise EarlyExitError(
-            "a model with a router cannot be traced or exported: every photo would take the sample photo's exit; use "
-            "`earlyexit export` for an ONNX file that routes, or set model.router = None for the full path alone"
-        )
+        reason = "every photo would take the sample photo's exit"
+        fix = "use `earlyexit export` for an ONNX file that routes, or set model.router = None for the full path alone"
+        raise EarlyExitError(f"a model with a router cannot be traced or exported: {reason}; {fix}")
 
 
 def check_losses(losses: object, exits: int) -> None:
@@ -164,6 +154,5 @@ def check_router(router: object, count: int, trains: bool = False) -> None:
 def check_batch(model: nn.Module, count: int) -> None:
     """Raise an EarlyExitError for a training batch of one image, since BatchNorm cannot normalise its 1x1 map."""
     if count == 1 and any(module.training for module in model.modules() if isinstance(module, _BatchNorm)):
-        raise EarlyExitError(
-            "a training batch of 1 image: BatchNorm needs 2 or more on the 1x1 map; use a larger batch size"
-        )
+        fix = "use a larger batch size"
+        raise EarlyExitError(f"a training batch of 1 image: BatchNorm needs 2 or more on the 1x1 map; {fix}")

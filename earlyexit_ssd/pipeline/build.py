@@ -92,9 +92,8 @@ def _device(cfg: CfgNode, name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device).tolist()  # an error on the device "meta", which has no values
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(
-            f"DEVICE {cfg.DEVICE!r} is not available here ({str(error).splitlines()[0]}); use auto"
-        ) from None
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"DEVICE {cfg.DEVICE!r} is not available here ({reason}); use auto") from None
     return device
 
 
@@ -187,15 +186,13 @@ def open_model(
         if outputs == len(classes) + 1:
             return architecture
         if outputs != len(COCO_CLASSES) + 1:
-            raise ConfigError(
-                f"its head has {outputs} outputs, for {outputs - 1} classes and background, but the configuration has "
-                f"{len(classes)} classes; list all of them in DATA.CLASSES, in the order of the labels"
-            )
+            head = f"its head has {outputs} outputs, for {outputs - 1} classes and background"
+            fix = "list all of them in DATA.CLASSES, in the order of the labels"
+            raise ConfigError(f"{head}, but the configuration has {len(classes)} classes; {fix}")
         change = plan_class_change(COCO_CLASSES, classes)
         if None in change.rows:
-            raise ConfigError(
-                f"its head has COCO's classes, but DATA.CLASSES has others ({change}); correct DATA.CLASSES"
-            )
+            others = f"DATA.CLASSES has others ({change})"
+            raise ConfigError(f"its head has COCO's classes, but {others}; correct DATA.CLASSES")
         logger.info("%s: COCO's classes, %s", weights, change)
         return dataclasses.replace(architecture, head_outputs=outputs, folded_rows=change.rows, folded_branches=True)
 
@@ -240,10 +237,8 @@ def _imagenet_detector(cfg: CfgNode, architecture: Architecture):
             weights_backbone=weights,
         )
     except OSError as error:
-        raise EarlyExitError(
-            f"ImageNet weights {weights.name} could not be downloaded ({error}); "
-            "set MODEL.WEIGHTS to a file, or MODEL.WEIGHTS_BACKBONE to '' to train from scratch"
-        ) from None
+        fix = "set MODEL.WEIGHTS to a file, or MODEL.WEIGHTS_BACKBONE to '' to train from scratch"
+        raise EarlyExitError(f"ImageNet weights {weights.name} could not be downloaded ({error}); {fix}") from None
 
 
 def build_losses(cfg: CfgNode) -> LossSettings:
@@ -263,10 +258,9 @@ def build_router(cfg: CfgNode, stored: Mapping[str, Any] | None = None, learn: b
         return ExitRouter(0)
     require_policy(cfg)
     if thresholds not in (1, exits):
-        raise ConfigError(
-            f"ROUTING.THRESHOLDS has {thresholds} numbers, but the model has {exits} early exits; give one number for "
-            "all or one for each, or use the configuration that these weights were trained with"
-        )
+        fix = "one number for all or one for each, or use the configuration that these weights were trained with"
+        numbers = f"{thresholds} numbers, but the model has {exits} early exits"
+        raise ConfigError(f"ROUTING.THRESHOLDS has {numbers}; give {fix}")
     return ExitRouter(
         exits,
         policy=routing.POLICY,
@@ -293,8 +287,7 @@ def require_policy(cfg: CfgNode) -> None:
 
 def open_router(cfg: CfgNode, model: EarlyExitSSDLite, info: ModelInfo, weights: str | os.PathLike[str]) -> ExitRouter:
     """Return the router of the first of these: ROUTING.CERTIFICATE, the certificate in ``info``, the ROUTING section.
-    ``model`` and ``info`` are from the file ``weights``. Raise the errors of `Certificate.router_for` and
-    `build_router`."""
+    ``model`` and ``info`` are from the file ``weights``. Errors: see `Certificate.router_for`, `build_router`."""
     if cfg.ROUTING.CERTIFICATE:
         return load_certificate(cfg.ROUTING.CERTIFICATE).router_for(model)
     if info.get("certificate"):

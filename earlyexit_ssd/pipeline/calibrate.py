@@ -4,8 +4,6 @@ The network runs once over each split, and the search uses the stored outputs. `
 splits. For each split it has a `Replay`: the outputs, with the labels.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import hashlib
@@ -203,11 +201,9 @@ class ThresholdSearch:
         ap50 = self.calib.ap50_of(grid.choices, "thresholds")
         best = best_within(mean_costs, -ap50, self.costs.plain / self.target.value)
         if best is None:
-            raise EarlyExitError(
-                f"a speed-up of {self.target.value:g} is out of reach: the cheapest thresholds give "
-                f"{self.costs.plain / mean_costs.min():.2f}; choose a smaller one, or train a shallower exit "
-                "(EXITS.LAYERS)"
-            )
+            cheapest = f"the cheapest thresholds give {self.costs.plain / mean_costs.min():.2f}"
+            fix = "choose a smaller one, or train a shallower exit (EXITS.LAYERS)"
+            raise EarlyExitError(f"a speed-up of {self.target.value:g} is out of reach: {cheapest}; {fix}")
         lost = ap50[closed] - ap50
         curve = _curve(grid, mean_costs, lost, pareto_path(lost, mean_costs), {})
         return FoundThresholds(tuple(grid.thresholds[best].tolist()), grid.choices[best], Measured(), curve)
@@ -290,8 +286,8 @@ def fewest_draws(target: CalibrationTarget, bound: str) -> int:
 def calibrate(
     cfg: CfgNode, weights: str | os.PathLike[str], target: CalibrationTarget, out_dir: str | os.PathLike[str]
 ) -> Certificate | None:
-    """Fit temperatures and policy, search thresholds, and write certificate.json, calibration.txt, reliability.png,
-    report.html and model.pth with this routing to ``out_dir``.
+    """Fit temperatures and policy, search thresholds, and write certificate.json, calibration.txt, report.html and
+    model.pth with this routing to ``out_dir``.
 
     If the calibration photos have no labels, the detections of the full path replace them. The report then has the
     agreement with the full path instead of AP. The classes are those of the weights, not DATA.CLASSES.
@@ -369,9 +365,8 @@ def _require_labels(
             continue
         photos = f"DATA.{name} ({', '.join(cfg.DATA[name]):.100}) has unlabelled photos"
         if cfg.CALIBRATION.REFERENCE == "labels":
-            raise EarlyExitError(
-                f"CALIBRATION.REFERENCE is labels, but {photos}; set it to full, or name data sets with boxes"
-            )
+            fix = "set it to full, or name data sets with boxes"
+            raise EarlyExitError(f"CALIBRATION.REFERENCE is labels, but {photos}; {fix}")
         if target.kind == "ap_drop" and name == "CALIB":
             raise EarlyExitError(f"--ap-drop needs boxes, but {photos}; use --risk or --speedup, which need none")
 

@@ -1,7 +1,5 @@
 """The jobs of the doctor: check the data of a configuration, a trained model, and a model during its training."""
 
-from __future__ import annotations
-
 import logging
 import os
 import re

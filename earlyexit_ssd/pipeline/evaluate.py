@@ -1,7 +1,5 @@
 """Evaluate a trained model on the TEST split, compare it with rivals, and write the report page."""
 
-from __future__ import annotations
-
 import itertools
 import logging
 import os
@@ -163,10 +161,9 @@ def _single_exit(path: str) -> EarlyExitSSDLite:
     model, _, _ = load_model(path)
     if model.empty != (False,):
         exits = ", ".join(model.exit_names[:-1]) or "none"
-        raise EarlyExitError(
-            f"{path}: EVAL.RIVALS.SINGLE_EXITS takes models with one early exit and its branch, but it has {exits};"
-            " train a model with one exit (EXITS.LAYERS)"
-        )
+        expected = "EVAL.RIVALS.SINGLE_EXITS takes models with one early exit and its branch"
+        fix = "train a model with one exit (EXITS.LAYERS)"
+        raise EarlyExitError(f"{path}: {expected}, but it has {exits}; {fix}")
     model.router = ExitRouter(1, thresholds=0.0)
     return model
 
@@ -354,8 +351,7 @@ def attention_of(
 
 def calibrate_command(arguments: Sequence[str], weights: Any) -> str:
     """Return a command that calibrates ``weights``, with ``{target}`` in place of ``--ap-drop`` and the like.
-    Configuration file and keys are those of ``arguments``, a command line. Without ``--config``, as in a notebook, the
-    result is empty."""
+    Configuration file and keys are those of ``arguments``, a command line. Without ``--config`` it is empty."""
     if "--config" not in arguments[:-1]:
         return ""
     config = arguments[list(arguments).index("--config") + 1]

@@ -1,7 +1,5 @@
 """The phases of a training run: each trains the run's model and returns a gate. Also fine-tuning, without a gate."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import hashlib
@@ -334,10 +332,8 @@ def require_same_full_path(before: dict[str, Tensor], model: EarlyExitSSDLite) -
     for key, value in before.items():
         if not torch.equal(value, after[key]):
             difference = (value.double() - after[key].double()).abs().max().item()
-            raise EarlyExitError(
-                f"the exits phase changed the full path: {key} differs by up to {difference:g}; "
-                "this is a bug, please report it"
-            )
+            change = f"{key} differs by up to {difference:g}; this is a bug, please report it"
+            raise EarlyExitError(f"the exits phase changed the full path: {change}")
     logger.info("full path bit-identical before and after the exits phase (%d tensors compared)", len(before))
 
 

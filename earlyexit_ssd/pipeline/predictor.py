@@ -1,7 +1,5 @@
 """PyTorch models and ONNX files of other projects, with the interface of exported detectors."""
 
-from __future__ import annotations
-
 import hashlib
 import logging
 import math
@@ -73,8 +71,7 @@ class TorchPredictor:
         return detection_grid([Example(pixels, None, by_exit, routed)], self.exit_names, self.classes, score)
 
     def note_calibration_photos(self, photos: Iterable[str | os.PathLike[str]]) -> None:
-        """Log a warning if the model's routing was calibrated on some of the photos. Figures on these photos are too
-        good."""
+        """Warn if the model's routing was calibrated on some of the photos, since figures on these are too good."""
         certificate = getattr(self.model.router, "certificate", None)
         try:
             if certificate is not None:
@@ -139,9 +136,8 @@ class RivalFile(Contestant):
 
     def __post_init__(self) -> None:
         if self.file_format not in FORMATS:
-            raise EarlyExitError(
-                f"{self.path}: format {shown(self.file_format)}: expected one of compile, {', '.join(FORMATS)}"
-            )
+            expected = f"expected one of compile, {', '.join(FORMATS)}"
+            raise EarlyExitError(f"{self.path}: format {shown(self.file_format)}: {expected}")
 
     def open(self, threads: int, score: float) -> Detect:
         """Open the file, see `Contestant`. ``score`` is ignored, since the format has its own minimum score."""

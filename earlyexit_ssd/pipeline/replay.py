@@ -1,7 +1,5 @@
 """Evaluate any routing on a split from the recorded outputs of all exits, without running the network again."""
 
-from __future__ import annotations
-
 import functools
 import itertools
 import logging
@@ -96,8 +94,7 @@ class Replay(Recording):
         return losses_against_full(self.ground_truth, self.detections, self.score, self.iou)
 
     def agreement(self, choice: np.ndarray, reference: DetectionsById | None = None) -> Agreement:
-        """Return the agreement with ``reference`` (None: the full path) if the photos leave at the exits ``choice``
-        [n]."""
+        """Return the agreement with ``reference`` (None: the full path) if photos leave at the exits ``choice`` [n]."""
         reference = self.detections[-1] if reference is None else reference
         pairs = zip(self.image_ids, choice.tolist(), strict=True)
         routed = {image_id: self.detections[index][image_id] for image_id, index in pairs}
@@ -161,16 +158,13 @@ def open_model_on_splits(cfg: CfgNode, weights: str | os.PathLike[str], out: Pat
 
 
 def check_settings(cfg: CfgNode, device: torch.device) -> None:
-    """Raise EarlyExitError if the configured routing is unknown or cannot be calibrated, or `check_rivals` finds a file
-    or package missing."""
+    """Raise EarlyExitError if the routing is unknown or cannot be calibrated, or `check_rivals` misses anything."""
     build.require_policy(cfg)
     if cfg.ROUTING.HYBRID:
         raise ConfigError("ROUTING.HYBRID is true: calibration does not support hybrid routing; set it to false")
     if cfg.ROUTING.CERTIFICATE:
-        raise ConfigError(
-            f"ROUTING.CERTIFICATE is {cfg.ROUTING.CERTIFICATE}, but this command calibrates anew; set it to '' "
-            "(tools/eval_exits.py uses a certificate)"
-        )
+        fix = "this command calibrates anew; set it to '' (tools/eval_exits.py uses a certificate)"
+        raise ConfigError(f"ROUTING.CERTIFICATE is {cfg.ROUTING.CERTIFICATE}, but {fix}")
     check_rivals(cfg, device)
 
 
@@ -292,10 +286,8 @@ def require_deciding(policy: str, empty: Sequence[bool], source: str | os.PathLi
     logits only."""
     if all(empty) and not reads_taps(policy):
         usable = " or ".join(filter(reads_taps, POLICIES))
-        raise EarlyExitError(
-            f"policy '{policy}' reads logits, but all exits of {source} are empty and have none; "
-            f"use {usable} (ROUTING.POLICY)"
-        )
+        exits = f"all exits of {source} are empty and have none"
+        raise EarlyExitError(f"policy '{policy}' reads logits, but {exits}; use {usable} (ROUTING.POLICY)")
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,5 @@
 """A training run: its folder, its gates, the state shared by its phases, and figures on the calib split."""
 
-from __future__ import annotations
-
 import logging
 import os
 import platform

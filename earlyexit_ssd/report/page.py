@@ -5,8 +5,6 @@ figures are computed in Python. Only the threshold explorer of page.js computes 
 `earlyexit_ssd.evaluation.matches`.
 """
 
-from __future__ import annotations
-
 import base64
 import contextlib
 import dataclasses

@@ -126,24 +126,21 @@ def register_policy(name: str, boxes: int | None = None) -> Callable[[Registered
 
 
 def get_policy(name: str, parameters: Any = None) -> Policy:
-    """Return the policy ``name``, with ``parameters`` if it is fitted. Raise an EarlyExitError for an unknown name or
-    wrong parameters."""
+    """Return the policy ``name``, with ``parameters`` if fitted. Raise an EarlyExitError if one of them is wrong."""
     policy = POLICIES.find(name)
     if not is_fitted(name):
         if parameters is not None:
             raise EarlyExitError(f"routing policy '{name}' takes no parameters; leave them out")
         return policy
     if parameters is None or parameters == []:
-        raise EarlyExitError(
-            f"routing policy '{name}' needs parameters; tools/calibrate.py fits them and writes a certificate"
-        )
+        fix = "tools/calibrate.py fits them and writes a certificate"
+        raise EarlyExitError(f"routing policy '{name}' needs parameters; {fix}")
     try:
         return policy(parameters)
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as problem:
-        raise EarlyExitError(
-            f"routing policy '{name}': its parameters are {str(parameters)[:60]}, expected {policy.expected}; "
-            "calibrate again (tools/calibrate.py)"
-        ) from problem
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        expected = f"expected {policy.expected}; calibrate again (tools/calibrate.py)"
+        problem = f"its parameters are {str(parameters)[:60]}, {expected}"
+        raise EarlyExitError(f"routing policy '{name}': {problem}") from error
 
 
 def is_fitted(name: str) -> bool:
@@ -247,10 +244,9 @@ class BalancedAmbiguity(FittedPolicy):
         EarlyExitError if no photo has a labelled object."""
         objects = photos.object_counts()
         if not any(objects):
-            raise EarlyExitError(
-                "policy 'balanced_ambiguity' counts labelled objects, and the photos have none; use labelled photos "
-                "(DATA.TRAIN for a risk, otherwise DATA.CALIB), or set ROUTING.POLICY to ambiguous_mass"
-            )
+            problem = "policy 'balanced_ambiguity' counts labelled objects, and the photos have none"
+            fix = "use labelled photos (DATA.TRAIN for a risk, otherwise DATA.CALIB), or set ROUTING.POLICY to"
+            raise EarlyExitError(f"{problem}; {fix} ambiguous_mass")
         counts = torch.tensor(objects, dtype=torch.float64) + 1
         return (counts.mean() / counts).tolist()
 
@@ -258,10 +254,8 @@ class BalancedAmbiguity(FittedPolicy):
         """Return confidences [N]. Raise an EarlyExitError if the number of weights is not the number of classes."""
         weights, classes = len(self.weights), signals.logits.shape[-1] - 1
         if weights != classes:
-            raise EarlyExitError(
-                f"routing policy 'balanced_ambiguity' has weights of {weights} classes, the model has {classes}; "
-                "calibrate again (tools/calibrate.py)"
-            )
+            problem = f"has weights of {weights} classes, the model has {classes}"
+            raise EarlyExitError(f"routing policy 'balanced_ambiguity' {problem}; calibrate again (tools/calibrate.py)")
         largest, likeliest = signals.logits.softmax(-1)[..., 1:].max(-1)
         return 1 / (1 + (where_ambiguous(largest) * self.weights[likeliest]).sum(-1))
 

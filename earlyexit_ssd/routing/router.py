@@ -1,7 +1,5 @@
 """The router, which decides at each exit which images leave."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
@@ -113,9 +111,8 @@ class ExitRouter(nn.Module):
         confidence = self._policy(ExitSignals(logits, likeliest.tap, likeliest.empty), exit_index)
         if not isinstance(confidence, Tensor) or confidence.shape != (len(logits),):
             got = list(confidence.shape) if isinstance(confidence, Tensor) else f"a {type(confidence).__name__}"
-            raise EarlyExitError(
-                f"routing policy '{self.policy}' returns {got}, expected one number per image, a tensor [N]"
-            )
+            expected = "expected one number per image, a tensor [N]"
+            raise EarlyExitError(f"routing policy '{self.policy}' returns {got}, {expected}")
         traced = torch.jit.is_tracing() or torch.compiler.is_compiling()
         # NaN from logits that are not finite is the model's, not the policy's
         if not traced and confidence.isnan().any() and logits.isfinite().all():

@@ -395,7 +395,7 @@ def test_only_external_weights_in_the_same_folder_are_read(outside, tmp_path):
     assert found["scores"].tolist() == pytest.approx([0.9, 0.5])
     wrong = "../scores.bin", str(tmp_path / "scores.bin"), "link.bin", "none.bin", "", ".", "*/_ORT_MEM_ADDR_/*"
     for location in wrong:
-        with pytest.raises(EarlyExitError, match=r"split\.onnx: tensor 'scores' has its data in .*same folder"):
+        with pytest.raises(EarlyExitError, match=r"split\.onnx: (cannot be read|ONNX Runtime cannot load it) .*scores"):
             OnnxDetector(outside(location), "boxes")
 
 
