@@ -62,7 +62,7 @@ def cells(run: str) -> str:
 def lost(test: SimpleNamespace) -> str:
     """Return the loss of AP50 with its interval as text."""
     low, high = test.AP50_lost_interval
-    return f"{test.AP50_base - test.AP50:.3f} [{low:.3f}, {high:.3f}]"
+    return f"{round(test.AP50_base - test.AP50, 3) + 0.0:.3f} [{low:.3f}, {high:.3f}]"  # no -0.000
 
 
 def times(test: SimpleNamespace) -> str:
