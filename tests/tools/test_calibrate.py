@@ -1,7 +1,4 @@
-import base64
-import gzip
 import json
-import re
 
 import torch
 
@@ -23,14 +20,7 @@ def test_risk(trained, capsys):
     assert certificate.target.epsilon == 0.9 and certificate.measured.loss <= 0.9
     assert certificate.measured.loss_bound <= 0.9 + 1e-6
     assert len(certificate.photos_sha256) == 8
-    page = (out / "report.html").read_text(encoding="utf-8")
-    assert "The full path does not detect" in page
-    content = json.loads(gzip.decompress(base64.b64decode(re.search(r'id="data">([^<]*)<', page)[1])))
-    charts = {chart["title"]: chart["lines"] for chart in content["sections"][0]["charts"]}
-    for name in ("exit8", "exit12"):
-        _, before, after = charts[f"reliability of {name}"]
-        assert before["name"].startswith("before: error ") and "temperature" in after["name"]
-        assert before["x"] and all(0 <= value <= 1 for line in (before, after) for value in (*line["x"], *line["y"]))
+    assert "The full path does not detect" in (out / "report.html").read_text(encoding="utf-8")
 
 
 def test_certificate_in_evaluation(trained, capsys, monkeypatch):
