@@ -286,8 +286,8 @@ def fewest_draws(target: CalibrationTarget, bound: str) -> int:
 def calibrate(
     cfg: CfgNode, weights: str | os.PathLike[str], target: CalibrationTarget, out_dir: str | os.PathLike[str]
 ) -> Certificate | None:
-    """Fit temperatures and policy, search thresholds, and write certificate.json, calibration.txt, report.html and
-    model.pth with this routing to ``out_dir``.
+    """Fit temperatures and policy, search thresholds, and write certificate.json, calibration.txt, reliability.png,
+    report.html and model.pth with this routing to ``out_dir``.
 
     If the calibration photos have no labels, the detections of the full path replace them. The report then has the
     agreement with the full path instead of AP. The classes are those of the weights, not DATA.CLASSES.

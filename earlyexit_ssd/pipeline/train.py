@@ -12,6 +12,7 @@ from earlyexit_ssd.calibration.thresholds import require_few_exits
 from earlyexit_ssd.config import PHASE_SECTIONS, get_cfg
 from earlyexit_ssd.config.check import num_exits
 from earlyexit_ssd.data import catalog, load_dataset, repeat_rare_classes, require_disjoint
+from earlyexit_ssd.engine import read_log
 from earlyexit_ssd.engine.processes import barrier, failing_together, is_main, process_group, world_size
 from earlyexit_ssd.errors import ConfigError
 from earlyexit_ssd.evaluation.results import Results
@@ -27,7 +28,7 @@ from earlyexit_ssd.pipeline.phases import PHASE_FUNCTIONS, tap_cache
 from earlyexit_ssd.pipeline.replay import require_deciding
 from earlyexit_ssd.pipeline.run import Run, RunFolder
 from earlyexit_ssd.report.page import never_failing, training_page, write_page
-from earlyexit_ssd.report.pictures import photo_grid
+from earlyexit_ssd.report.pictures import photo_grid, training_curves
 from earlyexit_ssd.routing.policies import is_fitted
 
 logger = logging.getLogger(__name__)
@@ -166,6 +167,9 @@ def _run_phase(run: Run, name: str, force: bool) -> None:
     gate = PHASE_FUNCTIONS[name](run)
     gate = dataclasses.replace(gate, forced=force and not gate.passed)
     if is_main():
+        curves = training_curves({phase: read_log(folder.phase(phase)) for phase in phases})
+        if curves is not None:
+            write_image(folder.root / "curves.png", curves)
         router = run.model.router.to_dict() if run.model.router is not None else None
         forced = gate.forced or folder.forced()
         info = {"phase": name, "forced": forced, "router": router, "taken_over": build.takes_over(run.cfg)}

@@ -16,7 +16,7 @@ from matplotlib.transforms import Bbox
 from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 
-from earlyexit_ssd.calibration.thresholds import Reliability
+from earlyexit_ssd.calibration.thresholds import FittedTemperature, Reliability
 from earlyexit_ssd.engine.loop import LogLine
 from earlyexit_ssd.evaluation.cost import RUNTIME_TITLES
 from earlyexit_ssd.evaluation.results import Results, SearchOutcome, TableRow, data_title, table_rows, timing_title
@@ -179,6 +179,55 @@ def log_curves(logs: Mapping[str, Sequence[LogLine]]) -> tuple[Curves, list[floa
                     curves[kind][name].append((ends[-1] + line["epoch"], value))
         ends.append(ends[-1] + max((line["epoch"] for line in lines), default=0.0))
     return curves, ends
+
+
+def training_curves(logs: Mapping[str, Sequence[LogLine]]) -> Image.Image | None:
+    """Draw AP50 of every exit, the share of the photos that leave there, and its temperature, by epoch. Figures that
+    are not in the ``logs`` (see `log_curves`) have no row. Return None if none is in the logs."""
+    curves, ends = log_curves(logs)
+    titles = {"AP50": "AP50", "share": "share of photos", "temperature": "temperature"}
+    titles = {kind: title for kind, title in titles.items() if kind in curves}
+    if not titles:
+        return None
+    names = {name for kind in titles for name in curves[kind]}
+    names = sorted(names, key=lambda name: (name == "full", len(name), name))  # exit8, exit12, full
+
+    def draw(axes: np.ndarray) -> None:
+        for row, (kind, title) in zip(axes[:, 0], titles.items(), strict=True):
+            for index, name in enumerate(names):
+                if points := curves[kind].get(name):
+                    color = GREY if name == "full" else f"C{index}"
+                    row.plot(*zip(*points, strict=True), color=color, marker=".", label=name)
+            row.set_ylabel(title)
+            for begin in ends[1:-1]:
+                row.axvline(begin, color=GREY, linewidth=0.8, linestyle=":")
+        above = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "fontsize": 9, "color": GREY}
+        for phase, begin in zip(logs, ends, strict=False):
+            axes[0, 0].annotate(phase, (begin, 1.0), (3, 3), **above)
+        axes[0, 0].legend(loc="best", frameon=False)
+        axes[-1, 0].set_xlabel("epoch")
+        axes[-1, 0].set_xlim(0, 1.02 * ends[-1])
+
+    return draw_charts(draw, len(titles), 1, (7.5, 1.0 + 2.2 * len(titles)))
+
+
+def reliability_diagram(temperatures: Sequence[FittedTemperature]) -> Image.Image:
+    """Draw for each exit how often the most probable class of a default box is right, against its probability, before
+    and after the fit of the temperature."""
+
+    def draw(all_axes: np.ndarray) -> None:
+        for axes, fitted in zip(all_axes[0], temperatures, strict=True):
+            axes.plot([0, 1], [0, 1], color=GREY, linestyle=":", linewidth=1)
+            after = ORANGE if fitted.temperature != 1 else BLUE
+            for color, time, reliability in ((GREY, "before", fitted.before), (after, "after", fitted.after)):
+                label = f"{time}, error {reliability.expected_error:.3f}"
+                axes.plot(*reliability_points(reliability), color=color, marker="o", label=label)
+            axes.set_title(f"{fitted.exit_name}, temperature {fitted.temperature:.2f}")
+            axes.set_xlabel("probability of the class")
+            axes.legend(frameon=False)
+        all_axes[0, 0].set_ylabel("share that is right")
+
+    return draw_charts(draw, 1, len(temperatures), (4.2 * len(temperatures), 4))
 
 
 def reliability_points(reliability: Reliability) -> tuple[list[float], list[float]]:

@@ -15,7 +15,7 @@ from earlyexit_ssd.evaluation.metrics import METRICS
 from earlyexit_ssd.evaluation.results import Results, TableRow, Verdict, data_title, table_rows, timing_title
 from earlyexit_ssd.evaluation.verdict import DETECTS_AP50
 from earlyexit_ssd.files import write_image, write_json, write_text
-from earlyexit_ssd.report.pictures import accuracy_against_cost
+from earlyexit_ssd.report.pictures import accuracy_against_cost, reliability_diagram
 
 
 def figure(value: float | None, digits: int = 3) -> str:
@@ -94,8 +94,10 @@ def verdict_lines(verdict: Verdict) -> list[str]:
 
 
 def write_calibration(folder: Path, certificate: Certificate, temperatures: Sequence[FittedTemperature]) -> None:
-    """Write certificate.json and calibration.txt."""
+    """Write certificate.json and calibration.txt, and reliability.png if there are exits with a branch."""
     write_text(folder / "calibration.txt", calibration_report(certificate, temperatures) + "\n")
+    if temperatures:
+        write_image(folder / "reliability.png", reliability_diagram(temperatures))
     certificate.save(folder / "certificate.json")
 
 

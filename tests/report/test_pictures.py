@@ -18,6 +18,7 @@ from earlyexit_ssd.images import PALETTE
 from earlyexit_ssd.report.pictures import (
     FRAME,
     GAP,
+    GREY,
     HEADER,
     IGNORED,
     ORANGE,
@@ -29,6 +30,7 @@ from earlyexit_ssd.report.pictures import (
     detection_grid,
     photo_grid,
     place_labels,
+    training_curves,
 )
 
 NOTHING = {"boxes": torch.zeros(0, 4), "scores": torch.zeros(0), "labels": torch.zeros(0, dtype=torch.int64)}
@@ -167,6 +169,16 @@ def test_photo_grid_draws_every_photo_and_its_boxes():
 
 
 # Charts.
+
+
+def test_training_curves_have_a_row_for_each_figure():
+    baseline = [{"epoch": 0.5, "loss": 3.0}, {"epoch": 1.0, "AP/full": 0.1, "AP50/full": 0.2}]
+    line = {"AP50/exit8": 0.1, "AP50/full": 0.2, "share/exit8": 0.25, "share/full": 0.75, "temperature/exit8": 1.5}
+    exits = [{"epoch": 1.0, **line}, {"epoch": 2.0, **line, "AP50/exit8": None}]
+    one_row, three_rows = (training_curves(phases) for phases in ({"baseline": baseline}, {"exits": exits}))
+    assert one_row.height < three_rows.height
+    assert has(training_curves({"baseline": baseline, "exits": exits, "joint": []}), GREY)
+    assert training_curves({"baseline": baseline[:1], "exits": []}) is None
 
 
 def test_rival_without_mmacs_is_drawn_against_milliseconds_only(with_rivals):

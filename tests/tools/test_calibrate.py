@@ -1,6 +1,8 @@
 import json
 
+import numpy as np
 import torch
+from PIL import Image
 
 from earlyexit_ssd import EarlyExitSSDLite
 from earlyexit_ssd.calibration.certificate import load_certificate
@@ -21,6 +23,8 @@ def test_risk(trained, capsys):
     assert certificate.measured.loss_bound <= 0.9 + 1e-6
     assert len(certificate.photos_sha256) == 8
     assert "The full path does not detect" in (out / "report.html").read_text(encoding="utf-8")
+    with Image.open(out / "reliability.png") as picture:
+        assert np.asarray(picture).std() > 5
 
 
 def test_certificate_in_evaluation(trained, capsys, monkeypatch):

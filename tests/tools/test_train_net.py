@@ -20,7 +20,7 @@ def test_whole_training_and_its_curves(tiny, tmp_path, capsys):
     assert train_net.main(tiny("run", "--force", *whole, *exits)) == 0
     folder, names = tmp_path / "run", ["exit12", "exit14", "full"]
     files = {path.name for path in folder.iterdir()}
-    assert files >= {"config.yaml", "run.json", "table.txt", "detections.png", "model.pth", "report.html"}
+    assert files >= {"config.yaml", "run.json", "table.txt", "detections.png", "curves.png", "model.pth", "report.html"}
     metrics = json.loads((folder / "metrics.json").read_text())
     assert [entry["name"] for entry in metrics["exits"]] == names
     assert sum(metrics["routed"]["exit_share"].values()) == pytest.approx(1)
